@@ -1,0 +1,271 @@
+-- The outbox: an insert-only log of events, and the relay's own books beside it.
+-- Runs on PostgreSQL 14 to 18. The relay never updates or deletes an event to make progress: it moves a cursor.
+
+create schema if not exists outbox;
+
+-- Roles are global to the server, so another database of it may have made them already, or be making them right now.
+do $$
+begin
+    begin
+        create role outbox_writer nologin;
+    exception when duplicate_object or unique_violation then null;
+    end;
+    begin
+        create role outbox_relay nologin;
+    exception when duplicate_object or unique_violation then null;
+    end;
+end
+$$;
+
+grant usage on schema outbox to outbox_writer, outbox_relay;
+
+-- cache 1: ids must be handed out in the order in which they are asked for, whichever session asks.
+create sequence outbox.events_id_seq as bigint cache 1;
+
+create table outbox.events (
+    -- Stands before id: defaults are evaluated in column order, and a row's transaction id has to be assigned before
+    -- its id, or the reader's lower bound (the floor of a window) could pass a row that it has not seen.
+    xid            xid8        not null default pg_current_xact_id(),
+    id             bigint      not null default nextval('outbox.events_id_seq'),
+    event_id       uuid        not null default gen_random_uuid(),
+    aggregate_type text        not null,
+    aggregate_id   text        not null,
+    event_type     text        not null,
+    -- json and not jsonb: the text is published exactly as it was written, and is cheaper to write and to read.
+    payload        json,
+    payload_bytes  bytea,
+    content_type   text,
+    headers        json        default nullif(current_setting('outbox.context', true), '')::json,
+    occurred_at    timestamptz not null default clock_timestamp(),
+    constraint events_pkey primary key (id),
+    constraint events_aggregate_type_not_empty check (aggregate_type <> ''),
+    constraint events_one_payload check (payload is null or payload_bytes is null)
+) partition by range (id);
+
+alter sequence outbox.events_id_seq owned by outbox.events.id;
+
+-- Serves the rows of transactions that commit late: found by transaction, never by a scan of what was published since.
+create index events_xid_id on outbox.events (xid, id);
+
+-- An insert never fails because nobody made partitions: what fits nowhere else lands here.
+create table outbox.events_default partition of outbox.events default;
+
+-- Makes partitions until `ahead` of them lie wholly beyond the newest id; returns how many it made. Ranges that already
+-- have rows in the default partition are left to it: attaching a partition over them would fail.
+create function outbox.make_partitions(ahead integer default 8, rows_per_partition bigint default 5000000)
+returns integer
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made integer := 0;
+    newest bigint;
+    upper bigint;
+    beyond bigint;
+begin
+    -- One at a time: two relays that start together must not race for the same range.
+    perform pg_advisory_xact_lock(1868721016, 2);
+    -- A lock request that waits would make every insert queue behind it; better to try again later.
+    set local lock_timeout = '2s';
+
+    select last_value into newest from outbox.events_id_seq;
+    select coalesce(max((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint), 1)
+      into upper
+      from pg_inherits i
+      join pg_class c on c.oid = i.inhrelid
+     where i.inhparent = 'outbox.events'::regclass;
+
+    if upper <= newest and exists (select 1 from outbox.events_default) then
+        -- The partitions ran out and the default one took over; leave room for what is being inserted meanwhile.
+        upper := newest + rows_per_partition;
+    end if;
+
+    beyond := newest + ahead * rows_per_partition;
+    while upper <= beyond loop
+        execute format('create table outbox.%I partition of outbox.events for values from (%s) to (%s)',
+                       'events_' || upper, upper, upper + rows_per_partition);
+        upper := upper + rows_per_partition;
+        made := made + 1;
+    end loop;
+    return made;
+end
+$$;
+
+select outbox.make_partitions();
+
+-- Headers for every event of the current transaction: tenant, user, traceparent.
+create function outbox.context(headers json)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if json_typeof(headers) <> 'object' then
+        raise exception 'outbox.context expects a JSON object of strings, got %', json_typeof(headers)
+            using errcode = 'invalid_parameter_value';
+    end if;
+    perform set_config('outbox.context', headers::text, true);
+end
+$$;
+
+-- Headers of the transaction with those of one event laid over them.
+create function outbox.merged_headers(headers json)
+returns json
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    context json := nullif(current_setting('outbox.context', true), '')::json;
+begin
+    if headers is null then
+        return context;
+    end if;
+    if json_typeof(headers) <> 'object' then
+        raise exception 'headers must be a JSON object of strings, got %', json_typeof(headers)
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example: ''{"tenant": "acme"}''.';
+    end if;
+    if context is null then
+        return headers;
+    end if;
+    return (context::jsonb || headers::jsonb)::json;
+end
+$$;
+
+-- The way in. Call it after the entity's own row was changed or locked, in the same transaction: the order of the events
+-- of one entity is the order of those locks. A null payload is a tombstone. Returns the event's uuid, which consumers
+-- see as the header "id".
+create function outbox.emit(
+    aggregate_type text,
+    aggregate_id text,
+    event_type text,
+    payload json default null,
+    headers json default null
+)
+returns uuid
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    event_id uuid := gen_random_uuid();
+begin
+    insert into outbox.events (event_id, aggregate_type, aggregate_id, event_type, payload, headers)
+    values (event_id, aggregate_type, aggregate_id, event_type, payload, outbox.merged_headers(headers));
+    return event_id;
+end
+$$;
+
+-- The same for payloads that are encoded already (Avro, Protobuf).
+create function outbox.emit_bytes(
+    aggregate_type text,
+    aggregate_id text,
+    event_type text,
+    payload bytea,
+    content_type text,
+    headers json default null
+)
+returns uuid
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    event_id uuid := gen_random_uuid();
+begin
+    insert into outbox.events
+        (event_id, aggregate_type, aggregate_id, event_type, payload_bytes, content_type, headers)
+    values
+        (event_id, aggregate_type, aggregate_id, event_type, payload, content_type, outbox.merged_headers(headers));
+    return event_id;
+end
+$$;
+
+-- Wakes relays that listen. The lock is held to the end of the transaction, so that of many open transactions one
+-- notifies: committing a notification takes a lock of the whole server, and with one in every transaction commits come
+-- one after the other. A hint that is not sent costs latency only.
+create function outbox.notify_relay()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if pg_try_advisory_xact_lock(1868721016, 1) then
+        perform pg_notify('outbox_events', '');
+    end if;
+    return null;
+end
+$$;
+
+create trigger events_notify
+    after insert on outbox.events
+    for each statement execute function outbox.notify_relay();
+
+-- The relay's books. One narrow row per pipeline and shard, with room on its page so that updates stay on it (HOT).
+
+create table outbox.cursors (
+    pipeline          text    not null,
+    shard             integer not null default 0,
+    epoch             bigint  not null default 0,
+    prev              pg_snapshot,
+    cur               pg_snapshot,
+    floor             bigint,
+    ceiling           bigint,
+    next_floor        bigint,
+    last_id           bigint,
+    system_identifier bigint,
+    timeline          integer,
+    updated_at        timestamptz not null default clock_timestamp(),
+    primary key (pipeline, shard)
+) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
+
+create table outbox.leases (
+    pipeline   text        not null,
+    shard      integer     not null default 0,
+    holder     text        not null,
+    epoch      bigint      not null,
+    expires_at timestamptz not null,
+    primary key (pipeline, shard)
+) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
+
+-- Events that were rejected, and those of the same entity that wait behind them, with all that is needed to publish
+-- them later, so that they outlive the log's retention.
+create table outbox.parked (
+    pipeline       text        not null,
+    id             bigint      not null,
+    event_id       uuid        not null,
+    aggregate_type text        not null,
+    aggregate_id   text        not null,
+    event_type     text        not null,
+    payload        json,
+    payload_bytes  bytea,
+    content_type   text,
+    headers        json,
+    occurred_at    timestamptz not null,
+    -- Null for an event that only waits behind a rejected one.
+    error          text,
+    parked_at      timestamptz not null default clock_timestamp(),
+    primary key (pipeline, id)
+);
+
+-- Finds the oldest waiting event of an entity.
+create index parked_entity on outbox.parked (pipeline, aggregate_type, aggregate_id, id);
+
+-- Writers may only emit: no column that orders the log, and no reading. The sequence's usage lets its default work.
+grant insert (event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at)
+    on outbox.events to outbox_writer;
+grant usage on sequence outbox.events_id_seq to outbox_writer;
+
+grant select on outbox.events to outbox_relay;
+grant select on sequence outbox.events_id_seq to outbox_relay;
+grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
+
+revoke all on function
+    outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
+    outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint)
+    from public;
+grant execute on function
+    outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
+    outbox.context(json), outbox.merged_headers(json)
+    to outbox_writer;
+grant execute on function outbox.make_partitions(integer, bigint) to outbox_relay;
