@@ -1,0 +1,277 @@
+//! Makes a record of an event, in one of a closed set of formats. (source → order → route → *encode* → sink)
+//!
+//! Pure: no I/O, clock, logging or state. The payload is never parsed or rewritten: numbers beyond 2^53, duplicate keys
+//! and white space leave as they came.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::time::{Duration, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+use uuid::fmt::Hyphenated;
+
+use crate::event::{Event, Payload, Record, Rejection};
+use crate::route::Route;
+
+/// What a record looks like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// The payload as value; `id`, `type`, `sequence` and the event's own headers as headers.
+    #[default]
+    Plain,
+    /// CloudEvents 1.0, Kafka protocol binding, binary content mode: attributes in headers that start with `ce_`.
+    CloudeventsBinary,
+    /// The same in structured content mode: attributes and payload in one JSON object.
+    CloudeventsJson,
+}
+
+/// How a pipeline encodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoding {
+    /// The format.
+    pub format: Format,
+    /// The `source` attribute of CloudEvents, a URI reference.
+    pub cloudevents_source: String,
+}
+
+/// Names that belong to the relay; an event's own header of such a name is left out.
+const RESERVED: [&str; 4] = ["id", "type", "sequence", "content-type"];
+
+type Headers<'a> = Vec<(Cow<'a, str>, Option<Cow<'a, [u8]>>)>;
+
+/// Makes the record of one event.
+///
+/// # Errors
+/// When the event can't be published as it is: no legal topic, unreadable headers, two payloads.
+pub fn encode<'a>(
+    event: &'a Event,
+    route: &'a Route,
+    encoding: &'a Encoding,
+) -> Result<Record<'a>, Rejection> {
+    if matches!(event.payload, Payload::Ambiguous(..)) {
+        return Err(Rejection::new("payload and payload_bytes are both set"));
+    }
+    let topic = route.topic(event)?;
+    let key = match route.key.render(event) {
+        Cow::Borrowed(key) => Cow::Borrowed(key.as_bytes()),
+        Cow::Owned(key) => Cow::Owned(key.into_bytes()),
+    };
+    let own = parse_headers(event.headers.as_deref())?;
+    let (mut headers, value) = match encoding.format {
+        Format::Plain => (
+            plain_headers(event, own.len()),
+            event.payload.bytes().map(Cow::Borrowed),
+        ),
+        Format::CloudeventsBinary => (
+            cloudevents_headers(event, encoding),
+            event.payload.bytes().map(Cow::Borrowed),
+        ),
+        Format::CloudeventsJson => match cloudevents_json(event, encoding)? {
+            Some(json) => (
+                vec![text_header("content-type", CLOUDEVENTS_JSON)],
+                Some(Cow::Owned(json)),
+            ),
+            // Nothing can be wrapped and still be a tombstone: the attributes go to the headers.
+            None => (cloudevents_headers(event, encoding), None),
+        },
+    };
+    for (name, value) in own {
+        let reserved = RESERVED.contains(&&*name) || name.starts_with("ce_");
+        if !reserved {
+            headers.push((name, value.map(into_bytes)));
+        }
+    }
+    Ok(Record {
+        topic,
+        key: Some(key),
+        value,
+        headers,
+        // Kafka knows no time before 1970.
+        timestamp_ms: (event.occurred_at_us / 1000).max(0),
+    })
+}
+
+const CLOUDEVENTS_JSON: &str = "application/cloudevents+json; charset=UTF-8";
+
+fn plain_headers(event: &Event, own: usize) -> Headers<'_> {
+    let mut headers = Vec::with_capacity(4 + own);
+    headers.push(("id".into(), Some(uuid_bytes(event))));
+    headers.push(text_header("type", &event.event_type));
+    headers.push((
+        "sequence".into(),
+        Some(Cow::Owned(event.id.0.to_string().into_bytes())),
+    ));
+    if let Some(content_type) = &event.content_type {
+        headers.push(text_header("content-type", content_type));
+    }
+    headers
+}
+
+fn cloudevents_headers<'a>(event: &'a Event, encoding: &'a Encoding) -> Headers<'a> {
+    let mut headers = vec![
+        text_header("ce_specversion", "1.0"),
+        ("ce_id".into(), Some(uuid_bytes(event))),
+        text_header("ce_source", &encoding.cloudevents_source),
+        text_header("ce_type", &event.event_type),
+        (
+            "ce_time".into(),
+            Some(Cow::Owned(rfc3339(event).into_bytes())),
+        ),
+        (
+            "ce_sequence".into(),
+            Some(Cow::Owned(event.id.0.to_string().into_bytes())),
+        ),
+    ];
+    if !event.aggregate_id.is_empty() {
+        headers.push(text_header("ce_subject", &event.aggregate_id));
+    }
+    if let Some(content_type) = content_type(event) {
+        headers.push(text_header("content-type", content_type));
+    }
+    headers
+}
+
+/// Source: CloudEvents 1.0, "JSON Event Format"; `sequence` is the extension of that name.
+#[derive(Serialize)]
+struct CloudEvent<'a> {
+    specversion: &'static str,
+    id: String,
+    source: &'a str,
+    r#type: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    subject: &'a str,
+    time: String,
+    sequence: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datacontenttype: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_base64: Option<String>,
+}
+
+fn cloudevents_json(event: &Event, encoding: &Encoding) -> Result<Option<Vec<u8>>, Rejection> {
+    let (data, data_base64) = match &event.payload {
+        Payload::Tombstone | Payload::Ambiguous(..) => return Ok(None),
+        Payload::Json(json) => {
+            let raw = serde_json::from_slice(json)
+                .map_err(|error| Rejection::new(format!("the payload is not JSON: {error}")))?;
+            (Some(raw), None)
+        }
+        Payload::Encoded(bytes) => (None, Some(BASE64_STANDARD.encode(bytes))),
+    };
+    let envelope = CloudEvent {
+        specversion: "1.0",
+        id: event.event_id.to_string(),
+        source: &encoding.cloudevents_source,
+        r#type: &event.event_type,
+        subject: &event.aggregate_id,
+        time: rfc3339(event),
+        sequence: event.id.0.to_string(),
+        datacontenttype: content_type(event),
+        data,
+        data_base64,
+    };
+    serde_json::to_vec(&envelope)
+        .map(Some)
+        .map_err(|error| Rejection::new(format!("the event can't be written as JSON: {error}")))
+}
+
+fn content_type(event: &Event) -> Option<&str> {
+    match (&event.content_type, &event.payload) {
+        (Some(content_type), _) => Some(content_type),
+        (None, Payload::Json(_)) => Some("application/json"),
+        (None, Payload::Encoded(_)) => Some("application/octet-stream"),
+        (None, Payload::Tombstone | Payload::Ambiguous(..)) => None,
+    }
+}
+
+fn rfc3339(event: &Event) -> String {
+    /// The last microsecond of the year 9999, the last that RFC 3339 can write.
+    const MAX_US: u64 = 253_402_300_799_999_999;
+    let us = u64::try_from(event.occurred_at_us).unwrap_or(0).min(MAX_US);
+    humantime::format_rfc3339_micros(UNIX_EPOCH + Duration::from_micros(us)).to_string()
+}
+
+fn uuid_bytes(event: &Event) -> Cow<'static, [u8]> {
+    let mut buffer = vec![0; Hyphenated::LENGTH];
+    event.event_id.hyphenated().encode_lower(&mut buffer);
+    Cow::Owned(buffer)
+}
+
+fn text_header<'a>(name: &'static str, value: &'a str) -> (Cow<'a, str>, Option<Cow<'a, [u8]>>) {
+    (Cow::Borrowed(name), Some(Cow::Borrowed(value.as_bytes())))
+}
+
+fn into_bytes(text: Cow<'_, str>) -> Cow<'_, [u8]> {
+    match text {
+        Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
+        Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+    }
+}
+
+/// One header of an event: its name, and its value unless that is null.
+pub type OwnHeader<'a> = (Cow<'a, str>, Option<Cow<'a, str>>);
+
+/// Reads the headers of an event: a JSON object of strings and nulls, in its order, or nothing.
+///
+/// # Errors
+/// When it is anything else, or a name is empty or has a zero byte (Kafka's clients can't carry it).
+pub fn parse_headers(json: Option<&str>) -> Result<Vec<OwnHeader<'_>>, Rejection> {
+    let Some(json) = json else {
+        return Ok(Vec::new());
+    };
+    let OwnHeaders(headers) = serde_json::from_str(json).map_err(|error| {
+        Rejection::new(format!("headers are not a JSON object of strings: {error}"))
+    })?;
+    match headers
+        .iter()
+        .find(|(name, _)| name.is_empty() || name.contains('\0'))
+    {
+        Some((name, _)) => Err(Rejection::new(format!(
+            "{name:?} can't be the name of a header"
+        ))),
+        None => Ok(headers),
+    }
+}
+
+struct OwnHeaders<'a>(Vec<OwnHeader<'a>>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for OwnHeaders<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = OwnHeaders<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut headers = Vec::with_capacity(map.size_hint().unwrap_or(4));
+                while let Some((Text(name), value)) =
+                    map.next_entry::<Text<'de>, Option<Text<'de>>>()?
+                {
+                    headers.push((name, value.map(|Text(value)| value)));
+                }
+                Ok(OwnHeaders(headers))
+            }
+        }
+
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// A string, borrowed where it has no escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

@@ -1,0 +1,159 @@
+//! The relay's own durable books in the service's database: who owns a pipeline, how far it got, what is parked.
+//!
+//! Every write is fenced by the epoch of the lease: an owner that was replaced changes nothing (I8).
+
+pub mod postgres;
+pub mod sqlite;
+
+use std::future::Future;
+use std::time::Duration;
+
+use crate::event::{Event, EventId, PipelineName, Start};
+use crate::position::Position;
+
+/// What a ledger needs to know about its pipeline.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The pipeline whose books these are.
+    pub pipeline: PipelineName,
+    /// This process, unlike any other; shown to operators as the owner.
+    pub holder: String,
+    /// How long a lease lasts without renewal.
+    pub lease_ttl: Duration,
+    /// Where the pipeline begins when it has no cursor yet.
+    pub start: Start,
+}
+
+/// The answer to [`Ledger::acquire`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// The lease is ours; continue from here.
+    Ours(Tenure),
+    /// Somebody else owns the pipeline.
+    Held {
+        /// The owner.
+        holder: String,
+        /// Until its lease ends, by the database's clock.
+        expires_in: Duration,
+    },
+}
+
+/// What an owner starts with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenure {
+    /// Everything before it is delivered or parked.
+    pub position: Position,
+    /// Entities that wait behind a parked event: aggregate type, aggregate id, and the id of their first parked event.
+    pub parked: Vec<(String, String, EventId)>,
+}
+
+/// Whether a fenced write took place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fenced {
+    /// Written; the lease is still ours.
+    Written,
+    /// Not written: the lease has passed to somebody else.
+    Lost,
+}
+
+/// An event to be set aside durably.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parked {
+    /// The whole event, so that it outlives the log's retention.
+    pub event: Event,
+    /// Why it was rejected; none when it only waits behind one that was.
+    pub error: Option<String>,
+}
+
+/// The books could not be read or written; whether a write took place is unknown.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct LedgerError(#[from] pub anyhow::Error);
+
+/// The durable books of one pipeline.
+///
+/// The contract: of many holders at most one is told [`Acquired::Ours`] until its lease ends or is released; what
+/// [`acknowledge`](Ledger::acknowledge) wrote is what the next tenure starts with; a write by a former owner answers
+/// [`Fenced::Lost`] and changes nothing; parking the same event twice keeps the first.
+pub trait Ledger: Send {
+    /// Takes the lease if nobody else has it, and reads where to continue.
+    ///
+    /// # Errors
+    /// When the database can't be asked; the lease may have been taken.
+    fn acquire(&mut self) -> impl Future<Output = Result<Acquired, LedgerError>> + Send;
+
+    /// Extends the lease to its full length from now on.
+    ///
+    /// # Errors
+    /// When the database can't be asked.
+    fn renew(&mut self) -> impl Future<Output = Result<Fenced, LedgerError>> + Send;
+
+    /// Moves the cursor.
+    ///
+    /// # Errors
+    /// When the answer is unknown.
+    fn acknowledge(
+        &mut self,
+        position: &Position,
+    ) -> impl Future<Output = Result<Fenced, LedgerError>> + Send;
+
+    /// Sets events aside, durably when this returns.
+    ///
+    /// # Errors
+    /// When the answer is unknown.
+    fn park(
+        &mut self,
+        parked: &[Parked],
+    ) -> impl Future<Output = Result<Fenced, LedgerError>> + Send;
+
+    /// Gives the lease back, so that a standby takes over at once.
+    ///
+    /// # Errors
+    /// When the answer is unknown; the lease then ends by itself.
+    fn release(&mut self) -> impl Future<Output = Result<(), LedgerError>> + Send;
+}
+
+/// The ledgers that run in production.
+pub enum AnyLedger {
+    /// Tables `outbox.cursors`, `outbox.leases` and `outbox.parked`.
+    Postgres(Box<postgres::PostgresLedger>),
+    /// The same tables in the SQLite file.
+    Sqlite(Box<sqlite::SqliteLedger>),
+}
+
+impl Ledger for AnyLedger {
+    async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.acquire().await,
+            Self::Sqlite(ledger) => ledger.acquire().await,
+        }
+    }
+
+    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.renew().await,
+            Self::Sqlite(ledger) => ledger.renew().await,
+        }
+    }
+
+    async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.acknowledge(position).await,
+            Self::Sqlite(ledger) => ledger.acknowledge(position).await,
+        }
+    }
+
+    async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.park(parked).await,
+            Self::Sqlite(ledger) => ledger.park(parked).await,
+        }
+    }
+
+    async fn release(&mut self) -> Result<(), LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.release().await,
+            Self::Sqlite(ledger) => ledger.release().await,
+        }
+    }
+}

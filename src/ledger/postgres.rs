@@ -1,0 +1,481 @@
+//! The books in PostgreSQL: `outbox.cursors`, `outbox.leases`, `outbox.parked`.
+//!
+//! The frequent statements go by the simple protocol, one round trip each, so that they work through a transaction-mode
+//! pooler; what they inline is numbers and names of a closed alphabet. Time is the database's.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, ensure};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use tokio::time::timeout;
+
+use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
+use crate::event::{EventId, Payload, Start};
+use crate::position::{Position, Window};
+use crate::source::postgres::connect;
+
+/// The books of one pipeline in one database.
+pub struct PostgresLedger {
+    options: PgConnectOptions,
+    settings: Settings,
+    connection: Option<PgConnection>,
+    epoch: i64,
+}
+
+impl PostgresLedger {
+    /// Books that connect when they are first used.
+    #[must_use]
+    pub fn new(options: PgConnectOptions, settings: Settings) -> Self {
+        Self {
+            options: options.disable_statement_logging(),
+            settings,
+            connection: None,
+            epoch: 0,
+        }
+    }
+
+    /// Runs one piece of work on the connection; after any failure the connection is given up, and with it whatever
+    /// state an unread answer left behind.
+    async fn with<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut PgConnection, &Settings, i64) -> Result<T, anyhow::Error>,
+    ) -> Result<T, LedgerError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => connect(&self.options).await?,
+        };
+        let limit = self.settings.lease_ttl;
+        let done = timeout(limit, work(&mut connection, &self.settings, self.epoch))
+            .await
+            .map_err(|_| {
+                anyhow!(
+                    "no answer from the database within {} s",
+                    limit.as_secs_f32()
+                )
+            })??;
+        self.connection = Some(connection);
+        Ok(done)
+    }
+}
+
+impl Ledger for PostgresLedger {
+    async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
+        let acquired = self
+            .with(async |connection, settings, _| acquire(connection, settings).await)
+            .await?;
+        Ok(match acquired {
+            Ok((epoch, tenure)) => {
+                self.epoch = epoch;
+                Acquired::Ours(tenure)
+            }
+            Err((holder, expires_in)) => Acquired::Held { holder, expires_in },
+        })
+    }
+
+    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+        self.with(async |connection, settings, epoch| {
+            let renewed = execute(
+                connection,
+                format!(
+                    "update outbox.leases set expires_at = {} where {} and epoch = {epoch}",
+                    expiry(settings),
+                    of_pipeline(settings)
+                ),
+            )
+            .await
+            .context("renew the lease")?;
+            Ok(fenced(renewed))
+        })
+        .await
+    }
+
+    async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
+        let update = set_position(position);
+        self.with(async |connection, settings, epoch| {
+            // A cursor that is lost with the server's last moments is a few duplicates, not worth a flush each time.
+            let moved = execute(
+                connection,
+                format!(
+                    "begin; set local synchronous_commit = off; \
+                     update outbox.cursors set {update}, updated_at = clock_timestamp() where {} and epoch = {epoch}; \
+                     commit",
+                    of_pipeline(settings)
+                ),
+            )
+            .await
+            .context("move the cursor")?;
+            Ok(fenced(moved))
+        })
+        .await
+    }
+
+    async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
+        self.with(async |connection, settings, epoch| {
+            park(connection, settings, epoch, parked).await
+        })
+        .await
+    }
+
+    async fn release(&mut self) -> Result<(), LedgerError> {
+        self.with(async |connection, settings, epoch| {
+            execute(
+                connection,
+                format!(
+                    "update outbox.leases set expires_at = '-infinity' where {} and epoch = {epoch}",
+                    of_pipeline(settings)
+                ),
+            )
+            .await
+            .context("release the lease")
+        })
+        .await?;
+        if let Some(connection) = self.connection.take() {
+            // The lease is released; a connection that does not close politely is closed all the same.
+            connection.close().await.context("close the connection")?;
+        }
+        Ok(())
+    }
+}
+
+type HeldBy = (String, Duration);
+
+async fn acquire(
+    connection: &mut PgConnection,
+    settings: &Settings,
+) -> Result<Result<(i64, Tenure), HeldBy>, anyhow::Error> {
+    if let Some(held) = held_by(connection, settings).await? {
+        return Ok(Err(held));
+    }
+    // Read before the lease is taken, which is a write: the floor of a pipeline that starts here (see Window::floor).
+    let newest = newest_id(connection).await?;
+    let Some(epoch) = take_lease(connection, settings).await? else {
+        let held = held_by(connection, settings).await?;
+        return Ok(Err(held.unwrap_or_else(|| {
+            ("another relay".to_owned(), settings.lease_ttl)
+        })));
+    };
+    let (identity, timeline) = identity(connection).await?;
+    let row = fetch_one(
+        connection,
+        format!(
+            "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline \
+               from outbox.cursors where {}",
+            of_pipeline(settings)
+        ),
+    )
+    .await
+    .context("read the cursor")?;
+    let position = match stored_position(&row)? {
+        Some(position) => {
+            let stored: (Option<i64>, Option<i32>) = (get(&row, 6)?, get(&row, 7)?);
+            ensure!(
+                stored == (Some(identity), Some(timeline)),
+                "the database is not the one that the cursor of pipeline {} belongs to (system identifier and \
+                 timeline were {stored:?}, are {identity} and {timeline}): it was restored or failed over, and its \
+                 transaction ids can't be compared with the cursor's; see \"restored\" in the README",
+                settings.pipeline
+            );
+            position
+        }
+        None => {
+            let position = starting_position(connection, settings.start, newest).await?;
+            let written = execute(
+                connection,
+                format!(
+                    "update outbox.cursors set {}, system_identifier = {identity}, timeline = {timeline} \
+                      where {} and epoch = {epoch}",
+                    set_position(&position),
+                    of_pipeline(settings)
+                ),
+            )
+            .await
+            .context("write the first cursor")?;
+            ensure!(
+                written == 1,
+                "the lease was lost while the first cursor was written"
+            );
+            position
+        }
+    };
+    let parked = parked_entities(connection, settings).await?;
+    Ok(Ok((epoch, Tenure { position, parked })))
+}
+
+/// Asked before anything is written, so that a standby costs the database nothing but a look.
+async fn held_by(
+    connection: &mut PgConnection,
+    settings: &Settings,
+) -> Result<Option<HeldBy>, anyhow::Error> {
+    let row = connection
+        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
+            "select holder, extract(epoch from expires_at - clock_timestamp())::float8 from outbox.leases \
+              where {} and expires_at > clock_timestamp() and holder <> {}",
+            of_pipeline(settings),
+            literal(&settings.holder)
+        ))))
+        .await
+        .context("look for the lease")?;
+    row.map(|row| {
+        let seconds: f64 = get(&row, 1)?;
+        Ok((
+            get(&row, 0)?,
+            Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+        ))
+    })
+    .transpose()
+}
+
+async fn take_lease(
+    connection: &mut PgConnection,
+    settings: &Settings,
+) -> Result<Option<i64>, anyhow::Error> {
+    let (pipeline, holder) = (
+        literal(settings.pipeline.as_str()),
+        literal(&settings.holder),
+    );
+    // The cursor carries the epoch too, so that one look at its own row fences every later write.
+    let row = connection
+        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
+            "with lease as ( \
+                insert into outbox.leases as l (pipeline, holder, epoch, expires_at) \
+                values ({pipeline}, {holder}, 1, {expiry}) \
+                on conflict (pipeline, shard) do update \
+                   set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at \
+                 where l.expires_at <= clock_timestamp() or l.holder = excluded.holder \
+                returning epoch) \
+             insert into outbox.cursors as c (pipeline, epoch) select {pipeline}, epoch from lease \
+             on conflict (pipeline, shard) do update set epoch = excluded.epoch \
+             returning epoch",
+            expiry = expiry(settings)
+        ))))
+        .await
+        .context("take the lease")?;
+    row.map(|row| get(&row, 0)).transpose()
+}
+
+/// Which database this is: its transaction ids mean something only within one system identifier and timeline.
+async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::Error> {
+    let row = fetch_one(
+        connection,
+        "select system_identifier, \
+                ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int \
+           from pg_control_system()"
+            .to_owned(),
+    )
+    .await
+    .context("read the system identifier and timeline (is this a standby?)")?;
+    Ok((get(&row, 0)?, get(&row, 1)?))
+}
+
+async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
+    let row = fetch_one(
+        connection,
+        "select last_value from outbox.events_id_seq".to_owned(),
+    )
+    .await
+    .context("read the newest id")?;
+    Ok(EventId(get(&row, 0)?))
+}
+
+async fn starting_position(
+    connection: &mut PgConnection,
+    start: Start,
+    newest_before_lease: EventId,
+) -> Result<Position, anyhow::Error> {
+    let mut window = Window::beginning();
+    match start {
+        Start::Earliest => {}
+        Start::Latest => {
+            let row = fetch_one(
+                connection,
+                "select pg_current_snapshot()::text, last_value from outbox.events_id_seq"
+                    .to_owned(),
+            )
+            .await
+            .context("read the newest position")?;
+            window.cur = get::<String>(&row, 0)?.parse()?;
+            window.ceiling = EventId(get(&row, 1)?);
+            window.next_floor = newest_before_lease;
+        }
+        Start::Time(us) => {
+            // Read once in a pipeline's life; there is no index on the time.
+            let row = fetch_one(
+                connection,
+                format!(
+                    "select coalesce(min(id) - 1, (select last_value from outbox.events_id_seq)) from outbox.events \
+                      where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'"
+                ),
+            )
+            .await
+            .context("find the event to start from")?;
+            window.ceiling = EventId(get(&row, 0)?);
+            window.next_floor = window.ceiling;
+        }
+    }
+    let last_id = window.ceiling;
+    Ok(Position {
+        window: Arc::new(window),
+        last_id,
+    })
+}
+
+async fn parked_entities(
+    connection: &mut PgConnection,
+    settings: &Settings,
+) -> Result<Vec<(String, String, EventId)>, anyhow::Error> {
+    let rows = connection
+        .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
+            "select aggregate_type, aggregate_id, min(id) from outbox.parked where pipeline = {} group by 1, 2",
+            literal(settings.pipeline.as_str())
+        ))))
+        .await
+        .context("read the parked entities")?;
+    rows.iter()
+        .map(|row| Ok((get(row, 0)?, get(row, 1)?, EventId(get(row, 2)?))))
+        .collect()
+}
+
+async fn park(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    epoch: i64,
+    parked: &[Parked],
+) -> Result<Fenced, anyhow::Error> {
+    // Payloads need bound parameters. Prepared and used inside one transaction, which a pooler keeps on one server.
+    let mut transaction = connection.begin().await.context("begin to park")?;
+    let ours = transaction
+        .execute(sqlx::raw_sql(AssertSqlSafe(format!(
+            "select 1 from outbox.cursors where {} and epoch = {epoch} for update",
+            of_pipeline(settings)
+        ))))
+        .await
+        .context("check the lease")?;
+    if ours.rows_affected() == 0 {
+        return Ok(Fenced::Lost);
+    }
+    for Parked { event, error } in parked {
+        let (json, bytes) = match &event.payload {
+            Payload::Json(json) => (Some(String::from_utf8_lossy(json)), None),
+            Payload::Encoded(bytes) => (None, Some(&bytes[..])),
+            Payload::Ambiguous(json, bytes) => {
+                (Some(String::from_utf8_lossy(json)), Some(&bytes[..]))
+            }
+            Payload::Tombstone => (None, None),
+        };
+        sqlx::query(
+            "insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \
+                    payload_bytes, content_type, headers, occurred_at, error) \
+             values ($1, $2, $3::text::uuid, $4, $5, $6, $7::text::json, $8, $9, $10::text::json, \
+                    timestamptz 'epoch' + $11 * interval '1 microsecond', $12) \
+             on conflict (pipeline, id) do nothing",
+        )
+        .persistent(false)
+        .bind(settings.pipeline.as_str())
+        .bind(event.id.0)
+        .bind(event.event_id.to_string())
+        .bind(&event.aggregate_type[..])
+        .bind(&event.aggregate_id[..])
+        .bind(&event.event_type[..])
+        .bind(json.as_deref())
+        .bind(bytes)
+        .bind(event.content_type.as_deref())
+        .bind(event.headers.as_deref())
+        .bind(event.occurred_at_us)
+        .bind(error.as_deref())
+        .execute(&mut *transaction)
+        .await
+        .with_context(|| format!("park event {}", event.id))?;
+    }
+    transaction
+        .commit()
+        .await
+        .context("commit what was parked")?;
+    Ok(Fenced::Written)
+}
+
+fn stored_position(row: &PgRow) -> Result<Option<Position>, anyhow::Error> {
+    let Some(prev) = get::<Option<String>>(row, 0)? else {
+        return Ok(None);
+    };
+    let window = Window {
+        prev: prev.parse()?,
+        cur: get::<String>(row, 1)?.parse()?,
+        floor: EventId(get(row, 2)?),
+        ceiling: EventId(get(row, 3)?),
+        next_floor: EventId(get(row, 4)?),
+    };
+    Ok(Some(Position {
+        window: Arc::new(window),
+        last_id: EventId(get(row, 5)?),
+    }))
+}
+
+fn set_position(position: &Position) -> String {
+    let Window {
+        prev,
+        cur,
+        floor,
+        ceiling,
+        next_floor,
+    } = &*position.window;
+    let last_id = position.last_id;
+    format!(
+        "prev = '{prev}', cur = '{cur}', floor = {floor}, ceiling = {ceiling}, next_floor = {next_floor}, \
+         last_id = {last_id}"
+    )
+}
+
+fn of_pipeline(settings: &Settings) -> String {
+    format!(
+        "pipeline = {} and shard = 0",
+        literal(settings.pipeline.as_str())
+    )
+}
+
+fn expiry(settings: &Settings) -> String {
+    format!(
+        "clock_timestamp() + interval '{} milliseconds'",
+        settings.lease_ttl.as_millis()
+    )
+}
+
+fn fenced(rows: u64) -> Fenced {
+    if rows == 0 {
+        Fenced::Lost
+    } else {
+        Fenced::Written
+    }
+}
+
+/// Quotes a text as PostgreSQL does with `standard_conforming_strings` on, its only setting since 9.1 that anyone uses;
+/// names of pipelines and holders have no backslash, so the setting does not matter.
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+async fn execute(connection: &mut PgConnection, statement: String) -> Result<u64, anyhow::Error> {
+    let done = connection
+        .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
+        .await?;
+    Ok(done.rows_affected())
+}
+
+async fn fetch_one(
+    connection: &mut PgConnection,
+    statement: String,
+) -> Result<PgRow, anyhow::Error> {
+    Ok(connection
+        .fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)))
+        .await?)
+}
+
+/// Decodes a column whatever alias the server uses for its type.
+fn get<'r, T>(row: &'r PgRow, index: usize) -> Result<T, anyhow::Error>
+where
+    T: sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
+{
+    row.try_get_unchecked(index)
+        .with_context(|| format!("decode column {index}"))
+}

@@ -1,0 +1,195 @@
+use std::fmt::Write;
+use std::sync::Arc;
+
+use expect_test::{Expect, expect};
+use proptest::prelude::*;
+
+use super::{InFlight, Settled, Waiting};
+use crate::event::{Event, EventId, Payload, Seq};
+use crate::position::{Position, Window};
+
+fn end(ceiling: i64) -> Position {
+    let window = Window {
+        ceiling: EventId(ceiling),
+        ..Window::beginning()
+    };
+    Position {
+        window: Arc::new(window),
+        last_id: EventId(ceiling),
+    }
+}
+
+/// Runs a story: `page 1 2 3` begins a page and takes its events up (10 bytes each), `settle 0 2` settles by sequence
+/// number; each `settle` shows what was released.
+fn check(story: &str, expected: &Expect) {
+    let mut in_flight = InFlight::new(4, 35);
+    let mut seen = String::new();
+    for step in story.split(';').map(str::trim) {
+        let (verb, numbers) = step.split_once(' ').unwrap();
+        let numbers = numbers.split(' ').map(|n| n.parse::<i64>().unwrap());
+        match verb {
+            "page" => {
+                let ids: Vec<i64> = numbers.collect();
+                in_flight.begin_page(ids.len(), end(ids[ids.len() - 1] + 100));
+                for id in ids {
+                    let room = in_flight.has_room_for(10);
+                    in_flight.push(EventId(id), 10, id);
+                    if !room {
+                        writeln!(seen, "no room for {id}").unwrap();
+                    }
+                }
+            }
+            "settle" => {
+                for seq in numbers {
+                    if in_flight.settle(Seq(seq.unsigned_abs())) == Settled::Unknown {
+                        writeln!(seen, "unknown {seq}").unwrap();
+                    }
+                }
+                let rest = in_flight.rows();
+                match in_flight.advance() {
+                    None => writeln!(seen, "nothing of {rest}").unwrap(),
+                    Some(advance) => writeln!(
+                        seen,
+                        "{} events to {}/{}",
+                        advance.events, advance.position.last_id, advance.position.window.ceiling
+                    )
+                    .unwrap(),
+                }
+            }
+            other => panic!("unknown step {other}"),
+        }
+    }
+    expected.assert_eq(&seen);
+}
+
+#[test]
+fn only_the_prefix_without_a_gap_is_released() {
+    check(
+        "page 1 2 3; settle 1 2; settle 0",
+        &expect![[r#"
+            nothing of 3
+            3 events to 103/103
+        "#]],
+    );
+}
+
+#[test]
+fn inside_a_page_the_position_is_the_last_event() {
+    check(
+        "page 1 2; page 7 9; settle 0; settle 1 2; settle 3",
+        &expect![[r#"
+            1 events to 1/102
+            2 events to 7/109
+            1 events to 109/109
+        "#]],
+    );
+}
+
+#[test]
+fn a_second_word_about_an_event_changes_nothing() {
+    check(
+        "page 1 2; settle 0 0 9; settle 0",
+        &expect![[r#"
+            unknown 0
+            unknown 9
+            1 events to 1/102
+            unknown 0
+            nothing of 1
+        "#]],
+    );
+}
+
+#[test]
+fn room_ends_with_rows_or_bytes() {
+    check(
+        "page 1 2 3 4; settle 0 1 2 3; page 5 6",
+        &expect![[r#"
+            no room for 4
+            4 events to 104/104
+        "#]],
+    );
+}
+
+#[test]
+fn one_event_larger_than_all_room_is_taken_when_alone() {
+    let mut in_flight = InFlight::new(4, 35);
+    assert!(in_flight.has_room_for(1000));
+    in_flight.begin_page(2, end(2));
+    in_flight.push(EventId(1), 1000, 0);
+    assert!(!in_flight.has_room_for(1));
+}
+
+fn event(id: i64, aggregate_type: &'static str, aggregate_id: &'static str) -> Event {
+    Event {
+        id: EventId(id),
+        event_id: uuid::Uuid::nil(),
+        aggregate_type: aggregate_type.into(),
+        aggregate_id: aggregate_id.into(),
+        event_type: "placed".into(),
+        payload: Payload::Tombstone,
+        content_type: None,
+        headers: None,
+        occurred_at_us: 0,
+    }
+}
+
+#[test]
+fn a_parked_event_holds_its_own_entity_from_itself_on() {
+    let mut waiting = Waiting::default();
+    waiting.park(&event(5, "order", "1"));
+    waiting.park(&event(8, "order", "1"));
+    assert!(
+        !waiting.holds(&event(4, "order", "1")),
+        "what precedes it flows when the log is read again"
+    );
+    assert!(waiting.holds(&event(5, "order", "1")));
+    assert!(waiting.holds(&event(6, "order", "1")));
+    assert!(!waiting.holds(&event(6, "order", "2")));
+    assert!(!waiting.holds(&event(6, "customer", "1")));
+    assert_eq!(waiting.len(), 1);
+}
+
+proptest! {
+    /// Against the naive model: a list of all events and pages, and a set of settled numbers.
+    #[test]
+    fn releases_exactly_the_settled_prefix(
+        pages in prop::collection::vec(1_usize..5, 1..20),
+        order in prop::collection::vec(any::<prop::sample::Index>(), 100),
+    ) {
+        let total: usize = pages.iter().sum();
+        let mut in_flight = InFlight::new(usize::MAX, usize::MAX);
+        let mut ends = Vec::new();
+        let mut id = 0;
+        for page in &pages {
+            in_flight.begin_page(*page, end(id + 1000));
+            for _ in 0..*page {
+                id += 1;
+                in_flight.push(EventId(id), 1, id);
+            }
+            ends.push((id, 1000 + id - i64::try_from(*page).unwrap()));
+        }
+        let mut unsettled: Vec<usize> = (0..total).collect();
+        let mut settled = vec![false; total];
+        let mut released = 0;
+        for index in order {
+            if unsettled.is_empty() {
+                break;
+            }
+            let seq = unsettled.swap_remove(index.index(unsettled.len()));
+            prop_assert_eq!(in_flight.settle(Seq(seq as u64)), Settled::Now);
+            settled[seq] = true;
+            let prefix = settled.iter().take_while(|settled| **settled).count();
+            let advance = in_flight.advance();
+            prop_assert_eq!(advance.is_some(), prefix > released);
+            if let Some(advance) = advance {
+                prop_assert_eq!(advance.events as usize, prefix - released);
+                let last = i64::try_from(prefix).unwrap();
+                let expected = ends.iter().find(|(id, _)| *id == last).map_or(last, |(_, end)| *end);
+                prop_assert_eq!(advance.position.last_id, EventId(expected));
+            }
+            released = prefix;
+            prop_assert_eq!(in_flight.rows(), total - prefix);
+            prop_assert_eq!(in_flight.bytes(), total - prefix);
+        }
+    }
+}

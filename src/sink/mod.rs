@@ -1,0 +1,132 @@
+//! The broker end: takes records over in order and says which arrived. (source → order → route → encode → *sink*)
+//!
+//! Two words for durability everywhere: *handed over* and *delivered*. Only the second moves progress (I3).
+
+pub mod kafka;
+pub mod stdout;
+
+use std::future::Future;
+
+use crate::event::{Record, Rejection, Seq};
+
+/// Why a record was not handed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The queue is full: wait for receipts, then hand over the same record.
+    Full,
+    /// Its topic has not been prepared in this life.
+    Unprepared,
+    /// It will never be accepted, and nothing after it has been handed over.
+    Rejected(Rejection),
+    /// The sink is of no use any more until it is opened again.
+    Broken(SinkError),
+}
+
+/// The sink lost its place: records handed over may or may not have arrived.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SinkError(pub String);
+
+/// What became of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Receipt {
+    /// It is where consumers will find it, whatever happens now.
+    Delivered(Seq),
+    /// It will never be accepted. What was handed over after it may or may not have arrived, so this ends the life.
+    Rejected(Seq, Rejection),
+}
+
+/// Why a topic can't be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotPrepared {
+    /// Records for it are rejected.
+    Rejected(Rejection),
+    /// The broker could not say; try again.
+    Unknown(SinkError),
+}
+
+/// Publishes records.
+///
+/// The contract, held by one suite for every sink and for the fakes: records of one key arrive in the order of their
+/// hand-over; a receipt [`Delivered`](Receipt::Delivered) is final; trouble that may pass (broker down, leader moving)
+/// rejects nothing; after [`Broken`](Refused::Broken) or [`Receipt::Rejected`] nothing of the old life is received any more
+/// once the sink is opened again.
+pub trait Sink: Send {
+    /// Begins a life: forgets what was handed over before, and stops sending what is still queued of it.
+    ///
+    /// # Errors
+    /// When the settings can't work.
+    fn open(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
+
+    /// Makes sure that a topic exists (creating it if so configured), before the first record for it.
+    ///
+    /// # Errors
+    /// [`NotPrepared`].
+    fn prepare(&mut self, topic: &str) -> impl Future<Output = Result<(), NotPrepared>> + Send;
+
+    /// Hands a record over without waiting.
+    ///
+    /// # Errors
+    /// [`Refused`]; the record was not handed over.
+    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused>;
+
+    /// Waits for receipts and appends them, at least one.
+    ///
+    /// # Cancel safety
+    /// Safe: no receipt is lost.
+    ///
+    /// # Errors
+    /// When records that were handed over will get no receipt.
+    fn receipts(
+        &mut self,
+        into: &mut Vec<Receipt>,
+    ) -> impl Future<Output = Result<(), SinkError>> + Send;
+
+    /// What is wrong with the connection at the moment, as far as the sink knows.
+    fn trouble(&self) -> Option<String>;
+}
+
+/// The sinks that run in production.
+pub enum AnySink {
+    /// Apache Kafka.
+    Kafka(Box<kafka::KafkaSink>),
+    /// JSON lines on the standard output.
+    Stdout(stdout::StdoutSink),
+}
+
+impl Sink for AnySink {
+    async fn open(&mut self) -> Result<(), SinkError> {
+        match self {
+            Self::Kafka(sink) => sink.open().await,
+            Self::Stdout(sink) => sink.open().await,
+        }
+    }
+
+    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
+        match self {
+            Self::Kafka(sink) => sink.prepare(topic).await,
+            Self::Stdout(sink) => sink.prepare(topic).await,
+        }
+    }
+
+    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+        match self {
+            Self::Kafka(sink) => sink.hand_over(seq, record),
+            Self::Stdout(sink) => sink.hand_over(seq, record),
+        }
+    }
+
+    async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        match self {
+            Self::Kafka(sink) => sink.receipts(into).await,
+            Self::Stdout(sink) => sink.receipts(into).await,
+        }
+    }
+
+    fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Kafka(sink) => sink.trouble(),
+            Self::Stdout(sink) => sink.trouble(),
+        }
+    }
+}

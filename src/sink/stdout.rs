@@ -1,0 +1,103 @@
+//! Writes records to the standard output, one JSON object a line: for dry runs and pipes.
+//!
+//! A record counts as delivered when the line has been flushed.
+
+use std::io::Write;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::{Map, Value, json};
+
+use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use crate::event::{Record, Seq};
+
+/// Lines collected before they are written, unless receipts are asked for.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// The standard output, or any other writer.
+pub struct StdoutSink {
+    out: Box<dyn Write + Send>,
+    buffer: Vec<u8>,
+    handed_over: Vec<Seq>,
+}
+
+impl StdoutSink {
+    /// Writes to the standard output of the process.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::to(std::io::stdout())
+    }
+
+    /// Writes to any writer.
+    pub fn to(out: impl Write + Send + 'static) -> Self {
+        Self {
+            out: Box::new(out),
+            buffer: Vec::new(),
+            handed_over: Vec::new(),
+        }
+    }
+}
+
+impl Default for StdoutSink {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Sink for StdoutSink {
+    async fn open(&mut self) -> Result<(), SinkError> {
+        self.buffer.clear();
+        self.handed_over.clear();
+        Ok(())
+    }
+
+    async fn prepare(&mut self, _topic: &str) -> Result<(), NotPrepared> {
+        Ok(())
+    }
+
+    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+        if self.buffer.len() >= BUFFER_BYTES {
+            return Err(Refused::Full);
+        }
+        let line = json!({
+            "topic": record.topic,
+            "key": record.key.as_deref().map(readable),
+            "timestamp_ms": record.timestamp_ms,
+            "headers": record
+                .headers
+                .iter()
+                .map(|(name, value)| (name.to_string(), value.as_deref().map_or(Value::Null, readable)))
+                .collect::<Map<_, _>>(),
+            "value": record.value.as_deref().map(readable),
+        });
+        self.buffer.extend_from_slice(line.to_string().as_bytes());
+        self.buffer.push(b'\n');
+        self.handed_over.push(seq);
+        Ok(())
+    }
+
+    async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        if self.handed_over.is_empty() {
+            return std::future::pending().await;
+        }
+        self.out
+            .write_all(&self.buffer)
+            .and_then(|()| self.out.flush())
+            .map_err(|error| SinkError(format!("write to the standard output: {error}")))?;
+        self.buffer.clear();
+        into.extend(self.handed_over.drain(..).map(Receipt::Delivered));
+        Ok(())
+    }
+
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+}
+
+/// The bytes as text, or, where they are none, in base64.
+fn readable(bytes: &[u8]) -> Value {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Value::from(text),
+        Err(_) => json!({ "base64": BASE64_STANDARD.encode(bytes) }),
+    }
+}

@@ -1,0 +1,116 @@
+//! The database end that captures: committed events, in log order, page by page. (*source* → order → route → encode → sink)
+//!
+//! A source only reads. It never moves progress (that is the [`crate::ledger`]) and knows no sink and no rule.
+
+pub mod postgres;
+pub mod sqlite;
+
+use std::future::Future;
+
+use crate::event::{Event, EventId};
+use crate::position::Position;
+
+/// How much one page may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimits {
+    /// Events, at least 1.
+    pub rows: usize,
+    /// Bytes in memory. The first event of a page is taken whatever its size.
+    pub bytes: usize,
+}
+
+/// Events that follow each other in the log.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// In log order; all of one window.
+    pub events: Vec<Event>,
+    /// Where one stands when all of them are done with.
+    pub end: Position,
+    /// False when the log had nothing more at the time of reading.
+    pub more: bool,
+}
+
+impl Page {
+    /// The newest id that the log had handed out when the window was opened.
+    #[must_use]
+    pub fn newest(&self) -> EventId {
+        self.end.window.ceiling
+    }
+}
+
+/// What went wrong with the database; a person or time has to mend it, then one starts again from the last position.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Connection, timeout, shutdown of the server: comes back by itself.
+    #[error("{0:#}")]
+    Transient(anyhow::Error),
+    /// The table or the rights are not what they should be; tried again all the same, more slowly.
+    #[error("{0:#}")]
+    Misconfigured(anyhow::Error),
+}
+
+/// Captures committed events in log order.
+///
+/// The contract, held by one suite for every source and for the fakes:
+/// after [`seek`](Source::seek) to a position, the pages yield every event that is not before it, once each, and for one
+/// entity in commit order; the same position yields the same events again; a transaction in progress holds nobody up.
+pub trait Source: Send {
+    /// Continues from `position`.
+    fn seek(&mut self, position: Position);
+
+    /// Reads the next page; an empty one means that there is nothing new.
+    ///
+    /// `acknowledged` is a position whose durable write has completed, which lets the next windows start higher.
+    ///
+    /// # Cancel safety
+    /// Safe: an unfinished page is read again.
+    ///
+    /// # Errors
+    /// [`SourceError`], after which the source reconnects at the next call.
+    fn capture(
+        &mut self,
+        limits: PageLimits,
+        acknowledged: &Position,
+    ) -> impl Future<Output = Result<Page, SourceError>> + Send;
+
+    /// Waits until it is worth looking again. A hint: may return early, and returns late at worst by the poll interval.
+    ///
+    /// # Cancel safety
+    /// Safe: a lost hint costs latency only (I7).
+    fn wake(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// The sources that run in production.
+pub enum AnySource {
+    /// PostgreSQL 14 to 18.
+    Postgres(Box<postgres::PostgresSource>),
+    /// A SQLite file.
+    Sqlite(Box<sqlite::SqliteSource>),
+}
+
+impl Source for AnySource {
+    fn seek(&mut self, position: Position) {
+        match self {
+            Self::Postgres(source) => source.seek(position),
+            Self::Sqlite(source) => source.seek(position),
+        }
+    }
+
+    async fn capture(
+        &mut self,
+        limits: PageLimits,
+        acknowledged: &Position,
+    ) -> Result<Page, SourceError> {
+        match self {
+            Self::Postgres(source) => source.capture(limits, acknowledged).await,
+            Self::Sqlite(source) => source.capture(limits, acknowledged).await,
+        }
+    }
+
+    async fn wake(&mut self) {
+        match self {
+            Self::Postgres(source) => source.wake().await,
+            Self::Sqlite(source) => source.wake().await,
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Decodes PostgreSQL's binary copy format into events. Pure: bytes in, rows out.
+//!
+//! Format: PostgreSQL documentation, "COPY", section "Binary Format": an 11-byte signature, flags and extension length
+//! once, then per tuple a 16-bit field count and per field a 32-bit length (-1 for null) and the bytes. The server puts
+//! each tuple into a message of its own; the first also carries the signature.
+
+use anyhow::{Context, anyhow, ensure};
+use bytes::{Buf, Bytes};
+use bytestring::ByteString;
+use uuid::Uuid;
+
+use crate::event::{Event, EventId, Payload};
+use crate::position::Snapshot;
+
+const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
+const FIELDS: i16 = 10;
+/// PostgreSQL counts time from 2000-01-01, Unix from 1970-01-01.
+const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+
+pub(super) enum Row {
+    Event(Event),
+    Head { cur: Snapshot, ceiling: EventId },
+}
+
+pub(super) struct Decoder {
+    started: bool,
+}
+
+impl Decoder {
+    pub(super) fn new() -> Self {
+        Self { started: false }
+    }
+
+    /// Decodes one message; none for the end mark.
+    pub(super) fn decode(&mut self, mut message: Bytes) -> Result<Option<Row>, anyhow::Error> {
+        if !self.started {
+            ensure!(
+                message.starts_with(SIGNATURE),
+                "the copy stream has no signature"
+            );
+            message.advance(SIGNATURE.len());
+            message.try_get_u32().context("read the copy flags")?;
+            let extension = message.try_get_u32().context("read the copy extension")?;
+            ensure!(extension == 0, "unknown copy extension");
+            self.started = true;
+        }
+        if !message.has_remaining() {
+            return Ok(None);
+        }
+        match message.try_get_i16().context("read a tuple")? {
+            -1 => Ok(None),
+            FIELDS => row(&mut message).map(Some),
+            other => Err(anyhow!("a tuple of {other} fields, expected {FIELDS}")),
+        }
+    }
+}
+
+fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
+    let id = field(message)?
+        .context("id is null")?
+        .try_get_i64()
+        .context("decode id")?;
+    let event_id = field(message)?;
+    let aggregate_type = text(message)?.unwrap_or_default();
+    let Some(event_id) = event_id else {
+        let cur = aggregate_type.parse().context("decode the snapshot")?;
+        return Ok(Row::Head {
+            cur,
+            ceiling: EventId(id),
+        });
+    };
+    Ok(Row::Event(Event {
+        id: EventId(id),
+        event_id: Uuid::from_slice(&event_id).context("decode event_id")?,
+        aggregate_type,
+        aggregate_id: text(message)?.unwrap_or_default(),
+        event_type: text(message)?.unwrap_or_default(),
+        payload: match (field(message)?, field(message)?) {
+            (None, None) => Payload::Tombstone,
+            (Some(json), None) => Payload::Json(json),
+            (None, Some(encoded)) => Payload::Encoded(encoded),
+            (Some(json), Some(encoded)) => Payload::Ambiguous(json, encoded),
+        },
+        content_type: text(message)?,
+        headers: text(message)?,
+        occurred_at_us: match field(message)? {
+            Some(mut field) => field
+                .try_get_i64()
+                .context("decode occurred_at")?
+                .saturating_add(POSTGRES_EPOCH_US),
+            None => 0,
+        },
+    }))
+}
+
+fn field(message: &mut Bytes) -> Result<Option<Bytes>, anyhow::Error> {
+    let length = message.try_get_i32().context("read a field's length")?;
+    let Ok(length) = usize::try_from(length) else {
+        return Ok(None);
+    };
+    ensure!(length <= message.remaining(), "a field is cut short");
+    Ok(Some(message.split_to(length)))
+}
+
+fn text(message: &mut Bytes) -> Result<Option<ByteString>, anyhow::Error> {
+    field(message)?
+        .map(|bytes| ByteString::try_from(bytes).context("a text of the outbox is not UTF-8"))
+        .transpose()
+}

@@ -1,0 +1,125 @@
+//! The SQL that reads windows. Pure: text in, text out.
+//!
+//! Sent with the simple protocol as `copy (…) to stdout (format binary)`: one round trip, no prepared statement (a
+//! transaction-mode pooler has none), the fields as they lie on the wire. Everything inlined is a number or a list of
+//! numbers that this program formatted itself.
+//!
+//! Three shapes, each with one sensible plan whatever the statistics say:
+//! * the main range, a bounded ordered scan of the primary key; the visibility tests can't be served by any index;
+//! * late rows at or below the floor, found by transaction through the index on `(xid, id)`;
+//! * the head of a new window: snapshot and newest id, read in the same statement as the first page.
+
+use std::fmt::Write;
+
+use crate::position::{Position, Window};
+
+const COLUMNS: &str = "e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, \
+                       e.payload_bytes, e.content_type, e.headers, e.occurred_at";
+
+/// Late rows lie below the main range, so this merge never interleaves; it is written all the same, because the order of
+/// a bare `union all` is nobody's promise.
+const MERGE: &str = "order by page.id";
+
+/// Opens the window that follows `before`: a head row (ceiling as id, null, snapshot), then its first page.
+///
+/// The statement's own snapshot is `cur`, so rows that it sees need no test against `cur`. When the newest id is at the
+/// floor no table is touched: the range is guarded by a condition on the head alone.
+pub(super) fn open_window(before: &Window, rows_max: usize) -> String {
+    let prev = &before.cur;
+    let floor = before.next_floor.0;
+    let mut rows = String::new();
+    let mut merge = "";
+    if !prev.in_progress.is_empty() {
+        merge = MERGE;
+        let candidates = xid_list(prev.in_progress.iter());
+        // Transactions still in progress are left to a later window without a look at the table.
+        let ended = format!(
+            "unnest('{{{candidates}}}'::xid8[]) as late (xid) \
+             where pg_visible_in_snapshot(late.xid, pg_current_snapshot())"
+        );
+        let _ = write!(
+            rows,
+            "({}) union all ",
+            late_rows(&ended, 0, floor, rows_max)
+        );
+    }
+    let _ = write!(
+        rows,
+        "(select page.* from head cross join lateral (\
+            select {COLUMNS} from outbox.events e \
+             where head.ceiling > {floor} and e.id > {floor} and e.id <= head.ceiling \
+               and not pg_visible_in_snapshot(e.xid, '{prev}') \
+             order by e.id limit {rows_max}) page)"
+    );
+    format!(
+        "copy (\
+         with head as materialized (\
+            select s.last_value as ceiling, pg_current_snapshot() as cur from outbox.events_id_seq s) \
+         select ceiling, null::uuid, cur::text, '', '', null::json, null::bytea, null, null::json, \
+                null::timestamptz from head \
+         union all (select * from ({rows}) page {merge} limit {rows_max})\
+         ) to stdout (format binary)"
+    )
+}
+
+/// The page after `at.last_id` in the window of `at`.
+pub(super) fn next_page(at: &Position, rows_max: usize) -> String {
+    let Window {
+        prev,
+        cur,
+        floor,
+        ceiling,
+        next_floor: _,
+    } = &*at.window;
+    let last_id = at.last_id.0;
+    let mut rows = String::new();
+    let mut merge = "";
+    if at.last_id < *floor {
+        let mut ended = prev
+            .in_progress
+            .iter()
+            .filter(|xid| cur.sees(**xid))
+            .peekable();
+        if ended.peek().is_some() {
+            merge = MERGE;
+            let ended = format!("unnest('{{{}}}'::xid8[]) as late (xid)", xid_list(ended));
+            let _ = write!(
+                rows,
+                "({}) union all ",
+                late_rows(&ended, last_id, floor.0, rows_max)
+            );
+        }
+    }
+    let _ = write!(
+        rows,
+        "(select {COLUMNS} from outbox.events e \
+           where e.id > {} and e.id <= {ceiling} \
+             and pg_visible_in_snapshot(e.xid, '{cur}') \
+             and not pg_visible_in_snapshot(e.xid, '{prev}') \
+           order by e.id limit {rows_max})",
+        last_id.max(floor.0)
+    );
+    format!("copy (select * from ({rows}) page {merge} limit {rows_max}) to stdout (format binary)")
+}
+
+/// Rows at or below the floor, in id order. They precede the main range, which lies above the floor.
+fn late_rows(ended: &str, after: i64, floor: i64, rows_max: usize) -> String {
+    format!(
+        "select e.* from (select late.xid from {ended}) late cross join lateral (\
+            select {COLUMNS} from outbox.events e \
+             where e.xid = late.xid and e.id > {after} and e.id <= {floor} \
+             order by e.id limit {rows_max}) e \
+         order by e.id limit {rows_max}"
+    )
+}
+
+fn xid_list<'a>(xids: impl Iterator<Item = &'a u64>) -> String {
+    let mut list = String::new();
+    for xid in xids {
+        if !list.is_empty() {
+            list.push(',');
+        }
+        let _ = write!(list, "{xid}");
+    }
+    list
+}
