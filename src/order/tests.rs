@@ -78,6 +78,7 @@ fn inside_a_page_the_position_is_the_last_event() {
     check(
         "page 1 2; page 7 9; settle 0; settle 1 2; settle 3",
         &expect![[r#"
+            no room for 9
             1 events to 1/102
             2 events to 7/109
             1 events to 109/109
