@@ -5,6 +5,8 @@ pub mod event;
 pub mod ledger;
 pub mod order;
 pub mod position;
+pub mod relay;
 pub mod route;
 pub mod sink;
 pub mod source;
+pub mod telemetry;

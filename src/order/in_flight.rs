@@ -10,6 +10,7 @@ struct Slot {
     id: EventId,
     bytes: usize,
     occurred_at_us: i64,
+    tag: u32,
     settled: bool,
 }
 
@@ -23,8 +24,13 @@ struct Mark {
 /// How [`InFlight::settle`] took a receipt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
-    /// First word about this event.
-    Now,
+    /// First word about this event; what was noted of it when it was taken up.
+    Now {
+        /// Whatever the caller noted.
+        tag: u32,
+        /// When it was emitted, in microseconds since the Unix epoch.
+        occurred_at_us: i64,
+    },
     /// Settled before, or never taken up in this life.
     Unknown,
 }
@@ -80,12 +86,13 @@ impl InFlight {
     }
 
     /// Takes up the next event of the log.
-    pub fn push(&mut self, id: EventId, bytes: usize, occurred_at_us: i64) -> Seq {
+    pub fn push(&mut self, id: EventId, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
         let seq = self.next_seq();
         self.slots.push_back(Slot {
             id,
             bytes,
             occurred_at_us,
+            tag,
             settled: false,
         });
         self.bytes += bytes;
@@ -114,7 +121,10 @@ impl InFlight {
         match slot {
             Some(slot) if !slot.settled => {
                 slot.settled = true;
-                Settled::Now
+                Settled::Now {
+                    tag: slot.tag,
+                    occurred_at_us: slot.occurred_at_us,
+                }
             }
             _ => Settled::Unknown,
         }

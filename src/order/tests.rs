@@ -33,7 +33,7 @@ fn check(story: &str, expected: &Expect) {
                 in_flight.begin_page(ids.len(), end(ids[ids.len() - 1] + 100));
                 for id in ids {
                     let room = in_flight.has_room_for(10);
-                    in_flight.push(EventId(id), 10, id);
+                    in_flight.push(EventId(id), 10, id, 0);
                     if !room {
                         writeln!(seen, "no room for {id}").unwrap();
                     }
@@ -116,7 +116,7 @@ fn one_event_larger_than_all_room_is_taken_when_alone() {
     let mut in_flight = InFlight::new(4, 35);
     assert!(in_flight.has_room_for(1000));
     in_flight.begin_page(2, end(2));
-    in_flight.push(EventId(1), 1000, 0);
+    in_flight.push(EventId(1), 1000, 0, 0);
     assert!(!in_flight.has_room_for(1));
 }
 
@@ -165,7 +165,7 @@ proptest! {
             in_flight.begin_page(*page, end(id + 1000));
             for _ in 0..*page {
                 id += 1;
-                in_flight.push(EventId(id), 1, id);
+                in_flight.push(EventId(id), 1, id, 7);
             }
             ends.push((id, 1000 + id - i64::try_from(*page).unwrap()));
         }
@@ -177,7 +177,7 @@ proptest! {
                 break;
             }
             let seq = unsettled.swap_remove(index.index(unsettled.len()));
-            prop_assert_eq!(in_flight.settle(Seq(seq as u64)), Settled::Now);
+            prop_assert_eq!(in_flight.settle(Seq(seq as u64)), Settled::Now { tag: 7, occurred_at_us: seq as i64 + 1 });
             settled[seq] = true;
             let prefix = settled.iter().take_while(|settled| **settled).count();
             let advance = in_flight.advance();

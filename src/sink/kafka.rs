@@ -20,6 +20,7 @@ use rdkafka::producer::{
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
@@ -31,6 +32,9 @@ const MESSAGE_BYTES_DEFAULT: usize = 1_048_588;
 const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
 /// For one question to the broker about a topic.
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// For the question whether anybody answers.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How the sink reaches Kafka and what its topics look like.
 #[derive(Clone, Debug, Deserialize)]
@@ -455,6 +459,34 @@ impl Sink for KafkaSink {
         self.producer = Some(producer);
         self.deliveries = receiver;
         Ok(())
+    }
+
+    async fn check(&mut self) -> Result<(), SinkError> {
+        let not_open = || SinkError("the Kafka producer is not open".to_owned());
+        let producer = self.producer.clone().ok_or_else(not_open)?;
+        // librdkafka waits in the call; the answer comes from any broker that it reaches.
+        let asked = spawn_blocking(move || {
+            producer
+                .client()
+                .fetch_metadata(None, CHECK_TIMEOUT)
+                .map(drop)
+        });
+        match asked.await {
+            Ok(Err(error)) => {
+                let trouble = self
+                    .trouble()
+                    .map_or(String::new(), |trouble| format!(" ({trouble})"));
+                Err(SinkError(format!(
+                    "no answer from Kafka at {}: {error}{trouble}",
+                    self.settings.brokers
+                )))
+            }
+            Ok(Ok(())) => {
+                self.trouble.send_replace(None);
+                Ok(())
+            }
+            Err(_) => Err(not_open()),
+        }
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {

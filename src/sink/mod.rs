@@ -58,6 +58,12 @@ pub trait Sink: Send {
     /// When the settings can't work.
     fn open(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
+    /// Asks whether the other end can be reached at all; cheap enough for once a second.
+    ///
+    /// # Errors
+    /// When it can't, with the reason as far as it is known.
+    fn check(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
+
     /// Makes sure that a topic exists (creating it if so configured), before the first record for it.
     ///
     /// # Errors
@@ -99,6 +105,13 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.open().await,
             Self::Stdout(sink) => sink.open().await,
+        }
+    }
+
+    async fn check(&mut self) -> Result<(), SinkError> {
+        match self {
+            Self::Kafka(sink) => sink.check().await,
+            Self::Stdout(sink) => sink.check().await,
         }
     }
 

@@ -51,6 +51,10 @@ impl Sink for StdoutSink {
         Ok(())
     }
 
+    async fn check(&mut self) -> Result<(), SinkError> {
+        Ok(())
+    }
+
     async fn prepare(&mut self, _topic: &str) -> Result<(), NotPrepared> {
         Ok(())
     }

@@ -1,0 +1,398 @@
+//! The loop: where the stages of one pipeline meet.
+//!
+//! ```text
+//! stand by ─ lease ─> tenure ┬ books: lease, cursor, parked events      (one ledger connection)
+//!                            └ life  ┬ read: pages ahead of the hand-over  (one reading connection)
+//!                                    └ publish: order → route → encode → sink, receipts, position
+//! ```
+//!
+//! A *tenure* lasts as long as the lease; a *life* as long as source and sink keep their place. All of it is one future
+//! and its parts talk through bounded channels: dropping it at any point is a crash, and a crash loses nothing, because
+//! the next life reads from the last position.
+
+mod books;
+mod publish;
+pub mod status;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use self::books::{Closed, Desk, Pace};
+use self::publish::{Ended, Publisher};
+use self::status::{State, Status};
+use crate::encode::Encoding;
+use crate::event::{EventId, PipelineName, Rejection};
+use crate::ledger::{Acquired, Ledger, Tenure};
+use crate::order::Waiting;
+use crate::position::Position;
+use crate::route::{Filter, Route};
+use crate::sink::Sink;
+use crate::source::{Page, PageLimits, Source, SourceError};
+use crate::telemetry::PipelineMetrics;
+
+/// What happens to an event that can't be published.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// It is set aside with its error; its entity waits, everybody else flows.
+    #[default]
+    Park,
+    /// The pipeline stops.
+    Halt,
+}
+
+/// The rules of one pipeline.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    /// Its name.
+    pub name: PipelineName,
+    /// Which events it takes.
+    pub filter: Filter,
+    /// Topic and key.
+    pub route: Route,
+    /// What records look like.
+    pub encoding: Encoding,
+    /// What happens to events that can't be published.
+    pub on_rejected: Policy,
+}
+
+/// The bounds of one pipeline.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How much a page holds; up to three pages are in memory at once (read, waiting, being handed over).
+    pub page: PageLimits,
+    /// Events handed over and not confirmed, at most.
+    pub in_flight_rows: usize,
+    /// Their bytes, at most; a single larger event is taken alone.
+    pub in_flight_bytes: usize,
+    /// How long the lease lasts without renewal.
+    pub lease_ttl: Duration,
+    /// How long a stop waits for confirmations.
+    pub drain_timeout: Duration,
+    /// The cursor is written at most this often.
+    pub acknowledge_interval: Duration,
+}
+
+/// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
+const STANDBY_LOOK: Duration = Duration::from_millis(500);
+
+/// One pipeline with its ends.
+pub struct Relay<S, K, L> {
+    /// Its rules.
+    pub pipeline: Pipeline,
+    /// Its bounds.
+    pub settings: Settings,
+    /// Where events come from.
+    pub source: S,
+    /// Where they go.
+    pub sink: K,
+    /// Its books.
+    pub ledger: L,
+    /// What it says about itself.
+    pub status: watch::Sender<Status>,
+    /// The wall clock, in microseconds since the Unix epoch.
+    pub now_us: fn() -> i64,
+}
+
+/// How a tenure ended.
+enum Over {
+    Stopped,
+    LeaseLost,
+    Trouble(String),
+}
+
+impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
+    /// Runs until `stop`: stands by, publishes while it has the lease, begins again after trouble, for ever.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
+        let mut backoff = backoff();
+        while let Some(tenure) = self.stand_by(&stop, &mut backoff).await {
+            metrics.owner(true);
+            let began = Instant::now();
+            let over = self.tenure(tenure, &metrics, &stop).await;
+            metrics.owner(false);
+            match over {
+                Over::Stopped => break,
+                Over::LeaseLost => {
+                    tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
+                    // What is queued must not leave any more: somebody else publishes now.
+                    self.reopen_sink().await;
+                }
+                Over::Trouble(reason) => {
+                    metrics.restarted();
+                    if began.elapsed() > self.settings.lease_ttl {
+                        backoff = self::backoff();
+                    }
+                    if !self.pause(reason, &mut backoff, &stop).await {
+                        break;
+                    }
+                }
+            }
+        }
+        self.set_state(State::Stopped);
+    }
+
+    /// Waits for the lease; none when asked to stop.
+    async fn stand_by(
+        &mut self,
+        stop: &CancellationToken,
+        backoff: &mut ExponentialBackoff,
+    ) -> Option<Tenure> {
+        loop {
+            let acquired = tokio::select! {
+                biased;
+                () = stop.cancelled() => return None,
+                acquired = self.ledger.acquire() => acquired,
+            };
+            match acquired {
+                Ok(Acquired::Ours(tenure)) => return Some(tenure),
+                Ok(Acquired::Held { holder, expires_in }) => {
+                    self.set_state(State::Standby { holder });
+                    tokio::select! {
+                        () = stop.cancelled() => return None,
+                        () = sleep(expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK)) => {}
+                    }
+                }
+                Err(error) => {
+                    if !self.pause(error.to_string(), backoff, stop).await {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// As long as the lease lasts: books on one side, life after life on the other.
+    async fn tenure(
+        &mut self,
+        tenure: Tenure,
+        metrics: &PipelineMetrics,
+        stop: &CancellationToken,
+    ) -> Over {
+        let Tenure { position, parked } = tenure;
+        let (settled, settled_seen) = watch::channel(position.clone());
+        let (durable, durable_seen) = watch::channel(position);
+        let (orders, orders_taken) = mpsc::channel(1);
+        let (lease_until, lease_seen) = watch::channel(Instant::now() + self.settings.lease_ttl);
+        let mut desk = Desk {
+            settled: settled_seen,
+            durable,
+            orders: orders_taken,
+            lease_until,
+        };
+        let pace = Pace {
+            lease_ttl: self.settings.lease_ttl,
+            acknowledge_interval: self.settings.acknowledge_interval,
+        };
+        let mut lives = Lives {
+            pipeline: &self.pipeline,
+            settings: &self.settings,
+            source: &mut self.source,
+            sink: &mut self.sink,
+            status: &self.status,
+            metrics,
+            now_us: self.now_us,
+            waiting: Waiting::new(parked),
+            condemned: HashMap::new(),
+            durable: durable_seen,
+            orders,
+            lease_until: lease_seen,
+        };
+        let ledger = &mut self.ledger;
+        let over = {
+            let mut books = std::pin::pin!(books::keep(ledger, &mut desk, &pace));
+            let over = tokio::select! {
+                biased;
+                closed = &mut books => return over_by(closed),
+                over = lives.run(&settled, stop) => over,
+            };
+            // Lets the books write the last position and close.
+            drop((settled, lives));
+            match books.await {
+                Closed::Done => over,
+                closed => over_by(closed),
+            }
+        };
+        if let Err(error) = ledger.release().await {
+            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        }
+        over
+    }
+
+    /// Says what is wrong and waits a little; false when asked to stop meanwhile.
+    async fn pause(
+        &self,
+        reason: String,
+        backoff: &mut ExponentialBackoff,
+        stop: &CancellationToken,
+    ) -> bool {
+        self.set_state(State::Stalled { reason });
+        tokio::select! {
+            () = stop.cancelled() => false,
+            () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => true,
+        }
+    }
+
+    async fn reopen_sink(&mut self) {
+        if let Err(error) = self.sink.open().await {
+            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not reset the sink");
+        }
+    }
+
+    fn set_state(&self, state: State) {
+        self.status
+            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+    }
+}
+
+fn over_by(closed: Closed) -> Over {
+    match closed {
+        Closed::Done => Over::Stopped,
+        Closed::LeaseLost => Over::LeaseLost,
+        Closed::Trouble(error) => Over::Trouble(error.to_string()),
+    }
+}
+
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// 0.1 s doubling to 5 s, for ever, with jitter: replicas must not come back in step.
+fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(BACKOFF_MAX)
+        .without_max_times()
+        .with_jitter()
+        .build()
+}
+
+/// The lives of one tenure, one after the other.
+struct Lives<'a, S, K> {
+    pipeline: &'a Pipeline,
+    settings: &'a Settings,
+    source: &'a mut S,
+    sink: &'a mut K,
+    status: &'a watch::Sender<Status>,
+    metrics: &'a PipelineMetrics,
+    now_us: fn() -> i64,
+    waiting: Waiting,
+    condemned: HashMap<EventId, Rejection>,
+    durable: watch::Receiver<Position>,
+    orders: mpsc::Sender<books::ParkOrder>,
+    lease_until: watch::Receiver<Instant>,
+}
+
+impl<S: Source, K: Sink> Lives<'_, S, K> {
+    async fn run(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Over {
+        let mut backoff = backoff();
+        loop {
+            let began = Instant::now();
+            let reason = match self.live(settled, stop).await {
+                Ended::Stopped => return Over::Stopped,
+                Ended::LeaseLost => return Over::LeaseLost,
+                Ended::Condemned(id, rejection) => {
+                    tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
+                        "the broker refused an event after its hand-over, reading again to set it aside");
+                    self.condemned.insert(id, rejection);
+                    continue;
+                }
+                Ended::Halted(id, rejection) => {
+                    self.halt(format!("event {id}: {rejection}"), stop).await;
+                    return Over::Stopped;
+                }
+                Ended::Sink(error) => error.to_string(),
+                Ended::Source(error) => return Over::Trouble(error.to_string()),
+            };
+            self.metrics.restarted();
+            if began.elapsed() > BACKOFF_MAX {
+                backoff = self::backoff();
+            }
+            self.set_state(State::Stalled { reason });
+            tokio::select! {
+                () = stop.cancelled() => return Over::Stopped,
+                () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
+            }
+        }
+    }
+
+    /// One life: reads from the last settled position and publishes, until something ends it.
+    async fn live(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Ended {
+        if let Err(error) = self.sink.open().await {
+            return Ended::Sink(error);
+        }
+        tokio::select! {
+            biased;
+            checked = self.sink.check() => if let Err(error) = checked {
+                return Ended::Sink(error);
+            },
+            () = stop.cancelled() => return Ended::Stopped,
+        }
+        self.source.seek(settled.borrow().clone());
+        let (pages, pages_read) = mpsc::channel(1);
+        let mut publisher = Publisher {
+            pipeline: self.pipeline,
+            settings: self.settings,
+            sink: self.sink,
+            metrics: self.metrics,
+            status: self.status,
+            settled,
+            orders: &self.orders,
+            lease_until: &self.lease_until,
+            waiting: &mut self.waiting,
+            condemned: &self.condemned,
+            now_us: self.now_us,
+        };
+        tokio::select! {
+            biased;
+            ended = publisher.run(pages_read, stop) => ended,
+            error = read_ahead(self.source, self.settings.page, &self.durable, &pages, self.metrics, stop) => {
+                Ended::Source(error)
+            }
+        }
+    }
+
+    /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
+    async fn halt(&self, reason: String, stop: &CancellationToken) {
+        self.set_state(State::Halted { reason });
+        stop.cancelled().await;
+    }
+
+    fn set_state(&self, state: State) {
+        self.status
+            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+    }
+}
+
+/// Reads pages while earlier ones are handed over; returns only with an error.
+///
+/// After `stop` it reads nothing more, and lets what is under way be drained.
+async fn read_ahead<S: Source>(
+    source: &mut S,
+    limits: PageLimits,
+    durable: &watch::Receiver<Position>,
+    pages: &mpsc::Sender<Page>,
+    metrics: &PipelineMetrics,
+    stop: &CancellationToken,
+) -> SourceError {
+    while !stop.is_cancelled() {
+        let acknowledged = durable.borrow().clone();
+        let began = Instant::now();
+        let page = match source.capture(limits, &acknowledged).await {
+            Ok(page) => page,
+            Err(error) => return error,
+        };
+        metrics.captured(page.events.len(), began.elapsed());
+        let more = page.more;
+        if !page.events.is_empty() && pages.send(page).await.is_err() {
+            break;
+        }
+        if !more {
+            source.wake().await;
+        }
+    }
+    std::future::pending().await
+}

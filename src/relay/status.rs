@@ -1,0 +1,99 @@
+//! What a pipeline says about itself: read by readiness, `/status` and metrics.
+
+use serde::Serialize;
+
+use crate::event::PipelineName;
+
+/// What a pipeline is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum State {
+    /// Not yet connected.
+    Starting,
+    /// Another relay owns the pipeline; this one takes over when its lease ends.
+    Standby {
+        /// The owner.
+        holder: String,
+    },
+    /// Publishing, or waiting for something to publish.
+    Running,
+    /// Nothing moves, and it is tried again until it does.
+    Stalled {
+        /// What is in the way.
+        reason: String,
+    },
+    /// An event was rejected and the policy is to stop. A restart tries again.
+    Halted {
+        /// The event and why.
+        reason: String,
+    },
+    /// Stopped on request.
+    Stopped,
+}
+
+impl State {
+    /// Whether a load balancer or an operator may take the pipeline for healthy.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        matches!(self, Self::Running | Self::Standby { .. })
+    }
+}
+
+/// A pipeline at a glance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// What it is doing, and why if it is not moving.
+    #[serde(flatten)]
+    pub state: State,
+    /// The last id up to which everything is delivered or parked.
+    pub last_id: i64,
+    /// The newest id that the log had handed out when it was last read.
+    pub newest_id: i64,
+    /// Events handed over and not confirmed.
+    pub in_flight_events: usize,
+    /// Their bytes.
+    pub in_flight_bytes: usize,
+    /// When the oldest event that was read and is not confirmed was emitted, in microseconds since the Unix epoch.
+    pub oldest_unpublished_us: Option<i64>,
+    /// Confirmed by the sink since the process started.
+    pub delivered_events: u64,
+    /// Entities that wait behind a parked event.
+    pub waiting_entities: usize,
+}
+
+impl Status {
+    /// Changes the state, and logs the change: once, where it becomes known.
+    pub(crate) fn set_state(&mut self, pipeline: &PipelineName, state: State) {
+        if self.state == state {
+            return;
+        }
+        match &state {
+            State::Stalled { reason } => {
+                tracing::warn!(%pipeline, %reason, "stalled, trying again")
+            }
+            State::Halted { reason } => tracing::error!(%pipeline, %reason, "halted"),
+            State::Standby { holder } => tracing::info!(%pipeline, %holder, "standing by"),
+            State::Running if matches!(self.state, State::Stalled { .. }) => {
+                tracing::info!(%pipeline, "moving again");
+            }
+            State::Running => tracing::info!(%pipeline, "running"),
+            State::Starting | State::Stopped => tracing::info!(%pipeline, "stopped"),
+        }
+        self.state = state;
+    }
+
+    /// Of a pipeline that has not begun.
+    #[must_use]
+    pub fn starting() -> Self {
+        Self {
+            state: State::Starting,
+            last_id: 0,
+            newest_id: 0,
+            in_flight_events: 0,
+            in_flight_bytes: 0,
+            oldest_unpublished_us: None,
+            delivered_events: 0,
+            waiting_entities: 0,
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Every metric of the relay, by name. The only place where metric macros stand.
+//!
+//! The README's table, the dashboard and the alerts are tested against [`METRICS`]: a name that is not here does not
+//! exist.
+
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, Label};
+
+/// A metric's name, kind and meaning.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// As Prometheus sees it.
+    pub name: &'static str,
+    /// Counter, gauge or histogram.
+    pub kind: Kind,
+    /// For people.
+    pub meaning: &'static str,
+}
+
+/// The kinds of metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts by size.
+    Histogram,
+}
+
+const fn counter(name: &'static str, meaning: &'static str) -> Metric {
+    Metric {
+        name,
+        kind: Kind::Counter,
+        meaning,
+    }
+}
+
+const fn gauge(name: &'static str, meaning: &'static str) -> Metric {
+    Metric {
+        name,
+        kind: Kind::Gauge,
+        meaning,
+    }
+}
+
+const CAPTURED: Metric = counter(
+    "outbox_captured_events_total",
+    "events read from the outbox",
+);
+const PAGES: Metric = counter(
+    "outbox_captured_pages_total",
+    "reads of the outbox, empty ones included",
+);
+const CAPTURE_TIME: Metric = counter(
+    "outbox_capture_microseconds_total",
+    "time spent waiting for the database to answer reads",
+);
+const STARVED_TIME: Metric = counter(
+    "outbox_starved_microseconds_total",
+    "time in which the sink had room and no event was at hand: idle, or the source is the bottleneck",
+);
+const BLOCKED_TIME: Metric = counter(
+    "outbox_blocked_microseconds_total",
+    "time in which events were at hand and the sink had no room: the sink is the bottleneck",
+);
+const FILTERED: Metric = counter(
+    "outbox_filtered_events_total",
+    "events that the pipeline's filter left out",
+);
+const DELIVERED: Metric = counter(
+    "outbox_delivered_events_total",
+    "events confirmed by the sink, by topic",
+);
+const PARKED: Metric = counter(
+    "outbox_parked_events_total",
+    "events set aside: rejected, or waiting behind a rejected one",
+);
+const RESTARTS: Metric = counter(
+    "outbox_restarts_total",
+    "times that the pipeline began again from its last position after trouble",
+);
+const IN_FLIGHT_EVENTS: Metric = gauge(
+    "outbox_in_flight_events",
+    "events handed over and not confirmed",
+);
+const IN_FLIGHT_BYTES: Metric = gauge("outbox_in_flight_bytes", "their bytes");
+const BACKLOG: Metric = gauge(
+    "outbox_backlog_ids",
+    "ids between the position and the newest of the log: events that wait, and gaps",
+);
+const OLDEST: Metric = gauge(
+    "outbox_oldest_unpublished_seconds",
+    "age of the oldest event that was read and is not confirmed",
+);
+const WAITING: Metric = gauge(
+    "outbox_waiting_entities",
+    "entities that wait behind a parked event",
+);
+const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the pipeline");
+const READY: Metric = gauge(
+    "outbox_ready",
+    "1 while the pipeline moves or stands by, 0 while something is in its way",
+);
+const LATENCY: Metric = Metric {
+    name: "outbox_publish_latency_seconds",
+    kind: Kind::Histogram,
+    meaning: "from the emit to the sink's confirmation",
+};
+const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
+
+/// All metrics.
+pub const METRICS: [Metric; 18] = [
+    CAPTURED,
+    PAGES,
+    CAPTURE_TIME,
+    STARVED_TIME,
+    BLOCKED_TIME,
+    FILTERED,
+    DELIVERED,
+    PARKED,
+    RESTARTS,
+    IN_FLIGHT_EVENTS,
+    IN_FLIGHT_BYTES,
+    BACKLOG,
+    OLDEST,
+    WAITING,
+    OWNER,
+    READY,
+    LATENCY,
+    BUILD,
+];
+
+/// The upper bounds of the latency buckets, in seconds.
+pub const LATENCY_BUCKETS: [f64; 16] = [
+    0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 3600.0,
+];
+
+/// Tells the recorder what each metric means; called once, after it is installed.
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+pub fn describe() {
+    for Metric {
+        name,
+        kind,
+        meaning,
+    } in METRICS
+    {
+        match kind {
+            Kind::Counter => metrics::describe_counter!(name, meaning),
+            Kind::Gauge => metrics::describe_gauge!(name, meaning),
+            Kind::Histogram => metrics::describe_histogram!(name, meaning),
+        }
+    }
+    metrics::gauge!(BUILD.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+/// What a pipeline's gauges show.
+#[derive(Clone, Copy, Debug)]
+pub struct Levels {
+    /// Events handed over and not confirmed.
+    pub in_flight_events: usize,
+    /// Their bytes.
+    pub in_flight_bytes: usize,
+    /// Ids between the position and the newest.
+    pub backlog_ids: i64,
+    /// Age of the oldest event that is not confirmed.
+    pub oldest_unpublished: Duration,
+    /// Entities behind a parked event.
+    pub waiting_entities: usize,
+    /// Whether the pipeline moves.
+    pub ready: bool,
+}
+
+/// The metrics of one pipeline, looked up once: no look-up per event.
+pub struct PipelineMetrics {
+    pipeline: String,
+    captured: Counter,
+    pages: Counter,
+    capture_time: Counter,
+    starved_time: Counter,
+    blocked_time: Counter,
+    filtered: Counter,
+    parked: Counter,
+    restarts: Counter,
+    in_flight_events: Gauge,
+    in_flight_bytes: Gauge,
+    backlog: Gauge,
+    oldest: Gauge,
+    waiting: Gauge,
+    owner: Gauge,
+    ready: Gauge,
+    latency: Histogram,
+}
+
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+impl PipelineMetrics {
+    /// Those of the pipeline with this name.
+    #[must_use]
+    pub fn new(pipeline: &str) -> Self {
+        let labels = || vec![Label::new("pipeline", pipeline.to_owned())];
+        let counter = |metric: Metric| metrics::counter!(metric.name, labels());
+        let gauge = |metric: Metric| metrics::gauge!(metric.name, labels());
+        Self {
+            captured: counter(CAPTURED),
+            pages: counter(PAGES),
+            capture_time: counter(CAPTURE_TIME),
+            starved_time: counter(STARVED_TIME),
+            blocked_time: counter(BLOCKED_TIME),
+            filtered: counter(FILTERED),
+            parked: counter(PARKED),
+            restarts: counter(RESTARTS),
+            in_flight_events: gauge(IN_FLIGHT_EVENTS),
+            in_flight_bytes: gauge(IN_FLIGHT_BYTES),
+            backlog: gauge(BACKLOG),
+            oldest: gauge(OLDEST),
+            waiting: gauge(WAITING),
+            owner: gauge(OWNER),
+            ready: gauge(READY),
+            latency: metrics::histogram!(LATENCY.name, labels()),
+            pipeline: pipeline.to_owned(),
+        }
+    }
+
+    /// The counter of what is delivered to one topic.
+    #[must_use]
+    pub fn delivered(&self, topic: &str) -> Counter {
+        metrics::counter!(
+            DELIVERED.name, "pipeline" => self.pipeline.clone(), "topic" => topic.to_owned()
+        )
+    }
+
+    /// One read of the outbox.
+    pub fn captured(&self, events: usize, took: Duration) {
+        self.pages.increment(1);
+        self.captured.increment(events as u64);
+        self.capture_time.increment(microseconds(took));
+    }
+
+    /// The sink had room and no event was at hand.
+    pub fn starved(&self, time: Duration) {
+        self.starved_time.increment(microseconds(time));
+    }
+
+    /// Events were at hand and the sink had no room.
+    pub fn blocked(&self, time: Duration) {
+        self.blocked_time.increment(microseconds(time));
+    }
+
+    /// Events that the filter left out.
+    pub fn filtered(&self, events: u64) {
+        self.filtered.increment(events);
+    }
+
+    /// Events set aside.
+    pub fn parked(&self, events: usize) {
+        self.parked.increment(events as u64);
+    }
+
+    /// The pipeline begins again.
+    pub fn restarted(&self) {
+        self.restarts.increment(1);
+    }
+
+    /// Whether this process owns the pipeline.
+    pub fn owner(&self, owner: bool) {
+        self.owner.set(f64::from(u8::from(owner)));
+    }
+
+    /// The gauges, together.
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
+    pub fn levels(&self, levels: Levels) {
+        let Levels {
+            in_flight_events,
+            in_flight_bytes,
+            backlog_ids,
+            oldest_unpublished,
+            waiting_entities,
+            ready,
+        } = levels;
+        self.in_flight_events.set(in_flight_events as f64);
+        self.in_flight_bytes.set(in_flight_bytes as f64);
+        self.backlog.set(backlog_ids as f64);
+        self.oldest.set(oldest_unpublished.as_secs_f64());
+        self.waiting.set(waiting_entities as f64);
+        self.ready.set(f64::from(u8::from(ready)));
+    }
+
+    /// Passes on what was tallied since the last time.
+    pub fn latencies(&self, tally: &mut LatencyTally) {
+        for (bound_us, count) in BOUNDS_US.iter().zip(&mut tally.counts) {
+            if *count > 0 {
+                // The bound itself stands for all that fell below it: the exported buckets are exact.
+                self.latency
+                    .record_many(*bound_us as f64 / 1e6, std::mem::take(count));
+            }
+        }
+    }
+}
+
+/// [`LATENCY_BUCKETS`] in microseconds; what is above the last counts as the last.
+const BOUNDS_US: [i64; 16] = [
+    1_000,
+    2_000,
+    3_000,
+    5_000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+    200_000,
+    500_000,
+    1_000_000,
+    2_000_000,
+    5_000_000,
+    10_000_000,
+    60_000_000,
+    3_600_000_000,
+];
+
+/// Counts latencies by bucket, so that an event costs an addition and not a call into the recorder.
+#[derive(Debug, Default)]
+pub struct LatencyTally {
+    counts: [usize; 16],
+}
+
+impl LatencyTally {
+    /// One event that took this long, in microseconds.
+    pub fn add(&mut self, us: i64) {
+        let bucket = BOUNDS_US
+            .partition_point(|bound| *bound < us)
+            .min(BOUNDS_US.len() - 1);
+        self.counts[bucket] += 1;
+    }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
