@@ -1,5 +1,6 @@
 //! **outbox-relay** publishes the committed rows of a transactional outbox to Kafka, in order per entity.
 
+pub mod config;
 pub mod encode;
 pub mod event;
 pub mod ledger;
