@@ -3,6 +3,7 @@
 pub mod encode;
 pub mod event;
 pub mod ledger;
+pub mod migrate;
 pub mod order;
 pub mod position;
 pub mod route;
