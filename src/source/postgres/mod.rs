@@ -141,7 +141,8 @@ impl PostgresSource {
         Ok(Page {
             events: read.events,
             end,
-            more: full,
+            // A window that an earlier page opened says nothing about what was committed since.
+            more: full || !opens,
         })
     }
 
@@ -209,9 +210,14 @@ async fn fetch(
     {
         match decoder.decode(chunk.context("read the outbox")?)? {
             Some(Row::Event(event)) => {
-                read.bytes += event.size_bytes();
+                let bytes = read.bytes + event.size_bytes();
+                // One too many is left for the next page; it is read again then.
+                if bytes > bytes_max && !read.events.is_empty() {
+                    return Ok(read);
+                }
+                read.bytes = bytes;
                 read.events.push(event);
-                if read.bytes >= bytes_max {
+                if bytes >= bytes_max {
                     return Ok(read);
                 }
             }

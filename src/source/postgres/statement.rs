@@ -23,7 +23,8 @@ const MERGE: &str = "order by page.id";
 /// Opens the window that follows `before`: a head row (ceiling as id, null, snapshot), then its first page.
 ///
 /// The statement's own snapshot is `cur`, so rows that it sees need no test against `cur`. When the newest id is at the
-/// floor no table is touched: the range is guarded by a condition on the head alone.
+/// floor no table is touched: the range is guarded by a condition on the head alone. Before the first event the
+/// sequence's `last_value` is 1 already and that id is still to come, which `is_called` tells.
 pub(super) fn open_window(before: &Window, rows_max: usize) -> String {
     let prev = &before.cur;
     let floor = before.next_floor.0;
@@ -54,7 +55,8 @@ pub(super) fn open_window(before: &Window, rows_max: usize) -> String {
     format!(
         "copy (\
          with head as materialized (\
-            select s.last_value as ceiling, pg_current_snapshot() as cur from outbox.events_id_seq s) \
+            select s.last_value - (not s.is_called)::int as ceiling, pg_current_snapshot() as cur \
+              from outbox.events_id_seq s) \
          select ceiling, null::uuid, cur::text, '', '', null::json, null::bytea, null, null::json, \
                 null::timestamptz from head \
          union all (select * from ({rows}) page {merge} limit {rows_max})\
