@@ -35,14 +35,24 @@ struct World {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Anyhow<()> {
-    let server: String = std::env::var("DATABASE_URL").context("DATABASE_URL is not set (see benches/run)")?;
-    let brokers = std::env::var("KAFKA_BROKERS").context("KAFKA_BROKERS is not set (see benches/run)")?;
+    let server: String =
+        std::env::var("DATABASE_URL").context("DATABASE_URL is not set (see benches/run)")?;
+    let brokers =
+        std::env::var("KAFKA_BROKERS").context("KAFKA_BROKERS is not set (see benches/run)")?;
     let events: i64 = std::env::var("FIGURES_EVENTS").map_or(Ok(1_000_000), |n| n.parse())?;
     let name = format!("figures_{}", std::process::id());
     let options: PgConnectOptions = server.parse()?;
-    let mut admin = options.clone().connect().await.context("connect to DATABASE_URL")?;
-    admin.execute(AssertSqlSafe(format!("create database {name}"))).await?;
-    let (base, _) = server.rsplit_once('/').context("DATABASE_URL names a database")?;
+    let mut admin = options
+        .clone()
+        .connect()
+        .await
+        .context("connect to DATABASE_URL")?;
+    admin
+        .execute(AssertSqlSafe(format!("create database {name}")))
+        .await?;
+    let (base, _) = server
+        .rsplit_once('/')
+        .context("DATABASE_URL names a database")?;
     let world = World {
         brokers,
         database: options.database(&name),
@@ -50,7 +60,9 @@ async fn main() -> Anyhow<()> {
         scratch: tempfile::tempdir()?,
     };
     let measured = measure(&world, events).await;
-    admin.execute(AssertSqlSafe(format!("drop database {name} with (force)"))).await?;
+    admin
+        .execute(AssertSqlSafe(format!("drop database {name} with (force)")))
+        .await?;
     measured
 }
 
@@ -69,7 +81,10 @@ async fn measure(world: &World, events: i64) -> Anyhow<()> {
         ratios.push(relay.rate / naked.rate);
     }
     ratios.sort_by(f64::total_cmp);
-    println!("  relay / naked: median {:.2} of {ratios:.2?}", ratios[ROUNDS / 2]);
+    println!(
+        "  relay / naked: median {:.2} of {ratios:.2?}",
+        ratios[ROUNDS / 2]
+    );
     for mode in ["listen", "poll"] {
         latency(world, &mut db, mode).await?;
     }
@@ -98,7 +113,12 @@ struct Drain {
 
 impl std::fmt::Display for Drain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { rate, cpu_us, peak_mib, first_ms } = self;
+        let Self {
+            rate,
+            cpu_us,
+            peak_mib,
+            first_ms,
+        } = self;
         write!(
             f,
             "{rate:>9.0} events/s, {cpu_us:.2} us CPU/event, peak {peak_mib:.0} MiB, first record after {first_ms:.0} ms"
@@ -165,7 +185,10 @@ async fn naked(world: &World, events: i64, topic: &str) -> Anyhow<Drain> {
     producer.flush(Duration::from_secs(60))?;
     let took = began.elapsed();
     let (cpu, peak_mib) = usage(std::process::id())?;
-    ensure!(count(&watch, topic)? == events, "the naked loop lost records");
+    ensure!(
+        count(&watch, topic)? == events,
+        "the naked loop lost records"
+    );
     Ok(Drain {
         rate: events as f64 / took.as_secs_f64(),
         cpu_us: (cpu - cpu_before).as_secs_f64() * 1e6 / events as f64,
@@ -187,7 +210,10 @@ async fn latency(world: &World, db: &mut PgConnection, mode: &str) -> Anyhow<()>
         partitions.add_partition_offset(&topic, partition, Offset::Beginning)?;
     }
     consumer.assign(&partitions)?;
-    let mut relay = world.relay("run", &topic, mode).env("RELAY_PIPELINE__START", "latest").spawn()?;
+    let mut relay = world
+        .relay("run", &topic, mode)
+        .env("RELAY_PIPELINE__START", "latest")
+        .spawn()?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let (cpu_idle_from, _) = usage(relay.id())?;
     tokio::time::sleep(Duration::from_secs(10)).await;
@@ -203,17 +229,26 @@ async fn latency(world: &World, db: &mut PgConnection, mode: &str) -> Anyhow<()>
     for n in 0..RATE * SECONDS {
         let due = began + Duration::from_secs(1) / RATE * n;
         tokio::time::sleep_until(due.into()).await;
-        sqlx::query("select outbox.emit('event', $1, 'placed', '{}')").bind(n.to_string()).execute(&mut *db).await?;
+        sqlx::query("select outbox.emit('event', $1, 'placed', '{}')")
+            .bind(n.to_string())
+            .execute(&mut *db)
+            .await?;
         // A commit that came late by the writer's own fault is not the relay's delay.
         committed.insert(n.to_string(), Instant::now());
     }
     let (cpu_to, _) = usage(relay.id())?;
     let busy = began.elapsed();
-    let seen = reader.join().map_err(|_| anyhow::anyhow!("the consumer panicked"))??;
+    let seen = reader
+        .join()
+        .map_err(|_| anyhow::anyhow!("the consumer panicked"))??;
     stop(&mut relay)?;
     let mut took: Vec<Duration> = committed
         .iter()
-        .map(|(key, at)| seen.get(key).map(|seen| seen.saturating_duration_since(*at)).context("an event is missing"))
+        .map(|(key, at)| {
+            seen.get(key)
+                .map(|seen| seen.saturating_duration_since(*at))
+                .context("an event is missing")
+        })
         .collect::<Anyhow<_>>()?;
     took.sort();
     let at = |share: f64| took[((took.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
@@ -232,10 +267,21 @@ fn collect(consumer: &BaseConsumer, events: usize) -> Anyhow<BTreeMap<String, In
     let mut seen = BTreeMap::new();
     let deadline = Instant::now() + Duration::from_secs(60);
     while seen.len() < events {
-        ensure!(Instant::now() < deadline, "only {} of {events} events arrived", seen.len());
-        let Some(message) = consumer.poll(Duration::from_millis(100)) else { continue };
+        ensure!(
+            Instant::now() < deadline,
+            "only {} of {events} events arrived",
+            seen.len()
+        );
+        let Some(message) = consumer.poll(Duration::from_millis(100)) else {
+            continue;
+        };
         let message = message?;
-        ensure!(message.headers().is_some_and(|headers| headers.count() >= 3), "a record without headers");
+        ensure!(
+            message
+                .headers()
+                .is_some_and(|headers| headers.count() >= 3),
+            "a record without headers"
+        );
         let key = String::from_utf8(message.key().context("a record without key")?.to_vec())?;
         seen.entry(key).or_insert_with(Instant::now);
     }
@@ -299,7 +345,9 @@ fn wait_for(watch: &BaseConsumer, topic: &str, events: i64, relay: &mut Child) -
 fn count(watch: &BaseConsumer, topic: &str) -> Anyhow<i64> {
     let mut events = 0;
     for partition in 0..PARTITIONS {
-        events += watch.fetch_watermarks(topic, partition, Duration::from_secs(10))?.1;
+        events += watch
+            .fetch_watermarks(topic, partition, Duration::from_secs(10))?
+            .1;
     }
     Ok(events)
 }
@@ -312,7 +360,10 @@ fn usage(pid: u32) -> Anyhow<(Duration, f64)> {
     // Fields 14 and 15 of the whole line, in ticks of 10 ms.
     let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("read VmHWM")?;
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("read VmHWM")?;
     let kib: f64 = peak.trim().trim_end_matches(" kB").parse()?;
     Ok((Duration::from_millis(ticks * 10), kib / 1024.0))
 }
@@ -322,6 +373,9 @@ fn stop(relay: &mut Child) -> Anyhow<()> {
     ensure!(asked.success(), "could not ask the relay to stop");
     let began = Instant::now();
     let status = relay.wait()?;
-    println!("    SIGTERM to exit: {:.0} ms, {status}", began.elapsed().as_secs_f64() * 1e3);
+    println!(
+        "    SIGTERM to exit: {:.0} ms, {status}",
+        began.elapsed().as_secs_f64() * 1e3
+    );
     Ok(())
 }

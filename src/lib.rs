@@ -50,6 +50,7 @@ pub mod config;
 pub mod encode;
 pub mod event;
 pub mod ledger;
+pub mod logging;
 pub mod migrate;
 pub mod order;
 pub mod position;

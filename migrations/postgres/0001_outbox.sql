@@ -184,13 +184,16 @@ $$;
 -- Wakes relays that listen. The lock is held to the end of the transaction, so that of many open transactions one
 -- notifies: committing a notification takes a lock of the whole server, and with one in every transaction commits come
 -- one after the other. A hint that is not sent costs latency only.
+-- PostgreSQL refuses PREPARE TRANSACTION after a notification: whoever commits in two phases turns it off before, for the
+-- transaction (set local outbox.notify = off) or for good (alter role ... set outbox.notify = off).
 create function outbox.notify_relay()
 returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if pg_try_advisory_xact_lock(1868721016, 1) then
+    if current_setting('outbox.notify', true) is distinct from 'off'
+       and pg_try_advisory_xact_lock(1868721016, 1) then
         perform pg_notify('outbox_events', '');
     end if;
     return null;

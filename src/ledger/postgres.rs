@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
 use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
-use crate::source::postgres::connect;
+use crate::source::postgres::{NEWEST_ID, connect};
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
@@ -271,16 +271,10 @@ async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::E
     Ok((get(&row, 0)?, get(&row, 1)?))
 }
 
-/// 0 before the first: the sequence's `last_value` is 1 then, an id that is still to come.
-const NEWEST_ID: &str = "last_value - (not is_called)::int";
-
 async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
-    let row = fetch_one(
-        connection,
-        format!("select {NEWEST_ID} from outbox.events_id_seq"),
-    )
-    .await
-    .context("read the newest id")?;
+    let row = fetch_one(connection, format!("select {NEWEST_ID}"))
+        .await
+        .context("read the newest id")?;
     Ok(EventId(get(&row, 0)?))
 }
 
@@ -302,9 +296,7 @@ async fn starting_position(
     };
     let row = fetch_one(
         connection,
-        format!(
-            "select pg_current_snapshot()::text, {NEWEST_ID}, {before_first} from outbox.events_id_seq"
-        ),
+        format!("select pg_current_snapshot()::text, {NEWEST_ID}, {before_first}"),
     )
     .await
     .context("find where to start")?;
