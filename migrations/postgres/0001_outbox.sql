@@ -4,16 +4,19 @@
 create schema if not exists outbox;
 
 -- Roles are global to the server, so another database of it may have made them already, or be making them right now.
+-- They are looked for first: whoever migrates needs no right to create roles when an administrator made them before.
 do $$
+declare
+    wanted text;
 begin
-    begin
-        create role outbox_writer nologin;
-    exception when duplicate_object or unique_violation then null;
-    end;
-    begin
-        create role outbox_relay nologin;
-    exception when duplicate_object or unique_violation then null;
-    end;
+    foreach wanted in array array['outbox_writer', 'outbox_relay'] loop
+        if not exists (select from pg_roles where rolname = wanted) then
+            begin
+                execute format('create role %I nologin', wanted);
+            exception when duplicate_object or unique_violation then null;
+            end;
+        end if;
+    end loop;
 end
 $$;
 
