@@ -1,9 +1,12 @@
-//! The tiers that need more than the library alone. What lacks its service is skipped, and says so.
+//! The tiers that need more than the library alone. Where a service is missing a test says `SKIPPED` and ends, or fails
+//! when `RELAY_TEST_REQUIRE=1`.
 
 mod contract {
     mod ledger;
     mod source;
 }
+mod examples;
+mod fresh;
 mod harness {
     pub mod books;
     pub mod log;
@@ -11,3 +14,5 @@ mod harness {
     pub mod sqlite;
 }
 mod migrate;
+mod partitions;
+mod rights;
