@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
 use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
-use crate::source::postgres::connect;
+use crate::source::postgres::{NEWEST_ID, connect};
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
@@ -270,12 +270,9 @@ async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::E
 }
 
 async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
-    let row = fetch_one(
-        connection,
-        "select last_value from outbox.events_id_seq".to_owned(),
-    )
-    .await
-    .context("read the newest id")?;
+    let row = fetch_one(connection, format!("select {NEWEST_ID}"))
+        .await
+        .context("read the newest id")?;
     Ok(EventId(get(&row, 0)?))
 }
 
@@ -285,36 +282,42 @@ async fn starting_position(
     newest_before_lease: EventId,
 ) -> Result<Position, anyhow::Error> {
     let mut window = Window::beginning();
+    let mut last_id = EventId(0);
     match start {
         Start::Earliest => {}
         Start::Latest => {
             let row = fetch_one(
                 connection,
-                "select pg_current_snapshot()::text, last_value from outbox.events_id_seq"
-                    .to_owned(),
+                format!("select pg_current_snapshot()::text, {NEWEST_ID}"),
             )
             .await
             .context("read the newest position")?;
             window.cur = get::<String>(&row, 0)?.parse()?;
             window.ceiling = EventId(get(&row, 1)?);
             window.next_floor = newest_before_lease;
+            last_id = window.ceiling;
         }
         Start::Time(us) => {
-            // Read once in a pipeline's life; there is no index on the time.
+            // Read once in a pipeline's life; there is no index on the time. What is in progress now may have occurred
+            // at any time: the place is inside a window of its own, so that the next one brings whatever ends later.
             let row = fetch_one(
                 connection,
                 format!(
-                    "select coalesce(min(id) - 1, (select last_value from outbox.events_id_seq)) from outbox.events \
-                      where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'"
+                    "select pg_current_snapshot()::text, newest.id, coalesce(min(e.id) - 1, newest.id) \
+                       from (select {NEWEST_ID} as id) newest \
+                       left join outbox.events e \
+                         on e.occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond' \
+                      group by newest.id"
                 ),
             )
             .await
             .context("find the event to start from")?;
-            window.ceiling = EventId(get(&row, 0)?);
-            window.next_floor = window.ceiling;
+            window.cur = get::<String>(&row, 0)?.parse()?;
+            window.ceiling = EventId(get(&row, 1)?);
+            window.next_floor = newest_before_lease;
+            last_id = EventId(get(&row, 2)?);
         }
     }
-    let last_id = window.ceiling;
     Ok(Position {
         window: Arc::new(window),
         last_id,

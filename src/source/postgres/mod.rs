@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use self::copy::Row;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
+pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};
 use crate::event::{Event, EventId};
 use crate::position::{Position, Snapshot, Window};
@@ -157,6 +158,8 @@ impl PostgresSource {
 impl Source for PostgresSource {
     fn seek(&mut self, position: Position) {
         self.at = position;
+        // The position may be that of a database that was restored, where the ids that were seen are still to come.
+        self.safe_floor = EventId(0);
         self.page_rows = FIRST_PAGE_ROWS;
     }
 

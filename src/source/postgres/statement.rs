@@ -16,6 +16,16 @@ use crate::position::{Position, Window};
 const COLUMNS: &str = "e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, \
                        e.payload_bytes, e.content_type, e.headers, e.occurred_at";
 
+/// The newest id that was handed out, 0 before the first.
+///
+/// The sequence's row alone does not tell: before the first id its `last_value` is 1 as well, and while a writer logs the
+/// sequence ahead, it stands 32 too high for a moment, for whoever reads it without its lock. A value that is too high
+/// makes a floor that leads. The function reads under the lock; the row is selected from all the same, so that a missing
+/// right is an error on every version, and not a null.
+pub(crate) const NEWEST_ID: &str = "(select case when s.is_called \
+                                             then pg_sequence_last_value('outbox.events_id_seq') else 0 end \
+                                        from outbox.events_id_seq s)";
+
 /// Late rows lie below the main range, so this merge never interleaves; it is written all the same, because the order of
 /// a bare `union all` is nobody's promise.
 const MERGE: &str = "order by page.id";
@@ -54,7 +64,7 @@ pub(super) fn open_window(before: &Window, rows_max: usize) -> String {
     format!(
         "copy (\
          with head as materialized (\
-            select s.last_value as ceiling, pg_current_snapshot() as cur from outbox.events_id_seq s) \
+            select {NEWEST_ID} as ceiling, pg_current_snapshot() as cur) \
          select ceiling, null::uuid, cur::text, '', '', null::json, null::bytea, null, null::json, \
                 null::timestamptz from head \
          union all (select * from ({rows}) page {merge} limit {rows_max})\
