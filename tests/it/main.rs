@@ -16,3 +16,4 @@ mod harness {
 mod migrate;
 mod partitions;
 mod rights;
+mod windows;
