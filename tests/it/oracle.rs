@@ -45,8 +45,8 @@ pub enum Fact {
     Appended { id: i64, intact: bool },
     /// The relay was told that a record is delivered.
     Confirmed { life: u32, id: i64 },
-    /// An event is durably set aside.
-    Parked { owner: u32, id: i64 },
+    /// An event is durably set aside; `reason` if it says why.
+    Parked { owner: u32, id: i64, reason: bool },
     /// The cursor was written; these events are behind it.
     Moved { past: Vec<i64> },
     /// The lease was granted or extended.
@@ -191,7 +191,7 @@ impl Judge {
                 self.confirmed.insert(*id);
                 self.unconfirmed.entry(*life).or_default().remove(id);
             }
-            Fact::Parked { owner, id } => self.park(*owner, *id),
+            Fact::Parked { owner, id, reason } => self.park(*owner, *id, *reason),
             Fact::Moved { past } => self.advance(past),
             Fact::Leased { owner, until_ms } => {
                 let other = self
@@ -317,9 +317,21 @@ impl Judge {
         })
     }
 
-    fn park(&mut self, owner: u32, id: i64) {
+    /// Whether nothing but the event itself stops its entity.
+    fn is_first_poison(&self, id: i64) -> bool {
+        self.place(id).is_some_and(|(entity, place)| {
+            let events = &self.entities[&entity][..=place];
+            events.iter().find(|id| self.committed[id].poison) == Some(&id)
+        })
+    }
+
+    fn park(&mut self, owner: u32, id: i64, reason: bool) {
         self.read.entry(owner).or_default().remove(&id);
-        self.parked.insert(id);
+        let first_word = self.parked.insert(id);
+        if first_word && !reason && self.is_first_poison(id) {
+            let what = format!("event {id} was rejected and is parked without a reason");
+            self.broken(Promise::I6, what);
+        }
         if !self.is_held_up(id) {
             self.broken(
                 Promise::I6,
@@ -429,7 +441,11 @@ mod tests {
     }
 
     fn parked(id: i64) -> Fact {
-        Fact::Parked { owner: 1, id }
+        Fact::Parked {
+            owner: 1,
+            id,
+            reason: true,
+        }
     }
 
     fn broken(facts: impl IntoIterator<Item = Fact>) -> Vec<Promise> {
@@ -556,6 +572,21 @@ mod tests {
         });
         facts.extend([appended(1), parked(1), appended(2), parked(2)]);
         facts.extend([appended(3), parked(3), moved(&[1, 2, 3]), Fact::Quiet]);
+        assert_eq!(broken(facts), [Promise::I6]);
+    }
+
+    #[test]
+    fn i6_refuses_that_nobody_knows_why_an_entity_waits() {
+        let mut facts = story([]);
+        facts[1] = Fact::Committed(Committed {
+            poison: true,
+            ..event(1, "a")
+        });
+        facts.push(Fact::Parked {
+            owner: 1,
+            id: 1,
+            reason: false,
+        });
         assert_eq!(broken(facts), [Promise::I6]);
     }
 

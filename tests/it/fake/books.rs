@@ -131,11 +131,11 @@ impl World {
             }
             Write::Park(_) if self.is(Sabotage::ParkForgets) => {}
             Write::Park(parked) => {
-                for Parked { event, .. } in parked {
-                    let id = event.id.0;
+                for Parked { event, error } in parked {
+                    let (id, reason) = (event.id.0, error.is_some());
                     let entity = (event.aggregate_type.to_string(), event.aggregate_id.to_string());
                     self.books.parked.entry(id).or_insert(entity);
-                    self.note_at(at, Fact::Parked { owner, id });
+                    self.note_at(at, Fact::Parked { owner, id, reason });
                 }
             }
             Write::Release => {

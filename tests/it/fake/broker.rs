@@ -53,6 +53,8 @@ pub struct Broker {
     producers: BTreeMap<u32, Producer>,
     opened: u32,
     reject_next: Option<i64>,
+    /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
+    last_words: Option<bool>,
 }
 
 impl Broker {
@@ -66,6 +68,7 @@ impl Broker {
             producers: BTreeMap::new(),
             opened: 0,
             reject_next: None,
+            last_words: [None, Some(false), Some(true)][rng.usize(0..3)],
         }
     }
 
@@ -283,7 +286,7 @@ impl World {
     /// What there is to say by now; an error when it is the last word.
     fn take_receipts(&mut self, life: u32, into: &mut Vec<Receipt>) -> Option<Result<(), SinkError>> {
         let (now, most) = (Instant::now(), self.rng.usize(1..50));
-        let together = self.rng.bool();
+        let together = self.broker.last_words.unwrap_or(self.rng.bool());
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         let ids = &producer.receipts;
         let due: Vec<_> = ids.range(..=(now, u64::MAX)).take(most).map(|(at, _)| *at).collect();
