@@ -111,10 +111,10 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
         let mut backoff = backoff();
-        while let Some(tenure) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, asked_at)) = self.stand_by(&stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
-            let over = self.tenure(tenure, &metrics, &stop).await;
+            let over = self.tenure(tenure, asked_at, &metrics, &stop).await;
             metrics.owner(false);
             match over {
                 Over::Stopped => break,
@@ -137,20 +137,21 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         self.set_state(State::Stopped);
     }
 
-    /// Waits for the lease; none when asked to stop.
+    /// Waits for the lease, and says when it was asked for; none when asked to stop.
     async fn stand_by(
         &mut self,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
-    ) -> Option<Tenure> {
+    ) -> Option<(Tenure, Instant)> {
         loop {
+            let asked_at = Instant::now();
             let acquired = tokio::select! {
                 biased;
                 () = stop.cancelled() => return None,
                 acquired = self.ledger.acquire() => acquired,
             };
             match acquired {
-                Ok(Acquired::Ours(tenure)) => return Some(tenure),
+                Ok(Acquired::Ours(tenure)) => return Some((tenure, asked_at)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     tokio::select! {
@@ -171,6 +172,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     async fn tenure(
         &mut self,
         tenure: Tenure,
+        asked_at: Instant,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
@@ -178,7 +180,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
-        let (lease_until, lease_seen) = watch::channel(Instant::now() + self.settings.lease_ttl);
+        // The answer may have been long on its way: the lease began at the earliest when it was asked for.
+        let (lease_until, lease_seen) = watch::channel(asked_at + self.settings.lease_ttl);
         let mut desk = Desk {
             settled: settled_seen,
             durable,

@@ -4,3 +4,4 @@ mod fake;
 mod layering;
 mod oracle;
 mod sim;
+mod stories;

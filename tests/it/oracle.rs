@@ -173,7 +173,11 @@ impl Judge {
             Fact::Captured { owner, ids } => self.capture(*owner, ids),
             Fact::HandedOver { owner, life, id } => self.hand_over(*owner, *life, *id),
             Fact::Sent { owner, id } => {
-                if self.leases.get(owner).is_none_or(|until| *until < self.at_ms) {
+                if self
+                    .leases
+                    .get(owner)
+                    .is_none_or(|until| *until < self.at_ms)
+                {
                     self.broken(
                         Promise::I8,
                         format!("event {id} left owner {owner} after its lease"),
@@ -245,7 +249,11 @@ impl Judge {
     }
 
     fn hand_over(&mut self, owner: u32, life: u32, id: i64) {
-        if self.leases.get(&owner).is_none_or(|until| *until <= self.at_ms) {
+        if self
+            .leases
+            .get(&owner)
+            .is_none_or(|until| *until <= self.at_ms)
+        {
             self.broken(
                 Promise::I8,
                 format!("owner {owner} without a lease handed over event {id}"),
@@ -507,7 +515,10 @@ mod tests {
     #[test]
     fn i2_refuses_another_order_than_that_of_the_commits() {
         assert_eq!(broken(story([appended(3), appended(1)])), [Promise::I2]);
-        assert_eq!(broken(story([handed_over(3), handed_over(1)])), [Promise::I2]);
+        assert_eq!(
+            broken(story([handed_over(3), handed_over(1)])),
+            [Promise::I2]
+        );
         let twice = [delivered(1), delivered(1)].concat();
         assert_eq!(broken(story(twice)), [Promise::I2]);
     }
@@ -607,9 +618,15 @@ mod tests {
         };
         assert_eq!(broken([leased(), second]), [Promise::I8]);
         let released = Fact::Released { owner: 1 };
-        assert_eq!(broken(story([released.clone(), handed_over(1)])), [Promise::I8]);
+        assert_eq!(
+            broken(story([released.clone(), handed_over(1)])),
+            [Promise::I8]
+        );
         let sent = Fact::Sent { owner: 1, id: 1 };
-        assert_eq!(broken(story([handed_over(1), released, sent])), [Promise::I8]);
+        assert_eq!(
+            broken(story([handed_over(1), released, sent])),
+            [Promise::I8]
+        );
         let short = Fact::Leased {
             owner: 1,
             until_ms: 14,

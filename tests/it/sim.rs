@@ -118,7 +118,8 @@ fn random_settings(world: &mut World) -> Settings {
     }
 }
 
-fn pipeline() -> Pipeline {
+/// What all relays here do.
+pub fn pipeline() -> Pipeline {
     Pipeline {
         name: "sim".parse().unwrap(),
         filter: Filter {
@@ -257,7 +258,8 @@ async fn weather_passes(shared: &Shared) {
     shared.with(|world| world.note(Fact::Quiet));
 }
 
-fn become_calm(world: &mut World) {
+/// No faults, no crashes.
+pub fn become_calm(world: &mut World) {
     world.calm = true;
     world.faults = Faults::default();
     world.stalled.clear();
@@ -319,7 +321,8 @@ impl Writers {
         };
         for _ in 0..world.rng.u32(1..6) {
             let entity = random_entity(&mut world.rng);
-            let locked = |(other, locked): (&u64, &Vec<_>)| *other != xid && locked.contains(&entity);
+            let locked =
+                |(other, locked): (&u64, &Vec<_>)| *other != xid && locked.contains(&entity);
             if self.open.iter().any(locked) {
                 continue;
             }
@@ -335,7 +338,9 @@ impl Writers {
                 2 | 3 => Some(Poison::Rejected),
                 _ => None,
             };
-            world.log.emit(xid, entity.0, &entity.1.to_string(), bytes, poison);
+            world
+                .log
+                .emit(xid, entity.0, &entity.1.to_string(), bytes, poison);
         }
     }
 
@@ -422,7 +427,10 @@ fn nothing_is_published_twice_in_fair_weather() {
         appended.sort_unstable();
         appended.dedup();
         let rejected = outcome.lives > 1;
-        assert!(rejected || appended.len() == all, "RELAY_SIM_SEED={seed}: duplicates");
+        assert!(
+            rejected || appended.len() == all,
+            "RELAY_SIM_SEED={seed}: duplicates"
+        );
         if began.elapsed() >= budget {
             break;
         }
@@ -448,11 +456,17 @@ fn is_caught(sabotage: Sabotage, promise: Promise) {
             fair: false,
         };
         let violations = run(seed, weather).violations;
-        if violations.iter().any(|violation| violation.promise == promise) {
+        if violations
+            .iter()
+            .any(|violation| violation.promise == promise)
+        {
             println!("{sabotage:?} is caught by seed {seed}");
             return;
         }
-        assert!(began.elapsed() < budget, "{seed} seeds did not find out {sabotage:?}");
+        assert!(
+            began.elapsed() < budget,
+            "{seed} seeds did not find out {sabotage:?}"
+        );
     }
 }
 

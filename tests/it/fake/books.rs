@@ -110,7 +110,10 @@ impl World {
         }
         Tenure {
             position: self.books.position.clone(),
-            parked: first.into_iter().map(|((kind, id), first)| (kind, id, first)).collect(),
+            parked: first
+                .into_iter()
+                .map(|((kind, id), first)| (kind, id, first))
+                .collect(),
         }
     }
 
@@ -133,7 +136,10 @@ impl World {
             Write::Park(parked) => {
                 for Parked { event, error } in parked {
                     let (id, reason) = (event.id.0, error.is_some());
-                    let entity = (event.aggregate_type.to_string(), event.aggregate_id.to_string());
+                    let entity = (
+                        event.aggregate_type.to_string(),
+                        event.aggregate_id.to_string(),
+                    );
                     self.books.parked.entry(id).or_insert(entity);
                     self.note_at(at, Fact::Parked { owner, id, reason });
                 }

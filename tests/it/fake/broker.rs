@@ -116,7 +116,11 @@ impl World {
             return;
         }
         let late = self.ms(3000);
-        let late = if self.chance(300) { late } else { Duration::ZERO };
+        let late = if self.chance(300) {
+            late
+        } else {
+            Duration::ZERO
+        };
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         producer.queue.clear();
         producer.aside.clear();
@@ -171,7 +175,9 @@ impl World {
             let (_, value) = record.headers.iter().find(|(n, _)| n == name)?;
             Some(String::from_utf8_lossy(value.as_ref()?).into_owned())
         };
-        let id: i64 = header("sequence").and_then(|id| id.parse().ok()).unwrap_or(0);
+        let id: i64 = header("sequence")
+            .and_then(|id| id.parse().ok())
+            .unwrap_or(0);
         let key = record.key.as_deref().unwrap_or_default();
         let intact = self.log.event(id).is_some_and(|event| {
             record.topic == event.aggregate_type[..]
@@ -181,7 +187,10 @@ impl World {
         });
         let mut hasher = DefaultHasher::new();
         key.hash(&mut hasher);
-        let partition = (record.topic.to_string(), hasher.finish() % self.broker.partitions);
+        let partition = (
+            record.topic.to_string(),
+            hasher.finish() % self.broker.partitions,
+        );
         let carried = Carried {
             seq,
             id,
@@ -229,7 +238,11 @@ impl World {
                 self.answer(at, life, &partition, Receipt::Delivered(seq));
             }
             let producer = self.broker.producers.get_mut(&life).expect("it was opened");
-            producer.wire.entry(partition.clone()).or_default().push_back(carried);
+            producer
+                .wire
+                .entry(partition.clone())
+                .or_default()
+                .push_back(carried);
             let most = self.broker.latency_ms;
             let lands = at + self.ms(most);
             self.plan(lands, Due::Land(life, partition));
@@ -243,7 +256,11 @@ impl World {
         if let Some(later) = later {
             return self.plan(later, Due::Land(life, partition.clone()));
         }
-        let Some(carried) = producer.wire.get_mut(partition).and_then(VecDeque::pop_front) else {
+        let Some(carried) = producer
+            .wire
+            .get_mut(partition)
+            .and_then(VecDeque::pop_front)
+        else {
             return;
         };
         if producer.torn.contains(partition) {
@@ -284,15 +301,25 @@ impl World {
     }
 
     /// What there is to say by now; an error when it is the last word.
-    fn take_receipts(&mut self, life: u32, into: &mut Vec<Receipt>) -> Option<Result<(), SinkError>> {
+    fn take_receipts(
+        &mut self,
+        life: u32,
+        into: &mut Vec<Receipt>,
+    ) -> Option<Result<(), SinkError>> {
         let (now, most) = (Instant::now(), self.rng.usize(1..50));
         let together = self.broker.last_words.unwrap_or(self.rng.bool());
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         let ids = &producer.receipts;
-        let due: Vec<_> = ids.range(..=(now, u64::MAX)).take(most).map(|(at, _)| *at).collect();
+        let due: Vec<_> = ids
+            .range(..=(now, u64::MAX))
+            .take(most)
+            .map(|(at, _)| *at)
+            .collect();
         let got = !due.is_empty();
-        let taken: Vec<Receipt> =
-            due.iter().filter_map(|at| producer.receipts.remove(at)).collect();
+        let taken: Vec<Receipt> = due
+            .iter()
+            .filter_map(|at| producer.receipts.remove(at))
+            .collect();
         let over = producer.receipts.is_empty() && (together || !got);
         let dead = producer.dead.clone().filter(|_| over);
         for receipt in taken {
@@ -351,7 +378,10 @@ impl Sink for FakeSink {
             return Err(SinkError("can't set up the client".to_owned()));
         }
         let (process, owner) = (self.process, self.owner);
-        self.life = Some(self.shared.with(|world| world.open_producer(process, owner)));
+        self.life = Some(
+            self.shared
+                .with(|world| world.open_producer(process, owner)),
+        );
         Ok(())
     }
 
@@ -379,7 +409,11 @@ impl Sink for FakeSink {
             if topic == FORBIDDEN {
                 return Err(NotPrepared::Rejected(Rejection::new("not allowed")));
             }
-            let producer = world.broker.producers.get_mut(&life).expect("it was opened");
+            let producer = world
+                .broker
+                .producers
+                .get_mut(&life)
+                .expect("it was opened");
             producer.prepared.insert(topic.to_owned());
             Ok(())
         });
@@ -406,7 +440,8 @@ impl Sink for FakeSink {
                 for receipt in &into[first..] {
                     if let Receipt::Delivered(seq) = receipt {
                         let id = self.ids[seq];
-                        self.shared.with(|world| world.note(Fact::Confirmed { life, id }));
+                        self.shared
+                            .with(|world| world.note(Fact::Confirmed { life, id }));
                     }
                 }
                 return taken;

@@ -105,7 +105,10 @@ impl Log {
     fn snapshot(&self) -> Snapshot {
         let xmax = self.xmax.max(3);
         let open = self.fates.iter().filter(|(_, fate)| **fate == Fate::Open);
-        let in_progress: Vec<u64> = open.map(|(xid, _)| *xid).filter(|xid| *xid < xmax).collect();
+        let in_progress: Vec<u64> = open
+            .map(|(xid, _)| *xid)
+            .filter(|xid| *xid < xmax)
+            .collect();
         Snapshot {
             xmin: in_progress.first().copied().unwrap_or(xmax),
             xmax,
@@ -141,7 +144,11 @@ impl Log {
     /// All committed events behind a position.
     pub fn past(&self, position: &Position) -> Vec<i64> {
         let past = |row: &&Row| self.is_committed(row) && self.is_past(position, row.event.id.0);
-        self.rows.values().filter(past).map(|row| row.event.id.0).collect()
+        self.rows
+            .values()
+            .filter(past)
+            .map(|row| row.event.id.0)
+            .collect()
     }
 
     /// The position behind everything.
@@ -289,7 +296,8 @@ impl Source for FakeSource {
         self.highest = ids.last().copied().unwrap_or(0).max(self.highest);
         if !ids.is_empty() {
             let owner = self.owner;
-            self.shared.with(|world| world.note(Fact::Captured { owner, ids }));
+            self.shared
+                .with(|world| world.note(Fact::Captured { owner, ids }));
         }
         Ok(page)
     }

@@ -170,12 +170,14 @@ impl World {
 
     /// Whether nothing is left to be done.
     pub fn is_quiet(&self) -> bool {
-        let done = |id: &i64| {
-            self.broker.appended.contains(id) || self.books.parked.contains_key(id)
-        };
+        let done =
+            |id: &i64| self.broker.appended.contains(id) || self.books.parked.contains_key(id);
         self.agenda.is_empty()
             && self.log.wanted().all(|id| done(&id))
-            && self.log.wanted().all(|id| self.log.is_past(&self.books.position, id))
+            && self
+                .log
+                .wanted()
+                .all(|id| self.log.is_past(&self.books.position, id))
     }
 }
 
