@@ -120,8 +120,6 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 Over::Stopped => break,
                 Over::LeaseLost => {
                     tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
-                    // What is queued must not leave any more: somebody else publishes now.
-                    self.reopen_sink().await;
                 }
                 Over::Trouble(reason) => {
                     metrics.restarted();
@@ -168,7 +166,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
-    /// As long as the lease lasts: books on one side, life after life on the other.
+    /// From taking the lease to giving it back.
     async fn tenure(
         &mut self,
         tenure: Tenure,
@@ -176,6 +174,30 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
+        let (over, books_open) = self.publish(tenure, asked_at, metrics, stop).await;
+        let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
+        if !drained {
+            // What is queued must not leave any more: from here on somebody else may publish.
+            self.reopen_sink().await;
+        }
+        if !books_open {
+            return over;
+        }
+        if let Err(error) = self.ledger.release().await {
+            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        }
+        over
+    }
+
+    /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended, and whether the
+    /// books were still open then.
+    async fn publish(
+        &mut self,
+        tenure: Tenure,
+        asked_at: Instant,
+        metrics: &PipelineMetrics,
+        stop: &CancellationToken,
+    ) -> (Over, bool) {
         let Tenure { position, parked } = tenure;
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
@@ -206,25 +228,18 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             orders,
             lease_until: lease_seen,
         };
-        let ledger = &mut self.ledger;
-        let over = {
-            let mut books = std::pin::pin!(books::keep(ledger, &mut desk, &pace));
-            let over = tokio::select! {
-                biased;
-                closed = &mut books => return over_by(closed),
-                over = lives.run(&settled, stop) => over,
-            };
-            // Lets the books write the last position and close.
-            drop((settled, lives));
-            match books.await {
-                Closed::Done => over,
-                closed => over_by(closed),
-            }
+        let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
+        let over = tokio::select! {
+            biased;
+            closed = &mut books => return (over_by(closed), false),
+            over = lives.run(&settled, stop) => over,
         };
-        if let Err(error) = ledger.release().await {
-            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        // Lets the books write the last position and close.
+        drop((settled, lives));
+        match books.await {
+            Closed::Done => (over, true),
+            closed => (over_by(closed), true),
         }
-        over
     }
 
     /// Says what is wrong and waits a little; false when asked to stop meanwhile.

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
+use anyhow::anyhow;
 use outbox_relay::ledger::{Acquired, Fenced, Ledger, LedgerError, Parked};
 use outbox_relay::position::Position;
 use outbox_relay::relay::status::Status;
 use outbox_relay::relay::{Relay, Settings};
 use outbox_relay::sink::Sink;
-use outbox_relay::source::{PageLimits, Source};
+use outbox_relay::source::{Page, PageLimits, Source, SourceError};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::fake::Shared;
@@ -34,6 +35,7 @@ fn story(tell: impl AsyncFnOnce(Shared)) {
             shared.with(|world| {
                 become_calm(world);
                 world.books.lease_ttl = LEASE;
+                world.poll_interval = Duration::from_millis(10);
             });
             tell(shared).await;
         });
@@ -156,6 +158,71 @@ impl Ledger for LateAnswer {
     async fn release(&mut self) -> Result<(), LedgerError> {
         self.ledger.release().await
     }
+}
+
+/// Asks somebody else before every read once the first event is delivered, so that its topic is known.
+struct Meddled<F> {
+    shared: Shared,
+    source: FakeSource,
+    reads: usize,
+    meddle: F,
+}
+
+impl<F> Meddled<F> {
+    fn new(shared: &Shared, meddle: F) -> Self {
+        Self {
+            shared: shared.clone(),
+            source: source(shared),
+            reads: 0,
+            meddle,
+        }
+    }
+}
+
+impl<F: FnMut(usize) -> Result<(), SourceError> + Send> Source for Meddled<F> {
+    fn seek(&mut self, position: Position) {
+        self.source.seek(position);
+    }
+
+    async fn capture(&mut self, limits: PageLimits, at: &Position) -> Result<Page, SourceError> {
+        if self.shared.with(|world| world.books.position.last_id.0 > 0) {
+            self.reads += 1;
+            (self.meddle)(self.reads)?;
+        }
+        self.source.capture(limits, at).await
+    }
+
+    async fn wake(&mut self) {
+        self.source.wake().await;
+    }
+}
+
+fn broken_off() -> Result<(), SourceError> {
+    Err(SourceError::Transient(anyhow!("the connection was lost")))
+}
+
+/// The broker can't be reached for a moment, shorter than any pause of the loop.
+fn goes_down(shared: &Shared) {
+    let until = Instant::now() + Duration::from_millis(80);
+    shared.with(|world| world.broker.down_until = Some(until));
+}
+
+#[test]
+fn what_is_queued_stays_when_the_lease_is_given_back() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let meddled = Meddled::new(&shared, |read| match read {
+            1 => {
+                goes_down(&shared);
+                commit(&shared, &[("order", "1", None)]);
+                Ok(())
+            }
+            2 => broken_off(),
+            _ => Ok(()),
+        });
+        run_for(LEASE * 10, relay(meddled, sink(&shared), ledger(&shared))).await;
+        is_well(&shared);
+    });
 }
 
 #[test]
