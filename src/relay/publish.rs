@@ -119,14 +119,13 @@ impl<K: Sink> Publisher<'_, K> {
                 return Ended::Stopped;
             }
             let paused_at = Instant::now();
+            let mut lost = None;
             // In this order: receipts make room; a request to stop waits for nobody; a page is taken only when the last
             // one is handed over.
             tokio::select! {
                 biased;
                 received = self.sink.receipts(&mut receipts), if life.in_flight.rows() > 0 => {
-                    if let Err(error) = received {
-                        return Ended::Sink(error);
-                    }
+                    lost = received.err();
                 }
                 () = stop.cancelled(), if drain_until.is_none() => {
                     drain_until = Some(Instant::now() + self.settings.drain_timeout);
@@ -144,7 +143,9 @@ impl<K: Sink> Publisher<'_, K> {
                 Pause::Blocked => self.metrics.blocked(paused_at.elapsed()),
                 Pause::Turn | Pause::Prepare(_) => {}
             }
-            if let Some(ended) = self.settle(life, &mut receipts) {
+            // The receipts that came before the sink lost its place count, above all one that says why it did.
+            let ended = self.settle(life, &mut receipts);
+            if let Some(ended) = ended.or(lost.map(Ended::Sink)) {
                 return ended;
             }
         }

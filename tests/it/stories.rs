@@ -237,3 +237,17 @@ fn a_lease_whose_answer_comes_late_is_over_when_the_database_says_so() {
         is_well(&shared);
     });
 }
+
+#[test]
+fn a_rejection_counts_although_the_sink_is_lost_with_it() {
+    story(async |shared| {
+        shared.with(|world| world.broker.last_words = Some(true));
+        commit(
+            &shared,
+            &[("order", "1", Some(Poison::Rejected)), ("order", "1", None)],
+        );
+        let relay = relay(source(&shared), sink(&shared), ledger(&shared));
+        run_for(LEASE * 10, relay).await;
+        is_well(&shared);
+    });
+}

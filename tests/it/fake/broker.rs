@@ -54,7 +54,7 @@ pub struct Broker {
     opened: u32,
     reject_next: Option<i64>,
     /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
-    last_words: Option<bool>,
+    pub last_words: Option<bool>,
 }
 
 impl Broker {
