@@ -174,20 +174,23 @@ impl<K: Sink> Publisher<'_, K> {
         if Instant::now() >= *self.lease_until.borrow() {
             return Err(Ended::LeaseLost);
         }
-        let mut pause = self.hand_over_some(life)?;
+        let paused = self.hand_over_some(life);
+        // Before anything can end the life: the next one must not find an entity waiting for an event that nobody stored.
+        self.park(life).await;
+        self.advance(life);
+        let mut pause = paused?;
         if let Pause::Prepare(topic) = &pause {
             tokio::select! {
+                biased;
+                () = stop.cancelled() => life.pending.clear(),
                 prepared = self.sink.prepare(topic) => match prepared {
                     Ok(()) => {}
                     Err(NotPrepared::Rejected(rejection)) => life.topics.refuse(topic, rejection),
                     Err(NotPrepared::Unknown(error)) => return Err(Ended::Sink(error)),
                 },
-                () = stop.cancelled() => life.pending.clear(),
             }
             pause = Pause::Turn;
         }
-        self.park(life).await;
-        self.advance(life);
         Ok(pause)
     }
 

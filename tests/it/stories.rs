@@ -251,3 +251,21 @@ fn a_rejection_counts_although_the_sink_is_lost_with_it() {
         is_well(&shared);
     });
 }
+
+#[test]
+fn what_is_set_aside_keeps_its_reason_when_the_life_ends_in_the_same_turn() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        // The topic of the last event is the first to be asked for while the broker is away.
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
+                goes_down(&shared);
+                let refused = Some(Poison::Refused);
+                commit(&shared, &[("order", "1", refused), ("customer", "1", None)]);
+            }
+            Ok(())
+        });
+        run_for(LEASE * 10, relay(meddled, sink(&shared), ledger(&shared))).await;
+        is_well(&shared);
+    });
+}
