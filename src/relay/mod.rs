@@ -401,6 +401,8 @@ async fn read_ahead<S: Source>(
         let began = Instant::now();
         let page = match source.capture(limits, &acknowledged).await {
             Ok(page) => page,
+            // Nothing more is wanted of the source: its trouble must not cut the drain short.
+            Err(_) if stop.is_cancelled() => break,
             Err(error) => return error,
         };
         metrics.captured(page.events.len(), began.elapsed());

@@ -269,3 +269,25 @@ fn what_is_set_aside_keeps_its_reason_when_the_life_ends_in_the_same_turn() {
         is_well(&shared);
     });
 }
+
+#[test]
+fn trouble_with_the_source_does_not_cut_the_drain_short() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let stop = CancellationToken::new();
+        let meddled = Meddled::new(&shared, |read| match read {
+            1 => {
+                goes_down(&shared);
+                commit(&shared, &[("order", "1", None)]);
+                Ok(())
+            }
+            _ => {
+                stop.cancel();
+                broken_off()
+            }
+        });
+        let relay = relay(meddled, sink(&shared), ledger(&shared));
+        relay.run(stop.clone()).await;
+        is_well(&shared);
+    });
+}
