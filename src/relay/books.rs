@@ -114,6 +114,7 @@ async fn moved_from(
     tokio::pin!(due);
     loop {
         tokio::select! {
+            biased;
             () = &mut due => break,
             moved = settled.changed() => if moved.is_err() { break },
         }

@@ -153,6 +153,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     tokio::select! {
+                        biased;
                         () = stop.cancelled() => return None,
                         () = sleep(expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK)) => {}
                     }
@@ -251,6 +252,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     ) -> bool {
         self.set_state(State::Stalled { reason });
         tokio::select! {
+            biased;
             () = stop.cancelled() => false,
             () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => true,
         }
@@ -331,6 +333,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             }
             self.set_state(State::Stalled { reason });
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return Over::Stopped,
                 () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
             }
