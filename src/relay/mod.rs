@@ -111,17 +111,15 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
         let mut backoff = backoff();
-        while let Some(tenure) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, asked_at)) = self.stand_by(&stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
-            let over = self.tenure(tenure, &metrics, &stop).await;
+            let over = self.tenure(tenure, asked_at, &metrics, &stop).await;
             metrics.owner(false);
             match over {
                 Over::Stopped => break,
                 Over::LeaseLost => {
                     tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
-                    // What is queued must not leave any more: somebody else publishes now.
-                    self.reopen_sink().await;
                 }
                 Over::Trouble(reason) => {
                     metrics.restarted();
@@ -137,23 +135,25 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         self.set_state(State::Stopped);
     }
 
-    /// Waits for the lease; none when asked to stop.
+    /// Waits for the lease, and says when it was asked for; none when asked to stop.
     async fn stand_by(
         &mut self,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
-    ) -> Option<Tenure> {
+    ) -> Option<(Tenure, Instant)> {
         loop {
+            let asked_at = Instant::now();
             let acquired = tokio::select! {
                 biased;
                 () = stop.cancelled() => return None,
                 acquired = self.ledger.acquire() => acquired,
             };
             match acquired {
-                Ok(Acquired::Ours(tenure)) => return Some(tenure),
+                Ok(Acquired::Ours(tenure)) => return Some((tenure, asked_at)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     tokio::select! {
+                        biased;
                         () = stop.cancelled() => return None,
                         () = sleep(expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK)) => {}
                     }
@@ -167,18 +167,44 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
-    /// As long as the lease lasts: books on one side, life after life on the other.
+    /// From taking the lease to giving it back.
     async fn tenure(
         &mut self,
         tenure: Tenure,
+        asked_at: Instant,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
+        let (over, books_open) = self.publish(tenure, asked_at, metrics, stop).await;
+        let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
+        if !drained {
+            // What is queued must not leave any more: from here on somebody else may publish.
+            self.reopen_sink().await;
+        }
+        if !books_open {
+            return over;
+        }
+        if let Err(error) = self.ledger.release().await {
+            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        }
+        over
+    }
+
+    /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended, and whether the
+    /// books were still open then.
+    async fn publish(
+        &mut self,
+        tenure: Tenure,
+        asked_at: Instant,
+        metrics: &PipelineMetrics,
+        stop: &CancellationToken,
+    ) -> (Over, bool) {
         let Tenure { position, parked } = tenure;
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
-        let (lease_until, lease_seen) = watch::channel(Instant::now() + self.settings.lease_ttl);
+        // The answer may have been long on its way: the lease began at the earliest when it was asked for.
+        let (lease_until, lease_seen) = watch::channel(asked_at + self.settings.lease_ttl);
         let mut desk = Desk {
             settled: settled_seen,
             durable,
@@ -203,25 +229,18 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             orders,
             lease_until: lease_seen,
         };
-        let ledger = &mut self.ledger;
-        let over = {
-            let mut books = std::pin::pin!(books::keep(ledger, &mut desk, &pace));
-            let over = tokio::select! {
-                biased;
-                closed = &mut books => return over_by(closed),
-                over = lives.run(&settled, stop) => over,
-            };
-            // Lets the books write the last position and close.
-            drop((settled, lives));
-            match books.await {
-                Closed::Done => over,
-                closed => over_by(closed),
-            }
+        let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
+        let over = tokio::select! {
+            biased;
+            closed = &mut books => return (over_by(closed), false),
+            over = lives.run(&settled, stop) => over,
         };
-        if let Err(error) = ledger.release().await {
-            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        // Lets the books write the last position and close.
+        drop((settled, lives));
+        match books.await {
+            Closed::Done => (over, true),
+            closed => (over_by(closed), true),
         }
-        over
     }
 
     /// Says what is wrong and waits a little; false when asked to stop meanwhile.
@@ -233,6 +252,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     ) -> bool {
         self.set_state(State::Stalled { reason });
         tokio::select! {
+            biased;
             () = stop.cancelled() => false,
             () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => true,
         }
@@ -313,6 +333,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             }
             self.set_state(State::Stalled { reason });
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return Over::Stopped,
                 () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
             }
@@ -383,6 +404,8 @@ async fn read_ahead<S: Source>(
         let began = Instant::now();
         let page = match source.capture(limits, &acknowledged).await {
             Ok(page) => page,
+            // Nothing more is wanted of the source: its trouble must not cut the drain short.
+            Err(_) if stop.is_cancelled() => break,
             Err(error) => return error,
         };
         metrics.captured(page.events.len(), began.elapsed());

@@ -6,6 +6,7 @@ mod contract {
     mod source;
 }
 mod examples;
+mod fake;
 mod fresh;
 mod harness {
     pub mod books;
@@ -13,7 +14,11 @@ mod harness {
     pub mod postgres;
     pub mod sqlite;
 }
+mod layering;
 mod migrate;
+mod oracle;
 mod partitions;
 mod rights;
+mod sim;
+mod stories;
 mod windows;
