@@ -252,8 +252,8 @@ create table outbox.cursors (
 -- either may have lost the newest transactions and use their ids again. A row that is still there says that every
 -- transaction id that was seen since it was made means what it meant.
 create unlogged table outbox.incarnation (
-    only boolean primary key default true check (only),
-    id   uuid not null default gen_random_uuid()
+    one boolean primary key default true check (one),
+    id  uuid    not null default gen_random_uuid()
 );
 
 create table outbox.leases (

@@ -154,7 +154,7 @@ impl Ledger for PostgresLedger {
         })
         .await?;
         // No lease has this epoch: what is written from now on is refused, also before somebody else takes over.
-        self.epoch = 0;
+        self.fence.epoch = 0;
         if let Some(connection) = self.connection.take() {
             // The lease is released; a connection that does not close politely is closed all the same.
             connection.close().await.context("close the connection")?;
