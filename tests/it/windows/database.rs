@@ -22,9 +22,13 @@ pub struct Database {
 
 /// Runs `work` with a database of its own; without a server it says so and returns, unless services are required.
 pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
-    let Some(server) = from_environment("DATABASE_URL", test) else {
-        return;
-    };
+    if let Some(server) = from_environment("DATABASE_URL", test) {
+        with_database_of(server, work).await;
+    }
+}
+
+/// The same on a given server, which may have crashed meanwhile.
+pub async fn with_database_of(server: PgConnectOptions, work: impl AsyncFnOnce(&Database)) {
     let database = Database {
         name: format!("windows_{}", uuid::Uuid::new_v4().simple()),
         options: server.clone(),
@@ -32,7 +36,7 @@ pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
     let mut admin = connect(&server).await;
     sql(&mut admin, &format!("create database {}", database.name)).await;
     let database = Database {
-        options: server.database(&database.name),
+        options: server.clone().database(&database.name),
         ..database
     };
     sql(&mut database.connect().await, MIGRATION).await;
@@ -48,6 +52,7 @@ pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
         sql(&mut connection, &format!("rollback prepared '{gid}'")).await;
     }
     drop(connection);
+    let mut admin = connect(&server).await;
     for name in [database.name.clone(), format!("{}_other", database.name)] {
         let drop_it = format!("drop database if exists {name} with (force)");
         sql(&mut admin, &drop_it).await;

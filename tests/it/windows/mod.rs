@@ -1,6 +1,7 @@
 //! Tries to break the capture from PostgreSQL: random writers against an oracle of its own, schedules that were thought
 //! up to hurt, readers that are known to be wrong, and the plans of the statements.
 
+mod crash;
 mod database;
 mod oracle;
 mod plans;

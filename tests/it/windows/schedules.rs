@@ -63,7 +63,7 @@ pub async fn drain(source: &mut impl Source) -> Vec<u64> {
 pub struct Relay<'a> {
     database: &'a Database,
     pub source: PostgresSource,
-    ledger: PostgresLedger,
+    pub ledger: PostgresLedger,
     pub durable: Position,
 }
 
