@@ -132,7 +132,8 @@ impl World {
         }
     }
 
-    fn hand_over(&mut self, life: u32, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+    /// The id of the event that was handed over.
+    fn hand_over(&mut self, life: u32, seq: Seq, record: &Record<'_>) -> Result<i64, Refused> {
         let dies = self.faults.sink_dies;
         if self.chance(dies) {
             self.kill_producer(life);
@@ -167,7 +168,7 @@ impl World {
             let at = Instant::now() + self.ms(5);
             self.plan(at, Due::Send(life));
         }
-        Ok(())
+        Ok(id)
     }
 
     fn carry(&self, seq: Seq, record: &Record<'_>) -> (Carried, Option<Poison>) {
@@ -423,10 +424,9 @@ impl Sink for FakeSink {
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
         let life = self.life();
-        let id = self.shared.with(|world| {
-            world.hand_over(life, seq, record)?;
-            Ok(world.carry(seq, record).0.id)
-        })?;
+        let id = self
+            .shared
+            .with(|world| world.hand_over(life, seq, record))?;
         self.ids.insert(seq, id);
         self.shared.stir();
         Ok(())

@@ -170,14 +170,12 @@ impl World {
 
     /// Whether nothing is left to be done.
     pub fn is_quiet(&self) -> bool {
-        let done =
-            |id: &i64| self.broker.appended.contains(id) || self.books.parked.contains_key(id);
-        self.agenda.is_empty()
-            && self.log.wanted().all(|id| done(&id))
-            && self
-                .log
-                .wanted()
-                .all(|id| self.log.is_past(&self.books.position, id))
+        let (broker, books, log) = (&self.broker, &self.books, &self.log);
+        let done = |id: i64| {
+            log.is_past(&books.position, id)
+                && (broker.appended.contains(&id) || books.parked.contains_key(&id))
+        };
+        self.agenda.is_empty() && log.wanted().rev().all(done)
     }
 }
 
@@ -204,7 +202,7 @@ impl Shared {
             history: History::default(),
             log: Log::default(),
             broker: Broker::random(&mut rng),
-            books: Books::new(now, Duration::from_millis(rng.u64(300..4000))),
+            books: Books::new(now, Duration::from_millis(rng.u64(60..1500))),
             poll_interval: Duration::from_millis(rng.u64(5..300)),
             stalled: BTreeMap::new(),
             calm: false,
