@@ -104,10 +104,12 @@ const READY: Metric = gauge(
     "1 while the pipeline moves or stands by, 0 while something is in its way",
 );
 const LATENCY: Metric = Metric {
-    name: "outbox_publish_latency_seconds",
+    name: LATENCY_NAME,
     kind: Kind::Histogram,
     meaning: "from the emit to the sink's confirmation",
 };
+/// The one histogram; its buckets are [`LATENCY_BUCKETS`].
+pub const LATENCY_NAME: &str = "outbox_publish_latency_seconds";
 const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
 
 /// All metrics.

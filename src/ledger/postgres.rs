@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
 use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
-use crate::source::postgres::connect;
+use crate::source::postgres::{NEWEST_ID, connect};
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
@@ -131,6 +131,8 @@ impl Ledger for PostgresLedger {
             .context("release the lease")
         })
         .await?;
+        // No lease has this epoch: what is written from now on is refused, also before somebody else takes over.
+        self.epoch = 0;
         if let Some(connection) = self.connection.take() {
             // The lease is released; a connection that does not close politely is closed all the same.
             connection.close().await.context("close the connection")?;
@@ -270,54 +272,45 @@ async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::E
 }
 
 async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
-    let row = fetch_one(
-        connection,
-        "select last_value from outbox.events_id_seq".to_owned(),
-    )
-    .await
-    .context("read the newest id")?;
+    let row = fetch_one(connection, format!("select {NEWEST_ID}"))
+        .await
+        .context("read the newest id")?;
     Ok(EventId(get(&row, 0)?))
 }
 
+/// A pipeline that does not start at the beginning starts inside of a window that ends now, so that what is in progress
+/// now lies in the windows after it, however low its ids are.
 async fn starting_position(
     connection: &mut PgConnection,
     start: Start,
     newest_before_lease: EventId,
 ) -> Result<Position, anyhow::Error> {
-    let mut window = Window::beginning();
-    match start {
-        Start::Earliest => {}
-        Start::Latest => {
-            let row = fetch_one(
-                connection,
-                "select pg_current_snapshot()::text, last_value from outbox.events_id_seq"
-                    .to_owned(),
-            )
-            .await
-            .context("read the newest position")?;
-            window.cur = get::<String>(&row, 0)?.parse()?;
-            window.ceiling = EventId(get(&row, 1)?);
-            window.next_floor = newest_before_lease;
-        }
-        Start::Time(us) => {
-            // Read once in a pipeline's life; there is no index on the time.
-            let row = fetch_one(
-                connection,
-                format!(
-                    "select coalesce(min(id) - 1, (select last_value from outbox.events_id_seq)) from outbox.events \
-                      where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'"
-                ),
-            )
-            .await
-            .context("find the event to start from")?;
-            window.ceiling = EventId(get(&row, 0)?);
-            window.next_floor = window.ceiling;
-        }
-    }
-    let last_id = window.ceiling;
+    let before_first = match start {
+        Start::Earliest => return Ok(Position::beginning()),
+        Start::Latest => NEWEST_ID.to_owned(),
+        // Read once in a pipeline's life; there is no index on the time.
+        Start::Time(us) => format!(
+            "coalesce((select min(id) - 1 from outbox.events \
+                        where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'), {NEWEST_ID})"
+        ),
+    };
+    let row = fetch_one(
+        connection,
+        format!("select pg_current_snapshot()::text, {NEWEST_ID}, {before_first}"),
+    )
+    .await
+    .context("find where to start")?;
+    let before_first = EventId(get(&row, 2)?);
+    let window = Window {
+        cur: get::<String>(&row, 0)?.parse()?,
+        floor: before_first,
+        ceiling: EventId(get(&row, 1)?),
+        next_floor: newest_before_lease,
+        ..Window::beginning()
+    };
     Ok(Position {
         window: Arc::new(window),
-        last_id,
+        last_id: before_first,
     })
 }
 

@@ -1,29 +1,434 @@
-//! The books in a SQLite file.
+//! The books in a SQLite file: `outbox_cursors`, `outbox_leases`, `outbox_parked`.
+//!
+//! Whoever changes a lease holds the file's write lock from the first look on, so nothing can come in between. Time is
+//! that of the machine, the same for all who share the file.
 
-use super::{Acquired, Fenced, Ledger, LedgerError, Parked};
-use crate::position::Position;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{ConnectOptions, Connection, Executor};
+use tokio::time::timeout;
+
+use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
+use crate::event::{EventId, Payload, Start};
+use crate::position::{Position, Window};
+use crate::source::sqlite::{connect, newest_id};
+
+/// How long a statement waits for another writer, unless the lease is so short that it should not.
+const BUSY_MAX: Duration = Duration::from_secs(5);
 
 /// The books of one pipeline in one file.
-pub struct SqliteLedger {}
+pub struct SqliteLedger {
+    options: SqliteConnectOptions,
+    settings: Settings,
+    connection: Option<SqliteConnection>,
+    epoch: i64,
+}
+
+impl SqliteLedger {
+    /// Books that open the file when they are first used. It has to be there and to be migrated.
+    #[must_use]
+    pub fn new(options: SqliteConnectOptions, settings: Settings) -> Self {
+        Self {
+            options: options
+                .create_if_missing(false)
+                .busy_timeout(BUSY_MAX.min(settings.lease_ttl / 2))
+                .disable_statement_logging(),
+            settings,
+            connection: None,
+            epoch: 0,
+        }
+    }
+
+    /// Runs one piece of work on the connection; after any failure the connection is given up, and with it whatever
+    /// transaction was left open.
+    async fn with<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut SqliteConnection, &Settings, i64) -> Result<T, anyhow::Error>,
+    ) -> Result<T, LedgerError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => open(&self.options).await?,
+        };
+        let limit = self.settings.lease_ttl;
+        let done = timeout(limit, work(&mut connection, &self.settings, self.epoch))
+            .await
+            .map_err(|_| anyhow!("no answer from SQLite within {} s", limit.as_secs_f32()))??;
+        self.connection = Some(connection);
+        Ok(done)
+    }
+}
 
 impl Ledger for SqliteLedger {
     async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
-        unimplemented!()
+        let acquired = self
+            .with(async |connection, settings, _| acquire(connection, settings).await)
+            .await?;
+        Ok(match acquired {
+            Ok((epoch, tenure)) => {
+                self.epoch = epoch;
+                Acquired::Ours(tenure)
+            }
+            Err((holder, expires_in)) => Acquired::Held { holder, expires_in },
+        })
     }
 
     async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        unimplemented!()
+        self.with(async |connection, settings, epoch| {
+            let renewed = sqlx::query(
+                "update outbox_leases
+                    set expires_at = cast(round(unixepoch('subsec') * 1000000) as integer) + ?3
+                  where pipeline = ?1 and shard = 0 and epoch = ?2",
+            )
+            .bind(settings.pipeline.as_str())
+            .bind(epoch)
+            .bind(ttl_us(settings))
+            .execute(connection)
+            .await
+            .context("renew the lease")?;
+            Ok(fenced(renewed.rows_affected()))
+        })
+        .await
     }
 
-    async fn acknowledge(&mut self, _: &Position) -> Result<Fenced, LedgerError> {
-        unimplemented!()
+    async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
+        self.with(async |connection, settings, epoch| {
+            let moved = set_position(connection, settings, epoch, position)
+                .await
+                .context("move the cursor")?;
+            Ok(fenced(moved))
+        })
+        .await
     }
 
-    async fn park(&mut self, _: &[Parked]) -> Result<Fenced, LedgerError> {
-        unimplemented!()
+    async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
+        self.with(async |connection, settings, epoch| {
+            connection
+                .execute("pragma synchronous = full")
+                .await
+                .context("ask for durability")?;
+            let answer = park(connection, settings, epoch, parked).await?;
+            relax(connection).await?;
+            Ok(answer)
+        })
+        .await
     }
 
     async fn release(&mut self) -> Result<(), LedgerError> {
-        unimplemented!()
+        self.with(async |connection, settings, epoch| {
+            sqlx::query(
+                "update outbox_leases set expires_at = 0 where pipeline = ?1 and shard = 0 and epoch = ?2",
+            )
+            .bind(settings.pipeline.as_str())
+            .bind(epoch)
+            .execute(connection)
+            .await
+            .context("release the lease")
+        })
+        .await?;
+        // No lease has this epoch: what is written from now on is refused, also before somebody else takes over.
+        self.epoch = 0;
+        if let Some(connection) = self.connection.take() {
+            connection.close().await.context("close the file")?;
+        }
+        Ok(())
+    }
+}
+
+type HeldBy = (String, Duration);
+
+async fn open(options: &SqliteConnectOptions) -> Result<SqliteConnection, anyhow::Error> {
+    let mut connection = connect(options).await?;
+    relax(&mut connection).await?;
+    Ok(connection)
+}
+
+/// A cursor that is lost with the machine's last moments is a few duplicates, not worth a flush each time. Only with a
+/// write-ahead log, whose commits are lost from the end only; with any other journal the file could be damaged.
+async fn relax(connection: &mut SqliteConnection) -> Result<(), anyhow::Error> {
+    let journal: String = sqlx::query_scalar("pragma journal_mode")
+        .fetch_one(&mut *connection)
+        .await
+        .context("read the journal mode")?;
+    if journal == "wal" {
+        connection
+            .execute("pragma synchronous = normal")
+            .await
+            .context("set the durability")?;
+    }
+    Ok(())
+}
+
+async fn acquire(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<Result<(i64, Tenure), HeldBy>, anyhow::Error> {
+    // First without the write lock, so that a standby never makes the service wait.
+    if let Some(held) = held_by(connection, settings).await? {
+        return Ok(Err(held));
+    }
+    let mut transaction = connection
+        .begin_with("begin immediate")
+        .await
+        .context("begin to take the lease")?;
+    if let Some(held) = held_by(&mut transaction, settings).await? {
+        transaction.rollback().await.context("leave the lease")?;
+        return Ok(Err(held));
+    }
+    let epoch = take_lease(&mut transaction, settings).await?;
+    let position = match stored_position(&mut transaction, settings).await? {
+        Some(position) => position,
+        None => {
+            let position = starting_position(&mut transaction, settings.start).await?;
+            set_position(&mut transaction, settings, epoch, &position)
+                .await
+                .context("write the first cursor")?;
+            position
+        }
+    };
+    let parked = parked_entities(&mut transaction, settings).await?;
+    transaction.commit().await.context("take the lease")?;
+    Ok(Ok((epoch, Tenure { position, parked })))
+}
+
+async fn held_by(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<Option<HeldBy>, anyhow::Error> {
+    let held: Option<(String, i64)> = sqlx::query_as(
+        "select holder, expires_in
+           from (select holder,
+                        expires_at - cast(round(unixepoch('subsec') * 1000000) as integer) as expires_in
+                   from outbox_leases
+                  where pipeline = ?1 and shard = 0 and holder <> ?2)
+          where expires_in > 0",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(&settings.holder)
+    .fetch_optional(connection)
+    .await
+    .context("look for the lease")?;
+    Ok(held.map(|(holder, us)| (holder, Duration::from_micros(us.unsigned_abs()))))
+}
+
+/// Only under the write lock, after a look that the lease is free.
+async fn take_lease(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<i64, anyhow::Error> {
+    let epoch: i64 = sqlx::query_scalar(
+        "insert into outbox_leases as l (pipeline, holder, epoch, expires_at)
+         values (?1, ?2, 1, cast(round(unixepoch('subsec') * 1000000) as integer) + ?3)
+         on conflict (pipeline, shard) do update
+            set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
+         returning epoch",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(&settings.holder)
+    .bind(ttl_us(settings))
+    .fetch_one(&mut *connection)
+    .await
+    .context("write the lease")?;
+    // The cursor carries the epoch too, so that one look at its own row fences every later write.
+    sqlx::query(
+        "insert into outbox_cursors (pipeline, epoch) values (?1, ?2)
+         on conflict (pipeline, shard) do update set epoch = excluded.epoch",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(epoch)
+    .execute(connection)
+    .await
+    .context("write the epoch of the cursor")?;
+    Ok(epoch)
+}
+
+async fn starting_position(
+    connection: &mut SqliteConnection,
+    start: Start,
+) -> Result<Position, anyhow::Error> {
+    let newest = newest_id(connection).await?;
+    let before_first = match start {
+        Start::Earliest => EventId(0),
+        Start::Latest => newest,
+        Start::Time(us) => {
+            // Read once in a pipeline's life; there is no index on the time.
+            let first: Option<i64> =
+                sqlx::query_scalar("select min(id) from outbox_events where occurred_at >= ?1")
+                    .bind(us)
+                    .fetch_one(connection)
+                    .await
+                    .context("find the event to start from")?;
+            first.map_or(newest, |id| EventId(id - 1))
+        }
+    };
+    let window = Window {
+        ceiling: before_first,
+        next_floor: before_first,
+        ..Window::beginning()
+    };
+    Ok(Position {
+        window: Arc::new(window),
+        last_id: before_first,
+    })
+}
+
+type CursorRow = (Option<String>, Option<String>, i64, i64, i64, i64);
+
+async fn stored_position(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<Option<Position>, anyhow::Error> {
+    let row: CursorRow = sqlx::query_as(
+        "select prev, cur, coalesce(floor, 0), coalesce(ceiling, 0), coalesce(next_floor, 0), coalesce(last_id, 0)
+           from outbox_cursors where pipeline = ?1 and shard = 0",
+    )
+    .bind(settings.pipeline.as_str())
+    .fetch_one(connection)
+    .await
+    .context("read the cursor")?;
+    let (Some(prev), Some(cur), floor, ceiling, next_floor, last_id) = row else {
+        return Ok(None);
+    };
+    Ok(Some(Position {
+        window: Arc::new(Window {
+            prev: prev.parse()?,
+            cur: cur.parse()?,
+            floor: EventId(floor),
+            ceiling: EventId(ceiling),
+            next_floor: EventId(next_floor),
+        }),
+        last_id: EventId(last_id),
+    }))
+}
+
+async fn set_position(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+    epoch: i64,
+    position: &Position,
+) -> Result<u64, sqlx::Error> {
+    let Window {
+        prev,
+        cur,
+        floor,
+        ceiling,
+        next_floor,
+    } = &*position.window;
+    let done = sqlx::query(
+        "update outbox_cursors
+            set prev = ?3, cur = ?4, floor = ?5, ceiling = ?6, next_floor = ?7, last_id = ?8,
+                updated_at = cast(round(unixepoch('subsec') * 1000000) as integer)
+          where pipeline = ?1 and shard = 0 and epoch = ?2",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(epoch)
+    .bind(prev.to_string())
+    .bind(cur.to_string())
+    .bind(floor.0)
+    .bind(ceiling.0)
+    .bind(next_floor.0)
+    .bind(position.last_id.0)
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+async fn parked_entities(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<Vec<(String, String, EventId)>, anyhow::Error> {
+    let rows: Vec<(String, String, i64)> = sqlx::query_as(
+        "select aggregate_type, aggregate_id, min(id) from outbox_parked where pipeline = ?1 group by 1, 2",
+    )
+    .bind(settings.pipeline.as_str())
+    .fetch_all(connection)
+    .await
+    .context("read the parked entities")?;
+    Ok(rows
+        .into_iter()
+        .map(|(kind, entity, id)| (kind, entity, EventId(id)))
+        .collect())
+}
+
+async fn park(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+    epoch: i64,
+    parked: &[Parked],
+) -> Result<Fenced, anyhow::Error> {
+    let mut transaction = connection
+        .begin_with("begin immediate")
+        .await
+        .context("begin to park")?;
+    let ours: Option<i64> = sqlx::query_scalar(
+        "select 1 from outbox_cursors where pipeline = ?1 and shard = 0 and epoch = ?2",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(epoch)
+    .fetch_optional(&mut *transaction)
+    .await
+    .context("check the lease")?;
+    if ours.is_none() {
+        transaction.rollback().await.context("end parking")?;
+        return Ok(Fenced::Lost);
+    }
+    for parked in parked {
+        park_one(&mut transaction, settings, parked)
+            .await
+            .with_context(|| format!("park event {}", parked.event.id))?;
+    }
+    transaction
+        .commit()
+        .await
+        .context("commit what was parked")?;
+    Ok(Fenced::Written)
+}
+
+async fn park_one(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+    Parked { event, error }: &Parked,
+) -> Result<(), sqlx::Error> {
+    let (json, encoded) = match &event.payload {
+        Payload::Json(json) => (Some(&json[..]), None),
+        Payload::Encoded(encoded) => (None, Some(&encoded[..])),
+        Payload::Ambiguous(json, encoded) => (Some(&json[..]), Some(&encoded[..])),
+        Payload::Tombstone => (None, None),
+    };
+    // The cast makes a text of the bytes without a look at them: they stay what the writer wrote.
+    sqlx::query(
+        "insert into outbox_parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload,
+                payload_bytes, content_type, headers, occurred_at, error)
+         values (?1, ?2, ?3, ?4, ?5, ?6, cast(?7 as text), ?8, ?9, ?10, ?11, ?12)
+         on conflict (pipeline, id) do nothing",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(event.id.0)
+    .bind(event.event_id.to_string())
+    .bind(&event.aggregate_type[..])
+    .bind(&event.aggregate_id[..])
+    .bind(&event.event_type[..])
+    .bind(json)
+    .bind(encoded)
+    .bind(event.content_type.as_deref())
+    .bind(event.headers.as_deref())
+    .bind(event.occurred_at_us)
+    .bind(error.as_deref())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+fn ttl_us(settings: &Settings) -> i64 {
+    i64::try_from(settings.lease_ttl.as_micros()).unwrap_or(i64::MAX / 2)
+}
+
+fn fenced(rows: u64) -> Fenced {
+    if rows == 0 {
+        Fenced::Lost
+    } else {
+        Fenced::Written
     }
 }

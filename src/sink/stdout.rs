@@ -16,7 +16,7 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// The standard output, or any other writer.
 pub struct StdoutSink {
-    out: Box<dyn Write + Send>,
+    out: Box<dyn Write + Send + Sync>,
     buffer: Vec<u8>,
     handed_over: Vec<Seq>,
 }
@@ -29,7 +29,7 @@ impl StdoutSink {
     }
 
     /// Writes to any writer.
-    pub fn to(out: impl Write + Send + 'static) -> Self {
+    pub fn to(out: impl Write + Send + Sync + 'static) -> Self {
         Self {
             out: Box::new(out),
             buffer: Vec::new(),

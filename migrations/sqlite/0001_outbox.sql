@@ -1,0 +1,88 @@
+-- The outbox in a SQLite file: an insert-only log of events, and the relay's own books beside it.
+-- Uses nothing newer than SQLite 3.38, because services write to it with libraries of their own. All times are in
+-- microseconds since the Unix epoch. The relay never updates or deletes an event to make progress: it moves a cursor.
+
+create table outbox_events (
+    -- One transaction writes at a time, so the order of the ids is the order of the commits. autoincrement: an id that
+    -- was committed is never handed out again, not even when its row was deleted since.
+    id             integer primary key autoincrement,
+    event_id       text    not null default (lower(
+                       hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' || substr(hex(randomblob(2)), 2) || '-' ||
+                       substr('89ab', 1 + (random() & 3), 1) || substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6)))),
+    aggregate_type text    not null,
+    aggregate_id   text    not null,
+    event_type     text    not null,
+    payload        text,
+    payload_bytes  blob,
+    content_type   text,
+    headers        text,
+    occurred_at    integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    -- Columns of SQLite take values of any type; these are the ones that PostgreSQL would take.
+    constraint events_event_id_is_a_uuid check (
+        event_id like '________-____-____-____-____________'
+        and replace(event_id, '-', '') not glob '*[^0-9a-fA-F]*'
+        and length(replace(event_id, '-', '')) = 32),
+    constraint events_aggregate_type_not_empty check (aggregate_type <> ''),
+    constraint events_payload_is_json check (payload is null or (typeof(payload) = 'text' and json_valid(payload))),
+    constraint events_payload_bytes_is_a_blob check (payload_bytes is null or typeof(payload_bytes) = 'blob'),
+    constraint events_headers_is_json check (headers is null or (typeof(headers) = 'text' and json_valid(headers))),
+    constraint events_occurred_at_is_a_number check (typeof(occurred_at) = 'integer'),
+    constraint events_one_payload check (payload is null or payload_bytes is null)
+);
+
+-- A reader that has passed an id never looks below it again. sqlite_sequence still holds the newest id from before the
+-- statement that inserts.
+create trigger outbox_events_ids_ascend
+after insert on outbox_events
+when new.id < 1 or new.id <= (select seq from sqlite_sequence where name = 'outbox_events')
+begin
+    select raise(abort, 'outbox_events: leave the id to the table, an event below the newest id would never be published');
+end;
+
+-- The relay's books.
+
+create table outbox_cursors (
+    pipeline   text    not null,
+    shard      integer not null default 0,
+    epoch      integer not null default 0,
+    prev       text,
+    cur        text,
+    floor      integer,
+    ceiling    integer,
+    next_floor integer,
+    last_id    integer,
+    updated_at integer not null default 0,
+    primary key (pipeline, shard)
+);
+
+create table outbox_leases (
+    pipeline   text    not null,
+    shard      integer not null default 0,
+    holder     text    not null,
+    epoch      integer not null,
+    expires_at integer not null,
+    primary key (pipeline, shard)
+);
+
+-- Events that were rejected, and those of the same entity that wait behind them, with all that is needed to publish
+-- them later, so that they outlive the log's retention.
+create table outbox_parked (
+    pipeline       text    not null,
+    id             integer not null,
+    event_id       text    not null,
+    aggregate_type text    not null,
+    aggregate_id   text    not null,
+    event_type     text    not null,
+    payload        text,
+    payload_bytes  blob,
+    content_type   text,
+    headers        text,
+    occurred_at    integer not null,
+    -- Null for an event that only waits behind a rejected one.
+    error          text,
+    parked_at      integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    primary key (pipeline, id)
+);
+
+-- Finds the oldest waiting event of an entity.
+create index outbox_parked_entity on outbox_parked (pipeline, aggregate_type, aggregate_id, id);

@@ -1,0 +1,92 @@
+//! The commands. They print; nothing below them does.
+
+mod check;
+mod migrate;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::config::{Config, ConfigError};
+
+/// What the exit codes mean; part of the help.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or nothing wrong
+  1  failed: the message says at what
+  2  the command line or the configuration is wrong
+  3  something was found: `doctor`, `check` and `demo` say what";
+
+/// Publishes the committed rows of a transactional outbox to Kafka, in order per entity.
+#[derive(Debug, Parser)]
+#[command(name = "outbox-relay", version, about, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Publish until asked to stop.
+    Run(run::Run),
+    /// Make or update the outbox tables.
+    Migrate(migrate::Migrate),
+    /// Read the configuration and say what is wrong with it.
+    Check(check::Check),
+    /// Print a completion script.
+    Completions {
+        /// For this shell.
+        shell: Shell,
+    },
+}
+
+/// Where the configuration is.
+#[derive(Debug, Args)]
+struct ConfigArgs {
+    /// The configuration file; without one the built-in defaults and the environment count.
+    #[arg(long, short, value_name = "FILE", env = "RELAY_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Config, ConfigError> {
+        Config::load(self.config.as_deref(), std::env::vars())
+    }
+}
+
+/// How a command ended that did not fail.
+enum Outcome {
+    Done,
+    /// Something was found that a person should look at.
+    Findings,
+}
+
+/// Runs the command line; decides the exit code, here and nowhere else.
+pub async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Run(run) => run.run().await,
+        Command::Migrate(migrate) => migrate.run().await,
+        Command::Check(check) => check.run(),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "outbox-relay",
+                &mut std::io::stdout(),
+            );
+            Ok(Outcome::Done)
+        }
+    };
+    match outcome {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Findings) => ExitCode::from(3),
+        Err(error) => {
+            anstream::eprintln!("outbox-relay: {error:#}");
+            ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
+        }
+    }
+}

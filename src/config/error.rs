@@ -1,0 +1,110 @@
+//! Says what is wrong with a setting: one line with file, key, value, reason and the nearest valid key.
+
+use figment::Figment;
+use figment::error::{Actual, Error, Kind};
+
+use super::ENVIRONMENT;
+
+/// One line for the person who wrote the setting.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl ConfigError {
+    pub(super) fn new(line: impl Into<String>) -> Self {
+        Self(line.into())
+    }
+
+    /// `prefix` is the table that was extracted, empty for the whole file.
+    pub(super) fn from_figment(error: &Error, prefix: &str, figment: &Figment) -> Self {
+        let path = [prefix]
+            .into_iter()
+            .chain(error.path.iter().map(String::as_str))
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join(".");
+        let metadata = error
+            .metadata
+            .as_ref()
+            .or_else(|| figment.get_metadata(figment.find_value(&path).ok()?.tag()));
+        let line = describe(&error.kind, &path);
+        Self(
+            match metadata.map(|metadata| (&metadata.source, &*metadata.name)) {
+                Some((Some(figment::Source::File(file)), _)) => {
+                    format!("{}: {line}", file.display())
+                }
+                Some((_, ENVIRONMENT)) => {
+                    format!(
+                        "RELAY_{}: {line}",
+                        path.to_ascii_uppercase().replace('.', "__")
+                    )
+                }
+                Some((_, name)) => format!("{name}: {line}"),
+                None => line,
+            },
+        )
+    }
+}
+
+fn describe(kind: &Kind, path: &str) -> String {
+    let inside = |key: &str| match path {
+        "" => key.to_owned(),
+        path if path.rsplit('.').next() == Some(key) => path.to_owned(),
+        path => format!("{path}.{key}"),
+    };
+    match kind {
+        Kind::UnknownField(key, valid) => {
+            format!("{}: no such setting{}", inside(key), nearest(key, valid))
+        }
+        Kind::MissingField(key) => format!("{}: is missing", inside(key)),
+        Kind::UnknownVariant(value, valid) => {
+            format!(
+                "{path} = {value:?}: has to be one of {}{}",
+                valid.join(", "),
+                nearest(value, valid)
+            )
+        }
+        Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
+            format!(
+                "{path} = {}: has to be {}",
+                show(actual),
+                plain(&expected.to_string())
+            )
+        }
+        Kind::Message(reason) if path.is_empty() => {
+            reason.split_whitespace().collect::<Vec<_>>().join(" ")
+        }
+        Kind::Message(reason) => format!("{path}: {reason}"),
+        other => format!("{path}: {other}"),
+    }
+}
+
+fn show(actual: &Actual) -> String {
+    match actual {
+        Actual::Str(text) => format!("{text:?}"),
+        other => other.to_string(),
+    }
+}
+
+/// Says in everyday words what the types behind the settings expect.
+fn plain(expected: &str) -> &str {
+    match expected {
+        "usize" | "u64" | "u16" | "i32" => "a whole number",
+        "parsable string" => "a size such as \"4MiB\"",
+        "a duration" => "a duration such as \"200ms\" or \"10s\"",
+        "a boolean" => "true or false",
+        other => other,
+    }
+}
+
+fn nearest(given: &str, valid: &[&str]) -> String {
+    valid
+        .iter()
+        .map(|candidate| (strsim::jaro_winkler(given, candidate), candidate))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(likeness, _)| *likeness > 0.7)
+        .map_or_else(
+            || format!("; there is {}", valid.join(", ")),
+            |(_, candidate)| format!("; did you mean {candidate:?}?"),
+        )
+}

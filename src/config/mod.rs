@@ -1,0 +1,550 @@
+//! Reads the configuration: the shipped `relay.toml`, then a file, then the environment.
+//!
+//! Parses, does not validate afterwards: a [`Config`] that exists can be run. Knows no database and no broker.
+
+mod error;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, UNIX_EPOCH};
+
+use bytesize::ByteSize;
+use figment::providers::{Format, Toml};
+use figment::value::{Dict, Map, Value};
+use figment::{Figment, Metadata, Profile, Provider};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use sqlx::postgres::PgConnectOptions;
+
+pub use self::error::ConfigError;
+use crate::encode::{self, Encoding};
+use crate::event::{PipelineName, Start};
+use crate::relay::{Pipeline, Policy};
+use crate::route::{Filter, Route, Template};
+use crate::sink::kafka;
+use crate::source::PageLimits;
+use crate::source::postgres::CaptureMode;
+
+/// The shipped file: the lowest layer, and the reference documentation.
+pub const DEFAULTS: &str = include_str!("../../relay.toml");
+
+/// The name of the layer of environment variables.
+const ENVIRONMENT: &str = "environment";
+
+/// Everything that can be set.
+#[derive(Debug)]
+pub struct Config {
+    /// Where events come from.
+    pub source: Source,
+    /// Where they go.
+    pub sink: Sink,
+    /// At least one.
+    pub pipelines: Vec<PipelineConfig>,
+    /// Bounds and times.
+    pub relay: RelayConfig,
+    /// The HTTP interface.
+    pub admin: Admin,
+    /// Logging.
+    pub log: Log,
+}
+
+/// Where events come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// PostgreSQL.
+    Postgres(crate::source::postgres::Settings),
+    /// A SQLite file.
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// The longest time without a look at an idle log.
+        poll_interval: Duration,
+    },
+}
+
+/// Where events go.
+#[derive(Clone, Debug)]
+pub enum Sink {
+    /// Kafka.
+    Kafka(Box<kafka::Settings>),
+    /// The standard output.
+    Stdout,
+}
+
+/// One pipeline.
+#[derive(Clone, Debug)]
+pub struct PipelineConfig {
+    /// Its rules.
+    pub pipeline: Pipeline,
+    /// Where it begins.
+    pub start: Start,
+}
+
+/// Bounds and times; see the comments in `relay.toml`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRelay {
+    page_events: usize,
+    page_bytes: ByteSize,
+    in_flight_events: usize,
+    in_flight_bytes: ByteSize,
+    #[serde(with = "humantime_serde")]
+    lease_ttl: Duration,
+    #[serde(with = "humantime_serde")]
+    acknowledge_interval: Duration,
+    #[serde(with = "humantime_serde")]
+    drain_timeout: Duration,
+}
+
+/// The bounds of each pipeline.
+pub type RelayConfig = crate::relay::Settings;
+
+/// The HTTP interface.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Admin {
+    /// Whether there is one.
+    pub enabled: bool,
+    /// Where it listens.
+    pub listen: SocketAddr,
+}
+
+/// Logging.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// Directives of `tracing_subscriber::EnvFilter`.
+    pub level: String,
+    /// Text for people or JSON for machines.
+    pub format: LogFormat,
+}
+
+/// What a line of the log looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Raw {
+    source: RawSource,
+    sink: RawSink,
+    /// Extracted key by key, over `pipeline`.
+    #[serde(default)]
+    pipelines: BTreeMap<String, Dict>,
+    #[serde(rename = "pipeline")]
+    _pipeline: RawPipeline,
+    relay: RawRelay,
+    admin: Admin,
+    log: Log,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum SourceKind {
+    Postgres,
+    Sqlite,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSource {
+    kind: SourceKind,
+    postgres: RawPostgres,
+    sqlite: RawSqlite,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPostgres {
+    url: Option<SecretString>,
+    url_file: Option<PathBuf>,
+    direct_url: Option<SecretString>,
+    capture: CaptureMode,
+    #[serde(with = "humantime_serde")]
+    poll_interval: Duration,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSqlite {
+    path: Option<PathBuf>,
+    #[serde(with = "humantime_serde")]
+    poll_interval: Duration,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum SinkKind {
+    Kafka,
+    Stdout,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSink {
+    kind: SinkKind,
+    kafka: kafka::Settings,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPipeline {
+    start: StartText,
+    topic: Template,
+    key: Template,
+    format: encode::Format,
+    cloudevents_source: String,
+    on_rejected: Policy,
+    filter: Filter,
+}
+
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct StartText(Start);
+
+impl TryFrom<String> for StartText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let start = match &text[..] {
+            "earliest" => Start::Earliest,
+            "latest" => Start::Latest,
+            time => {
+                let time = humantime::parse_rfc3339_weak(time).map_err(|_| {
+                    format!("{time:?} is neither \"earliest\" nor \"latest\" nor a time such as \"2026-01-31T00:00:00Z\"")
+                })?;
+                let since = time
+                    .duration_since(UNIX_EPOCH)
+                    .map_err(|_| "the time is before 1970".to_owned())?;
+                Start::Time(
+                    i64::try_from(since.as_micros())
+                        .map_err(|_| "the time is too late".to_owned())?,
+                )
+            }
+        };
+        Ok(Self(start))
+    }
+}
+
+impl Config {
+    /// Reads the configuration. `env` is the environment as data: pairs of name and value.
+    ///
+    /// # Errors
+    /// [`ConfigError`], one line that names file, key, value and reason.
+    pub fn load(
+        path: Option<&Path>,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Named("built-in relay.toml", Toml::string(DEFAULTS)));
+        if let Some(path) = path {
+            if !path.is_file() {
+                return Err(ConfigError::new(format!(
+                    "{}: no such file",
+                    path.display()
+                )));
+            }
+            figment = figment.merge(Toml::file_exact(path));
+        }
+        let environment = Environment::new(&figment, env);
+        let figment = figment.merge(environment);
+        let raw: Raw = figment
+            .extract()
+            .map_err(|error| ConfigError::from_figment(&error, "", &figment))?;
+        let Raw {
+            source,
+            sink,
+            pipelines,
+            _pipeline,
+            relay,
+            admin,
+            log,
+        } = raw;
+        Ok(Self {
+            source: source.resolve()?,
+            sink: sink.resolve()?,
+            pipelines: resolve_pipelines(&figment, pipelines.into_keys().collect())?,
+            relay: relay.resolve()?,
+            admin,
+            log,
+        })
+    }
+}
+
+fn resolve_pipelines(
+    figment: &Figment,
+    mut names: Vec<String>,
+) -> Result<Vec<PipelineConfig>, ConfigError> {
+    if names.is_empty() {
+        names.push("main".to_owned());
+    }
+    names
+        .into_iter()
+        .map(|name| {
+            let key = format!("pipelines.{name}");
+            let pipeline_name = PipelineName::from_str(&name)
+                .map_err(|reason| ConfigError::new(format!("{key}: {reason}")))?;
+            let layered = figment.focus("pipeline").merge(figment.focus(&key));
+            let raw: RawPipeline = layered
+                .extract()
+                .map_err(|error| ConfigError::from_figment(&error, &key, figment))?;
+            let RawPipeline {
+                start,
+                topic,
+                key,
+                format,
+                cloudevents_source,
+                on_rejected,
+                filter,
+            } = raw;
+            Ok(PipelineConfig {
+                pipeline: Pipeline {
+                    name: pipeline_name,
+                    filter,
+                    route: Route { topic, key },
+                    encoding: Encoding {
+                        format,
+                        cloudevents_source,
+                    },
+                    on_rejected,
+                },
+                start: start.0,
+            })
+        })
+        .collect()
+}
+
+impl RawSource {
+    fn resolve(self) -> Result<Source, ConfigError> {
+        match self.kind {
+            SourceKind::Postgres => self.postgres.resolve(),
+            SourceKind::Sqlite => {
+                let RawSqlite {
+                    path,
+                    poll_interval,
+                } = self.sqlite;
+                let path = path.ok_or_else(|| {
+                    ConfigError::new(
+                        "source.sqlite.path is missing: the file that holds the outbox",
+                    )
+                })?;
+                Ok(Source::Sqlite {
+                    path,
+                    poll_interval,
+                })
+            }
+        }
+    }
+}
+
+impl RawPostgres {
+    fn resolve(self) -> Result<Source, ConfigError> {
+        let Self {
+            url,
+            url_file,
+            direct_url,
+            capture,
+            poll_interval,
+        } = self;
+        let url = match (url, url_file) {
+            (Some(url), None) => url,
+            (None, Some(file)) => read_secret("source.postgres.url_file", &file)?,
+            (Some(_), Some(_)) => {
+                return Err(ConfigError::new(
+                    "source.postgres.url and source.postgres.url_file are both set",
+                ));
+            }
+            (None, None) => {
+                return Err(ConfigError::new(
+                    "source.postgres.url is missing: set it in the file, in RELAY_SOURCE__POSTGRES__URL, or name a \
+                     file with source.postgres.url_file",
+                ));
+            }
+        };
+        let options = postgres_options("source.postgres.url", &url)?;
+        let direct_options = match &direct_url {
+            Some(direct) => postgres_options("source.postgres.direct_url", direct)?,
+            None => options.clone(),
+        };
+        Ok(Source::Postgres(crate::source::postgres::Settings {
+            options,
+            direct_options,
+            mode: capture,
+            poll_interval,
+        }))
+    }
+}
+
+/// What the relay's connections have in common.
+///
+/// # Errors
+/// When the text is no PostgreSQL URL; the error does not repeat it, for it may hold a password.
+pub fn postgres_options(key: &str, url: &SecretString) -> Result<PgConnectOptions, ConfigError> {
+    let scheme = ["postgres://", "postgresql://"]
+        .iter()
+        .any(|scheme| url.expose_secret().starts_with(scheme));
+    let options = PgConnectOptions::from_str(url.expose_secret())
+        .ok()
+        .filter(|_| scheme);
+    let options = options.ok_or_else(|| {
+        ConfigError::new(format!(
+            "{key} is not a URL such as postgres://user:password@host:5432/database"
+        ))
+    })?;
+    // Poolers refuse start-up parameters that they do not know.
+    Ok(options
+        .extra_float_digits(None)
+        .application_name("outbox-relay"))
+}
+
+impl RawSink {
+    fn resolve(self) -> Result<Sink, ConfigError> {
+        match self.kind {
+            SinkKind::Stdout => Ok(Sink::Stdout),
+            SinkKind::Kafka => {
+                let mut kafka = self.kafka;
+                if let Some(file) = kafka.sasl.password_file.take() {
+                    if kafka.sasl.password.is_some() {
+                        return Err(ConfigError::new(
+                            "sink.kafka.sasl.password and password_file are both set",
+                        ));
+                    }
+                    kafka.sasl.password =
+                        Some(read_secret("sink.kafka.sasl.password_file", &file)?);
+                }
+                Ok(Sink::Kafka(Box::new(kafka)))
+            }
+        }
+    }
+}
+
+impl RawRelay {
+    fn resolve(self) -> Result<RelayConfig, ConfigError> {
+        let Self {
+            page_events,
+            page_bytes,
+            in_flight_events,
+            in_flight_bytes,
+            lease_ttl,
+            acknowledge_interval,
+            drain_timeout,
+        } = self;
+        for (key, value) in [
+            ("page_events", page_events),
+            ("in_flight_events", in_flight_events),
+        ] {
+            if value == 0 {
+                return Err(ConfigError::new(format!(
+                    "relay.{key} = 0: has to be at least 1"
+                )));
+            }
+        }
+        if lease_ttl < Duration::from_secs(1) {
+            return Err(ConfigError::new(format!(
+                "relay.lease_ttl = {}: has to be at least 1s",
+                humantime::format_duration(lease_ttl)
+            )));
+        }
+        Ok(RelayConfig {
+            page: PageLimits {
+                rows: page_events,
+                bytes: bytes(page_bytes),
+            },
+            in_flight_rows: in_flight_events,
+            in_flight_bytes: bytes(in_flight_bytes),
+            lease_ttl,
+            drain_timeout,
+            acknowledge_interval,
+        })
+    }
+}
+
+fn bytes(size: ByteSize) -> usize {
+    usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
+}
+
+fn read_secret(key: &str, path: &Path) -> Result<SecretString, ConfigError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text.trim_end_matches(['\r', '\n']).to_owned().into()),
+        Err(error) => Err(ConfigError::new(format!(
+            "{key} = {:?}: {error}",
+            path.display().to_string()
+        ))),
+    }
+}
+
+/// Gives a layer the name that errors show.
+struct Named<P>(&'static str, P);
+
+impl<P: Provider> Provider for Named<P> {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.0)
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        self.1.data()
+    }
+}
+
+/// The variables `RELAY_…__…`. A value is taken as text where the file has text or nothing, so that a password of
+/// digits stays a password, and is read as TOML would read it elsewhere.
+struct Environment(Vec<(String, Value)>);
+
+impl Environment {
+    fn new(defaults: &Figment, env: impl IntoIterator<Item = (String, String)>) -> Self {
+        let value = |key: &str, text: String| match defaults.find_value(key) {
+            Ok(Value::String(..)) | Err(_) => Value::from(text),
+            Ok(_) => text.parse().unwrap_or_else(|never| match never {}),
+        };
+        Self(
+            env.into_iter()
+                .filter_map(|(name, text)| {
+                    let path = name.strip_prefix("RELAY_")?;
+                    // Every setting is in a table; a name without a table belongs to somebody else.
+                    path.contains("__").then(|| {
+                        let key = path.to_ascii_lowercase().replace("__", ".");
+                        let value = value(&key, text);
+                        (key, value)
+                    })
+                })
+                .collect(),
+        )
+    }
+}
+
+impl Provider for Environment {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(ENVIRONMENT)
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        let mut settings = Dict::new();
+        for (key, value) in &self.0 {
+            if let Some(dict) = figment::util::nest(key, value.clone()).into_dict() {
+                lay_over(&mut settings, dict);
+            }
+        }
+        Ok(Profile::Default.collect(settings))
+    }
+}
+
+fn lay_over(settings: &mut Dict, upper: Dict) {
+    for (key, value) in upper {
+        match (settings.get_mut(&key), value) {
+            (Some(Value::Dict(_, below)), Value::Dict(_, above)) => lay_over(below, above),
+            (_, value) => {
+                settings.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+use std::io::Write;
+
+use expect_test::expect;
+
+use super::*;
+
+fn load(toml: &str, env: &[(&str, &str)]) -> Result<Config, String> {
+    let mut file = tempfile::Builder::new()
+        .prefix("relay")
+        .suffix(".toml")
+        .tempfile()
+        .unwrap();
+    file.write_all(toml.as_bytes()).unwrap();
+    let env = env
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    Config::load(Some(file.path()), env).map_err(|error| {
+        error
+            .to_string()
+            .replace(&file.path().display().to_string(), "relay.toml")
+    })
+}
+
+const URL: (&str, &str) = (
+    "RELAY_SOURCE__POSTGRES__URL",
+    "postgres://relay:planted-secret@db/app",
+);
+
+#[test]
+fn the_shipped_file_and_a_url_are_enough() {
+    let config = load("", &[URL]).unwrap();
+    assert_eq!(config.pipelines.len(), 1);
+    assert_eq!(config.pipelines[0].pipeline.name.as_str(), "main");
+    assert!(!format!("{config:?}").contains("planted-secret"));
+}
+
+#[test]
+fn the_defaults_are_pinned() {
+    let Config {
+        pipelines,
+        relay,
+        admin,
+        log,
+        ..
+    } = load("", &[URL]).unwrap();
+    expect![[r#"
+        PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park }, start: Earliest }
+        Settings { page: PageLimits { rows: 5000, bytes: 2097152 }, in_flight_rows: 20000, in_flight_bytes: 16777216, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms }
+        Admin { enabled: true, listen: 127.0.0.1:9187 }
+        Log { level: "info", format: Text }
+    "#]]
+    .assert_eq(&format!("{:?}\n{relay:?}\n{admin:?}\n{log:?}\n", pipelines[0]));
+}
+
+#[test]
+fn the_environment_wins_over_the_file() {
+    let config = load(
+        "[log]\nlevel = \"warn\"",
+        &[URL, ("RELAY_LOG__LEVEL", "debug")],
+    )
+    .unwrap();
+    assert_eq!(config.log.level, "debug");
+    let config = load(
+        "",
+        &[
+            URL,
+            ("RELAY_RELAY__PAGE_EVENTS", "7"),
+            ("RELAY_TEST_REQUIRE", "1"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.relay.page.rows, 7);
+}
+
+#[test]
+fn a_password_of_digits_stays_text() {
+    let config = load("", &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")]).unwrap();
+    let Sink::Kafka(kafka) = config.sink else {
+        panic!("the default sink is Kafka")
+    };
+    assert_eq!(kafka.sasl.password.unwrap().expose_secret(), "12345");
+}
+
+#[test]
+fn pipelines_inherit_what_they_do_not_say() {
+    let config = load(
+        "[pipeline]\nformat = \"cloudevents_json\"\n[pipelines.orders]\ntopic = \"shop.{aggregate_type}\"\n\
+         filter.aggregate_types = [\"order\"]\n[pipelines.all]\nformat = \"plain\"\nstart = \"2026-01-31T00:00:00Z\"",
+        &[URL],
+    )
+    .unwrap();
+    let [all, orders] = &config.pipelines[..] else {
+        panic!("two pipelines")
+    };
+    assert_eq!(all.start, Start::Time(1_769_817_600_000_000));
+    assert_eq!(all.pipeline.encoding.format, encode::Format::Plain);
+    assert_eq!(
+        orders.pipeline.encoding.format,
+        encode::Format::CloudeventsJson
+    );
+    assert_eq!(orders.pipeline.filter.aggregate_types, ["order"]);
+    assert_eq!(
+        orders
+            .pipeline
+            .route
+            .topic
+            .render_for_type("order")
+            .as_deref(),
+        Some("shop.order")
+    );
+}
+
+#[test]
+fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
+    let cases: &[(&str, &[(&str, &str)])] = &[
+        ("[sink.kafka]\nbroker = \"x\"", &[]),
+        ("[snik]\nkind = \"x\"", &[]),
+        ("[source.postgres]\ncapture = \"lisen\"", &[]),
+        ("[relay]\nlease_ttl = \"ten\"", &[]),
+        ("[relay]\nlease_ttl = \"10ms\"", &[]),
+        ("[relay]\npage_events = \"many\"", &[]),
+        ("[relay]\npage_events = 0", &[]),
+        ("[relay]\npage_bytes = \"2 potatoes\"", &[]),
+        ("[pipelines.Orders]\n", &[]),
+        ("[pipelines.orders]\ntopik = \"x\"", &[]),
+        ("[pipelines.orders]\ntopic = \"{customer}\"", &[]),
+        ("[pipelines.orders]\nstart = \"yesterday\"", &[]),
+        ("[admin]\nlisten = \"here\"", &[]),
+        ("[log\n", &[]),
+        ("", &[("RELAY_LOG__FORMAT", "xml")]),
+        ("", &[("RELAY_LOG__COLOUR", "red")]),
+        ("[source.postgres]\nurl_file = \"/none\"", &[]),
+        ("[sink.kafka.sasl]\npassword_file = \"/none\"", &[]),
+    ];
+    let mut lines = String::new();
+    for (toml, env) in cases {
+        let mut all = vec![URL];
+        all.extend_from_slice(env);
+        lines += &load(toml, &all).expect_err(toml);
+        lines += "\n";
+    }
+    expect![[r#"
+        relay.toml: sink.kafka.broker: no such setting; did you mean "brokers"?
+        relay.toml: snik: no such setting; did you mean "sink"?
+        relay.toml: source.postgres.capture = "lisen": has to be one of poll, listen; did you mean "listen"?
+        relay.toml: relay.lease_ttl = "ten": has to be a duration such as "200ms" or "10s"
+        relay.lease_ttl = 10ms: has to be at least 1s
+        relay.toml: relay.page_events = "many": has to be a whole number
+        relay.page_events = 0: has to be at least 1
+        relay.toml: relay.page_bytes = "2 potatoes": has to be a size such as "4MiB"
+        pipelines.Orders: "Orders" is not a pipeline name: 1 to 63 of a-z, 0-9, _ and -, starting with a letter
+        relay.toml: pipelines.orders.topik: no such setting; did you mean "topic"?
+        relay.toml: pipelines.orders.topic: {customer} is not known; a template may use {aggregate_type}, {aggregate_id} and {event_type}
+        relay.toml: pipelines.orders.start: "yesterday" is neither "earliest" nor "latest" nor a time such as "2026-01-31T00:00:00Z"
+        relay.toml: admin.listen: invalid socket address syntax
+        relay.toml: TOML parse error at line 1, column 5 | 1 | [log | ^ invalid table header expected `.`, `]`
+        RELAY_LOG__FORMAT: log.format = "xml": has to be one of text, json; there is text, json
+        RELAY_LOG__COLOUR: log.colour: no such setting; there is level, format
+        source.postgres.url and source.postgres.url_file are both set
+        sink.kafka.sasl.password_file = "/none": No such file or directory (os error 2)
+    "#]].assert_eq(&lines);
+}
+
+#[test]
+fn a_wrong_url_is_refused_without_repeating_it() {
+    for url in [
+        "mysql://u:planted-secret@h/d",
+        "planted-secret",
+        "postgres://u:planted-secret@h:notaport/d",
+    ] {
+        let error = load("", &[("RELAY_SOURCE__POSTGRES__URL", url)]).unwrap_err();
+        assert!(
+            error.starts_with("source.postgres.url is not a URL"),
+            "{error}"
+        );
+        assert!(!error.contains("planted-secret"), "{error}");
+    }
+}

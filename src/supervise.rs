@@ -1,0 +1,203 @@
+//! Starts what a configuration asks for, and stops it: the only place that spawns tasks.
+//!
+//! Shutdown is an argument, in two phases: capture stops, what is handed over is drained. A panic ends the process: a
+//! state that nobody named is not gone on with.
+
+use std::future::Future;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use sqlx::sqlite::SqliteConnectOptions;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Shown};
+use crate::config::{Config, PipelineConfig, Sink, Source};
+use crate::ledger::postgres::PostgresLedger;
+use crate::ledger::sqlite::SqliteLedger;
+use crate::ledger::{self, AnyLedger};
+use crate::relay::Relay;
+use crate::relay::status::Status;
+use crate::retention;
+use crate::sink::AnySink;
+use crate::sink::kafka::KafkaSink;
+use crate::sink::stdout::StdoutSink;
+use crate::source::AnySource;
+use crate::source::postgres::PostgresSource;
+use crate::source::sqlite::SqliteSource;
+use crate::telemetry;
+
+/// Runs every pipeline until `stop` completes, then drains.
+///
+/// # Errors
+/// When the admin port can't be opened, or a task panicked.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), anyhow::Error> {
+    let listener = match config.admin.enabled {
+        true => Some(admin::bind(config.admin.listen).await?),
+        false => None,
+    };
+    let metrics = install_metrics()?;
+    let holder = holder();
+    let stopping = CancellationToken::new();
+    let mut pipelines = JoinSet::new();
+    let mut others = JoinSet::new();
+    let mut shown = Vec::new();
+    for pipeline in &config.pipelines {
+        let (relay, status) = assemble(&config, pipeline, &holder)?;
+        shown.push((relay.pipeline.name.clone(), status));
+        pipelines.spawn(relay.run(stopping.clone()));
+    }
+    if let Source::Postgres(settings) = &config.source {
+        others.spawn(retention::keep(settings.options.clone()));
+    }
+    others.spawn(keep_metrics_small(metrics.clone()));
+    if let Some(listener) = listener {
+        tracing::info!(address = %config.admin.listen, "admin interface");
+        others.spawn(async move {
+            if let Err(error) = admin::serve(
+                listener,
+                Shown {
+                    holder,
+                    pipelines: shown,
+                    metrics,
+                },
+            )
+            .await
+            {
+                tracing::error!(error = %format!("{error:#}"), "the admin interface ended");
+            }
+        });
+    }
+    let ended = tokio::select! {
+        () = stop => Ok(()),
+        ended = first_panic(&mut pipelines, &mut others) => Err(ended),
+    };
+    tracing::info!("stopping");
+    stopping.cancel();
+    while let Some(ended) = pipelines.join_next().await {
+        ended.context("a pipeline ended in a panic")?;
+    }
+    others.abort_all();
+    ended
+}
+
+type Production = Relay<AnySource, AnySink, AnyLedger>;
+
+/// Puts one pipeline together; nothing connects before it runs.
+///
+/// # Errors
+/// When the ends can't be set up.
+fn assemble(
+    config: &Config,
+    pipeline: &PipelineConfig,
+    holder: &str,
+) -> Result<(Production, watch::Receiver<Status>), anyhow::Error> {
+    let books = ledger::Settings {
+        pipeline: pipeline.pipeline.name.clone(),
+        holder: holder.to_owned(),
+        lease_ttl: config.relay.lease_ttl,
+        start: pipeline.start,
+    };
+    let (source, ledger) = match &config.source {
+        Source::Postgres(settings) => (
+            AnySource::Postgres(Box::new(PostgresSource::new(settings.clone()))),
+            AnyLedger::Postgres(Box::new(PostgresLedger::new(
+                settings.options.clone(),
+                books,
+            ))),
+        ),
+        Source::Sqlite {
+            path,
+            poll_interval,
+        } => (
+            AnySource::Sqlite(Box::new(SqliteSource::new(
+                sqlite_options(path),
+                *poll_interval,
+            ))),
+            AnyLedger::Sqlite(Box::new(SqliteLedger::new(sqlite_options(path), books))),
+        ),
+    };
+    let sink = match &config.sink {
+        Sink::Kafka(settings) => AnySink::Kafka(Box::new(KafkaSink::new((**settings).clone()))),
+        Sink::Stdout => AnySink::Stdout(StdoutSink::new()),
+    };
+    let (status, seen) = watch::channel(Status::starting());
+    let relay = Relay {
+        pipeline: pipeline.pipeline.clone(),
+        settings: config.relay.clone(),
+        source,
+        sink,
+        ledger,
+        status,
+        now_us: wall_clock_us,
+    };
+    Ok((relay, seen))
+}
+
+/// How the relay opens a SQLite outbox; the file is made if it does not exist.
+#[must_use]
+pub fn sqlite_options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+}
+
+/// The wall clock, in microseconds since the Unix epoch.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shell is where the clock is read"
+)]
+#[must_use]
+pub fn wall_clock_us() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| i64::try_from(since.as_micros()).ok())
+        .unwrap_or(0)
+}
+
+/// This process, unlike any other: host, process id and a random part (containers share both).
+fn holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host: String = host
+        .trim()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || ".-_".contains(*c))
+        .collect();
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    format!("{host}:{}:{}", std::process::id(), &random[..8])
+}
+
+fn install_metrics() -> Result<PrometheusHandle, anyhow::Error> {
+    let latency = Matcher::Full(telemetry::LATENCY_NAME.to_owned());
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(latency, &telemetry::LATENCY_BUCKETS)
+        .context("set the latency buckets")?
+        .install_recorder()
+        .context("install the metrics recorder")?;
+    telemetry::describe();
+    Ok(handle)
+}
+
+/// Histograms keep what nobody scrapes until this is called.
+async fn keep_metrics_small(metrics: PrometheusHandle) {
+    loop {
+        sleep(Duration::from_secs(5)).await;
+        metrics.run_upkeep();
+    }
+}
+
+/// Completes when a task ends that should not.
+async fn first_panic(pipelines: &mut JoinSet<()>, others: &mut JoinSet<()>) -> anyhow::Error {
+    loop {
+        tokio::select! {
+            Some(Err(error)) = pipelines.join_next() => return anyhow!(error).context("a pipeline panicked"),
+            Some(Err(error)) = others.join_next() => return anyhow!(error).context("a task panicked"),
+            else => return anyhow!("every pipeline ended"),
+        }
+    }
+}
