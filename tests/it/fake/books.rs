@@ -1,6 +1,6 @@
 //! The books: lease, cursor and parked events in the database, and a ledger that writes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -17,6 +17,8 @@ pub struct Books {
     pub position: Position,
     pub parked: BTreeMap<i64, (String, String)>,
     pub lease_ttl: Duration,
+    /// The committed events behind the position when it was written.
+    past: BTreeSet<i64>,
     holder: u32,
     epoch: u64,
     expires_at: Instant,
@@ -28,6 +30,7 @@ impl Books {
             position: Position::beginning(),
             parked: BTreeMap::new(),
             lease_ttl,
+            past: BTreeSet::new(),
             holder: 0,
             epoch: 0,
             expires_at: now,
@@ -71,9 +74,9 @@ impl World {
         } else if self.chance(lost) {
             Fate::ReplyLost
         } else if self.chance(late) {
-            Fate::Late(self.ms(5000))
+            Fate::Late(self.ms(3000))
         } else if self.chance(hangs) {
-            Fate::Hangs(self.ms(5000))
+            Fate::Hangs(self.ms(2000))
         } else {
             Fate::Fine
         }
@@ -130,7 +133,10 @@ impl World {
                     position.clone()
                 };
                 let past = self.log.past(&self.books.position);
-                self.note_at(at, Fact::Moved { past });
+                let before = std::mem::replace(&mut self.books.past, past.clone());
+                let less = |all: &BTreeSet<i64>, some| all.difference(some).copied().collect();
+                let (passed, regained) = (less(&past, &before), less(&before, &past));
+                self.note_at(at, Fact::Moved { passed, regained });
             }
             Write::Park(_) if self.is(Sabotage::ParkForgets) => {}
             Write::Park(parked) => {

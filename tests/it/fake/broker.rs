@@ -48,7 +48,7 @@ pub struct Broker {
     /// What consumers can see.
     pub appended: BTreeSet<i64>,
     partitions: u64,
-    queue_records: usize,
+    pub queue_records: usize,
     latency_ms: u64,
     producers: BTreeMap<u32, Producer>,
     opened: u32,
@@ -63,7 +63,7 @@ impl Broker {
             down_until: None,
             appended: BTreeSet::new(),
             partitions: rng.u64(1..4),
-            queue_records: rng.usize(1..30),
+            queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
             latency_ms: rng.u64(1..40),
             producers: BTreeMap::new(),
             opened: 0,
@@ -132,7 +132,8 @@ impl World {
         }
     }
 
-    fn hand_over(&mut self, life: u32, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+    /// The id of the event that was handed over.
+    fn hand_over(&mut self, life: u32, seq: Seq, record: &Record<'_>) -> Result<i64, Refused> {
         let dies = self.faults.sink_dies;
         if self.chance(dies) {
             self.kill_producer(life);
@@ -158,16 +159,20 @@ impl World {
             producer.queue.push_back(carried);
         } else if reorder {
             producer.aside.push(carried);
+            self.plan(
+                Instant::now() + Duration::from_millis(100),
+                Due::Retry(life),
+            );
         } else {
             return Err(Refused::Full);
         }
-        let owner = producer.owner;
+        let owner = self.broker.producers[&life].owner;
         self.note(Fact::HandedOver { owner, life, id });
         if idle {
             let at = Instant::now() + self.ms(5);
             self.plan(at, Due::Send(life));
         }
-        Ok(())
+        Ok(id)
     }
 
     fn carry(&self, seq: Seq, record: &Record<'_>) -> (Carried, Option<Poison>) {
@@ -224,10 +229,8 @@ impl World {
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         let most = self.rng.usize(1..=20).min(producer.queue.len());
         let owner = producer.owner;
-        let mut sent: Vec<Carried> = producer.queue.drain(..most).collect();
-        if producer.queue.is_empty() {
-            sent.append(&mut producer.aside);
-        } else {
+        let sent: Vec<Carried> = producer.queue.drain(..most).collect();
+        if !producer.queue.is_empty() {
             self.plan(at + Duration::from_millis(1), Due::Send(life));
         }
         for carried in sent {
@@ -247,6 +250,13 @@ impl World {
             let lands = at + self.ms(most);
             self.plan(lands, Due::Land(life, partition));
         }
+    }
+
+    pub(super) fn retry(&mut self, at: Instant, life: u32) {
+        let producer = self.broker.producers.get_mut(&life).expect("it was opened");
+        let aside = std::mem::take(&mut producer.aside);
+        producer.queue.extend(aside);
+        self.plan(at, Due::Send(life));
     }
 
     pub(super) fn land(&mut self, at: Instant, life: u32, partition: &Partition) {
@@ -423,10 +433,9 @@ impl Sink for FakeSink {
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
         let life = self.life();
-        let id = self.shared.with(|world| {
-            world.hand_over(life, seq, record)?;
-            Ok(world.carry(seq, record).0.id)
-        })?;
+        let id = self
+            .shared
+            .with(|world| world.hand_over(life, seq, record))?;
         self.ids.insert(seq, id);
         self.shared.stir();
         Ok(())

@@ -1,6 +1,6 @@
 //! The log: transactions that take ids and commit later, and a source that reads it by snapshots.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::anyhow;
@@ -129,7 +129,7 @@ impl Log {
     }
 
     /// Committed events that the pipeline admits.
-    pub fn wanted(&self) -> impl Iterator<Item = i64> {
+    pub fn wanted(&self) -> impl DoubleEndedIterator<Item = i64> {
         let wanted = |row: &&Row| self.is_committed(row) && row.event.aggregate_type != UNWANTED;
         self.rows.values().filter(wanted).map(|row| row.event.id.0)
     }
@@ -142,7 +142,7 @@ impl Log {
     }
 
     /// All committed events behind a position.
-    pub fn past(&self, position: &Position) -> Vec<i64> {
+    pub fn past(&self, position: &Position) -> BTreeSet<i64> {
         let past = |row: &&Row| self.is_committed(row) && self.is_past(position, row.event.id.0);
         self.rows
             .values()

@@ -25,7 +25,7 @@ use crate::oracle::{Fact, History};
 pub enum Sabotage {
     /// The source shows rows of transactions that are still open.
     ShowUncommitted,
-    /// The sink takes a record although its queue is full, and sends it when the queue has emptied.
+    /// The sink takes a record although its queue is full, and queues it a little later.
     ReorderOnFull,
     /// The sink confirms a record when it leaves.
     ConfirmBeforeAppend,
@@ -93,6 +93,8 @@ impl Faults {
 enum Due {
     /// A producer sends what it has queued.
     Send(u32),
+    /// A producer queues what it took although its queue was full.
+    Retry(u32),
     /// The next record of a producer reaches a partition.
     Land(u32, Partition),
     /// A write whose caller has given up takes place.
@@ -162,6 +164,7 @@ impl World {
             }
             match entry.remove() {
                 Due::Send(producer) => self.send(at, producer),
+                Due::Retry(producer) => self.retry(at, producer),
                 Due::Land(producer, partition) => self.land(at, producer, &partition),
                 Due::Write(late) => self.write_late(at, &late),
             }
@@ -170,14 +173,12 @@ impl World {
 
     /// Whether nothing is left to be done.
     pub fn is_quiet(&self) -> bool {
-        let done =
-            |id: &i64| self.broker.appended.contains(id) || self.books.parked.contains_key(id);
-        self.agenda.is_empty()
-            && self.log.wanted().all(|id| done(&id))
-            && self
-                .log
-                .wanted()
-                .all(|id| self.log.is_past(&self.books.position, id))
+        let (broker, books, log) = (&self.broker, &self.books, &self.log);
+        let done = |id: i64| {
+            log.is_past(&books.position, id)
+                && (broker.appended.contains(&id) || books.parked.contains_key(&id))
+        };
+        self.agenda.is_empty() && log.wanted().rev().all(done)
     }
 }
 
@@ -196,15 +197,22 @@ struct Inner {
 impl Shared {
     pub fn new(seed: u64, sabotage: Option<Sabotage>) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let faults = Faults::random(&mut rng);
+        let mut faults = Faults::random(&mut rng);
+        let mut broker = Broker::random(&mut rng);
+        // The weather in which a rare lie matters.
+        match sabotage {
+            Some(Sabotage::NoFence) => faults.ledger_late = 200,
+            Some(Sabotage::ReorderOnFull) => broker.queue_records = 2,
+            _ => {}
+        }
         let now = Instant::now();
         let world = World {
             faults,
             sabotage,
             history: History::default(),
             log: Log::default(),
-            broker: Broker::random(&mut rng),
-            books: Books::new(now, Duration::from_millis(rng.u64(300..4000))),
+            broker,
+            books: Books::new(now, Duration::from_millis(rng.u64(60..1500))),
             poll_interval: Duration::from_millis(rng.u64(5..300)),
             stalled: BTreeMap::new(),
             calm: false,
