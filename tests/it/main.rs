@@ -3,6 +3,7 @@
 
 mod contract {
     mod ledger;
+    mod sink;
     mod source;
 }
 mod examples;
@@ -14,6 +15,7 @@ mod harness {
     pub mod postgres;
     pub mod sqlite;
 }
+mod kafka;
 mod layering;
 mod migrate;
 mod oracle;
