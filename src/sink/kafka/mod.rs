@@ -12,7 +12,7 @@ use std::fmt;
 use std::time::Duration;
 
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer};
 use tokio::task::spawn_blocking;
@@ -59,11 +59,16 @@ impl KafkaSink {
 impl Sink for KafkaSink {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.topics.clear();
+        let mut one_by_one = None;
         if let Some(life) = self.life.take() {
+            one_by_one = life.suspects;
             life.end().await;
         }
-        let config = self.settings.producer(self.batch_bytes);
-        self.life = Some(Life::begin(&config)?);
+        let config = match one_by_one {
+            None => self.settings.producer(self.batch_bytes),
+            Some(_) => self.settings.producer_one_by_one(),
+        };
+        self.life = Some(Life::begin(&config, one_by_one)?);
         Ok(())
     }
 
@@ -91,7 +96,15 @@ impl Sink for KafkaSink {
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
-        let topic = topic::find_or_create(&self.settings, name).await?;
+        let life = self.life.as_ref().ok_or_else(not_open);
+        let life = life.map_err(NotPrepared::Unknown)?;
+        let found = topic::find_or_create(&self.settings, name).await;
+        let topic = found.map_err(|error| match error {
+            NotPrepared::Unknown(SinkError(why)) => {
+                NotPrepared::Unknown(SinkError(life.with_trouble(why)))
+            }
+            rejected @ NotPrepared::Rejected(_) => rejected,
+        })?;
         if topic.message_bytes_max < self.batch_bytes {
             self.batch_bytes = topic.message_bytes_max;
             return Err(NotPrepared::Unknown(SinkError(format!(
@@ -104,14 +117,15 @@ impl Sink for KafkaSink {
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
-        let Some(topic) = self.topics.get(&*record.topic) else {
+        let Some(topic) = self.topics.get_mut(&*record.topic) else {
             return Err(Refused::Unprepared);
         };
         let bytes = record.size_bytes();
-        if bytes > topic.message_bytes_max {
+        topic.admit(record, bytes).map_err(Refused::Rejected)?;
+        let queue_bytes = self.settings.queue_bytes.as_u64();
+        if bytes as u64 > queue_bytes {
             return Err(Refused::Rejected(Rejection::new(format!(
-                "the record has {bytes} bytes, topic {} takes {} (max.message.bytes)",
-                record.topic, topic.message_bytes_max
+                "the record has {bytes} bytes, the queue takes {queue_bytes} (sink.kafka.queue_bytes)"
             ))));
         }
         let Some(life) = &mut self.life else {
@@ -129,18 +143,12 @@ impl Sink for KafkaSink {
             partition: None,
             payload: record.value.as_deref(),
             key: record.key.as_deref(),
-            timestamp: Some(record.timestamp_ms),
+            // Librdkafka takes 0 for "not set" and puts in the present.
+            timestamp: Some(record.timestamp_ms.max(1)),
             headers: Some(headers),
             delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
         };
-        match life.producer.send(message) {
-            Ok(()) => Ok(()),
-            Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),
-            Err((KafkaError::MessageProduction(code), _)) if rejects(code) => Err(
-                Refused::Rejected(Rejection::new(format!("topic {}: {code}", record.topic))),
-            ),
-            Err((error, _)) => Err(Refused::Broken(SinkError(error.to_string()))),
-        }
+        life.hand_over(message)
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
@@ -159,18 +167,13 @@ fn not_open() -> SinkError {
     SinkError("the Kafka producer is not open".to_owned())
 }
 
-/// Whether the broker refuses the record itself, now and for ever; everything else may pass.
-fn rejects(code: Code) -> bool {
-    matches!(
-        code,
-        Code::MessageSizeTooLarge
-            | Code::InvalidMessageSize
-            | Code::InvalidRecord
-            | Code::InvalidTimestamp
-            | Code::InvalidTopic
-            | Code::PolicyViolation
-            | Code::TopicAuthorizationFailed
-    )
+/// Leaves out the value of a property, which may be a secret.
+fn not_set_up(error: KafkaError) -> SinkError {
+    let reason = match error {
+        KafkaError::ClientConfig(_, reason, name, _) => format!("{reason} ({name})"),
+        error => error.to_string(),
+    };
+    SinkError(format!("set up the Kafka client: {reason}"))
 }
 
 fn log_librdkafka(level: RDKafkaLogLevel, facility: &str, message: &str) {

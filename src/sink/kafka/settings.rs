@@ -1,6 +1,7 @@
 //! What can be set about Kafka, and what librdkafka is told.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use serde::Deserialize;
 const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
 
 /// How the sink reaches Kafka and what its topics look like.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// `host:port`, separated by commas.
@@ -82,6 +83,36 @@ pub struct Sasl {
     pub password_file: Option<PathBuf>,
 }
 
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            brokers,
+            client_id,
+            compression,
+            linger,
+            queue_records,
+            queue_bytes,
+            topics,
+            tls,
+            sasl,
+            properties,
+        } = self;
+        f.debug_struct("Settings")
+            .field("brokers", brokers)
+            .field("client_id", client_id)
+            .field("compression", compression)
+            .field("linger", linger)
+            .field("queue_records", queue_records)
+            .field("queue_bytes", queue_bytes)
+            .field("topics", topics)
+            .field("tls", tls)
+            .field("sasl", sasl)
+            // Some of the values are secrets, such as sasl.password.
+            .field("properties", &properties.keys().collect::<Vec<_>>())
+            .finish()
+    }
+}
+
 impl Settings {
     /// For questions.
     pub(super) fn client(&self) -> ClientConfig {
@@ -114,7 +145,11 @@ impl Settings {
             }
         };
         let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.to_string_lossy().into_owned());
-        set("ssl.ca.location", path(&tls.ca_file).as_deref());
+        if tls.enabled {
+            let ca_file = path(&tls.ca_file);
+            // The built-in OpenSSL does not know where this system keeps its authorities.
+            set("ssl.ca.location", ca_file.as_deref().or(Some("probe")));
+        }
         set(
             "ssl.certificate.location",
             path(&tls.certificate_file).as_deref(),
@@ -165,6 +200,15 @@ impl Settings {
             .set("topic.metadata.propagation.max.ms", "2000")
             .set("topic.metadata.refresh.interval.ms", "30000");
         self.with_properties(config)
+    }
+
+    /// For records, each in a batch of its own and no two at once: when one is refused, nothing else is.
+    pub(super) fn producer_one_by_one(&self) -> ClientConfig {
+        let mut config = self.producer(MESSAGE_BYTES_MAX);
+        config
+            .set("batch.num.messages", "1")
+            .set("max.in.flight.requests.per.connection", "1");
+        config
     }
 
     fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {

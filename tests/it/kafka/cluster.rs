@@ -16,6 +16,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -299,17 +300,22 @@ pub fn partitions(brokers: &str, topic: &str) -> usize {
     metadata.expect("metadata").topics()[0].partitions().len()
 }
 
+/// One at a time is enough for a small machine.
+static OWN_BROKER: Mutex<()> = Mutex::const_new(());
+
 /// A broker that a test may stop, pause and kill.
 pub struct OwnBroker {
     folder: PathBuf,
     variables: HashMap<String, String>,
     _temporary: Option<TempDir>,
+    _only: MutexGuard<'static, ()>,
 }
 
 impl OwnBroker {
     /// Starts one, or says why not.
-    pub fn start(test: &str) -> Option<Self> {
+    pub async fn start(test: &str) -> Option<Self> {
         brokers(test)?;
+        let only = OWN_BROKER.lock().await;
         // Where the one who started the services cleans up; else a temporary folder of our own.
         let (folder, temporary) = match env::var_os("RELAY_TEST_FOLDER") {
             Some(folder) => (Path::new(&folder).join(topic("broker")), None),
@@ -322,6 +328,7 @@ impl OwnBroker {
             folder,
             variables: HashMap::new(),
             _temporary: temporary,
+            _only: only,
         };
         broker.start_again();
         Some(broker)
