@@ -1,6 +1,13 @@
 //! The tiers that need more than the library alone. Where a service is missing a test says `SKIPPED` and ends, or fails
 //! when `RELAY_TEST_REQUIRE=1`.
 
+#![allow(
+    unreachable_pub,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
+)]
+
 mod contract {
     mod ledger;
     mod sink;

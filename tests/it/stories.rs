@@ -101,8 +101,8 @@ async fn run_for<S: Source, K: Sink, L: Ledger>(time: Duration, relay: Relay<S, 
         stop.cancel();
     };
     let both = async { tokio::join!(relay.run(stop.clone()), stopper) };
-    let stopped = timeout(time + Duration::from_secs(30), both).await;
-    assert!(stopped.is_ok(), "it did not stop");
+    let ended = timeout(time + Duration::from_secs(30), both).await;
+    assert!(ended.is_ok(), "it did not stop");
 }
 
 /// Everything that was promised was kept, and nothing is left to do.
@@ -275,16 +275,14 @@ fn trouble_with_the_source_does_not_cut_the_drain_short() {
     story(async |shared| {
         commit(&shared, &[("order", "1", None)]);
         let stop = CancellationToken::new();
-        let meddled = Meddled::new(&shared, |read| match read {
-            1 => {
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
                 goes_down(&shared);
                 commit(&shared, &[("order", "1", None)]);
-                Ok(())
+                return Ok(());
             }
-            _ => {
-                stop.cancel();
-                broken_off()
-            }
+            stop.cancel();
+            broken_off()
         });
         let relay = relay(meddled, sink(&shared), ledger(&shared));
         relay.run(stop.clone()).await;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use outbox_relay::event::{Record, Rejection, Seq};
 use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::log::{FORBIDDEN, Poison};
 use super::{Due, Sabotage, Shared, World};
@@ -458,7 +458,9 @@ impl Sink for FakeSink {
             match self.shared.with(|world| world.next_receipt(life)) {
                 None => self.shared.next_change().await,
                 Some(at) => {
-                    let _ = tokio::time::timeout_at(at, self.shared.next_change()).await;
+                    timeout_at(at, self.shared.next_change())
+                        .await
+                        .unwrap_or(());
                 }
             }
         }

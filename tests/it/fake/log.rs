@@ -311,7 +311,7 @@ impl Source for FakeSource {
         if blind {
             hint.await;
         } else {
-            let _ = timeout(interval, hint).await;
+            timeout(interval, hint).await.unwrap_or(());
         }
     }
 }

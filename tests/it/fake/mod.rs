@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use self::books::{Books, LateWrite};
 use self::broker::{Broker, Partition};
@@ -267,7 +267,7 @@ impl Shared {
         match self.with(|world| world.agenda.first_key_value().map(|((at, _), _)| *at)) {
             None => stirred.await,
             Some(at) => {
-                let _ = tokio::time::timeout_at(at, stirred).await;
+                timeout_at(at, stirred).await.unwrap_or(());
             }
         }
     }
