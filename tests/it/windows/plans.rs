@@ -59,7 +59,7 @@ async fn explain(connection: &mut PgConnection, relay: &Relay<'_>) -> Ran {
 /// The plan in a line for each node.
 fn digest(node: &Value, depth: usize, text: &mut String) {
     let of = |name: &str| node[name].as_str().unwrap_or_default();
-    let _ = writeln!(
+    writeln!(
         text,
         "{:depth$}{} {} {} [{}] rows {} loops {} removed {} buffers {}",
         "",
@@ -71,7 +71,8 @@ fn digest(node: &Value, depth: usize, text: &mut String) {
         node["Actual Loops"],
         node["Rows Removed by Filter"],
         number(node, "Shared Hit Blocks") + number(node, "Shared Read Blocks"),
-    );
+    )
+    .expect("write to a string");
     for child in node["Plans"].as_array().into_iter().flatten() {
         digest(child, depth + 2, text);
     }
@@ -115,10 +116,15 @@ impl Ran {
                     ends.filter(|end| end.starts_with(|c: char| c.is_ascii_digit()))
                         .count()
                 };
-                let by_id = index.ends_with("_pkey") && numbers("id > ") + numbers("id <= ") == 2;
-                let by_xid =
+                let in_range =
+                    index.ends_with("_pkey") && numbers("id > ") + numbers("id <= ") == 2;
+                let of_transaction =
                     index.contains("xid_id") && bounds.matches("ROW(xid, id)").count() == 2;
-                assert!(by_id || by_xid, "{what}: {index}: {bounds}\n{}", print());
+                assert!(
+                    in_range || of_transaction,
+                    "{what}: {index}: {bounds}\n{}",
+                    print()
+                );
             }
             if kind.contains("Sort") && number(node, "Actual Loops") > 0 {
                 let sorted = number(&node["Plans"][0], "Actual Rows");
