@@ -43,15 +43,15 @@ async fn a_crash_behind_a_pooler_loses_nothing() {
         return;
     };
     let version = std::env::var("POSTGRES_VERSION").unwrap_or_else(|_| "17".to_owned());
-    let (server, pooler) = (format!("{folder}/crash"), format!("{folder}/crash-pooler"));
+    let (server, pool) = (format!("{folder}/crash"), format!("{folder}/crash-pool"));
     let started = service("postgres", &[&version, &server]);
     let port = exported(&started, "PG_PORT");
-    let pooled = exported(&service("pgbouncer", &[&pooler, &port]), "PGBOUNCER_URL");
+    let through_pool = exported(&service("pgbouncer", &[&pool, &port]), "PGBOUNCER_URL");
     let options = PgConnectOptions::from_str(&exported(&started, "DATABASE_URL")).expect("a URL");
     with_database_of(options, async |database| {
         let log = Database {
             name: database.name.clone(),
-            options: PgConnectOptions::from_str(&pooled)
+            options: PgConnectOptions::from_str(&through_pool)
                 .expect("a URL")
                 .database(&database.name),
         };
@@ -60,7 +60,7 @@ async fn a_crash_behind_a_pooler_loses_nothing() {
         }
     })
     .await;
-    service("down", &[&pooler]);
+    service("down", &[&pool]);
     service("down", &[&server]);
 }
 
