@@ -89,15 +89,16 @@ begin
       join pg_class c on c.oid = i.inhrelid
      where i.inhparent = 'outbox.events'::regclass;
 
+    beyond := newest + ahead * rows_per_partition;
     if upper is null and not used then
         upper := 1;
     elsif coalesce(upper, 1) <= newest + rows_per_partition / 10 then
         -- The partitions ran out, or are about to, and the default one takes over. What has an id there stays there;
         -- leave room for what is being inserted meanwhile, or that would belong to neither partition and fail.
         upper := greatest(upper, newest) + rows_per_partition;
+        beyond := upper + (ahead - 1) * rows_per_partition;
     end if;
 
-    beyond := newest + ahead * rows_per_partition;
     if upper > beyond then
         return 0;
     end if;
