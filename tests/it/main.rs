@@ -5,6 +5,7 @@ mod contract {
     mod ledger;
     mod source;
 }
+mod end_to_end;
 mod examples;
 mod fake;
 mod fresh;
