@@ -12,6 +12,8 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use super::{PATIENCE, eventually};
+
 const PARTITIONS: i32 = 3;
 
 pub(super) struct Kafka {
@@ -120,18 +122,17 @@ pub(super) struct Reader {
 impl Reader {
     /// Reads on, up to what is the end now.
     pub(super) async fn read_to_end(&mut self) -> Vec<Received> {
-        let ends: Vec<((String, i32), i64)> = self
-            .next
-            .keys()
-            .map(|partition| {
-                let (topic, number) = partition;
-                let (_, end) = self
-                    .consumer
-                    .fetch_watermarks(topic, *number, Duration::from_secs(20))
-                    .unwrap();
-                (partition.clone(), end)
+        let mut ends = Vec::new();
+        for partition in self.next.keys() {
+            let (topic, number) = partition;
+            // A broker that has just come back does not lead all its partitions yet.
+            let end = eventually("the end of a partition", PATIENCE, async || {
+                let ends = self.consumer.fetch_watermarks(topic, *number, PATIENCE);
+                ends.ok().map(|(_, end)| end)
             })
-            .collect();
+            .await;
+            ends.push((partition.clone(), end));
+        }
         let mut records = Vec::new();
         while ends
             .iter()
