@@ -176,7 +176,7 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    pub(super) fn add(&mut self, record: Received) {
+    pub(super) fn add(&mut self, record: &Received) {
         self.records += 1;
         let payload: serde_json::Value =
             serde_json::from_slice(record.value.as_deref().unwrap()).unwrap();

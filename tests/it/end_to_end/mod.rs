@@ -2,6 +2,14 @@
 //! as it happens to them, judged by what a consumer reads.
 //!
 //! Every test has a database, topics and processes of its own. They wait for facts, never for time alone.
+#![allow(
+    clippy::unwrap_used,
+    clippy::let_underscore_must_use,
+    clippy::unchecked_time_subtraction,
+    reason = "a test ends where something is not as it has to be"
+)]
+#![allow(clippy::too_many_lines, reason = "a test is a story")]
+#![allow(clippy::doc_markdown, reason = "names of products are no code")]
 
 mod broker;
 mod database;
@@ -105,7 +113,7 @@ async fn complete(load: &Load, kafka: &Kafka) -> Seen {
     let mut seen = Seen::default();
     eventually("everything that was committed", PATIENCE, async || {
         for record in reader.read_to_end().await {
-            seen.add(record);
+            seen.add(&record);
         }
         (seen.missing(&committed) == 0).then_some(())
     })

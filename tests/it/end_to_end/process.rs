@@ -85,7 +85,7 @@ impl Setup {
 fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
-        let offset = NEXT.fetch_add(1, Ordering::Relaxed) + std::process::id() as u16 % 1000;
+        let offset = NEXT.fetch_add(1, Ordering::Relaxed) + fastrand::u16(..1000);
         let port = 31_000 + offset % 1_700;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;

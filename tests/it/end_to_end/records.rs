@@ -123,7 +123,7 @@ async fn records_are_exact() {
     assert_eq!(unnamed.len(), 1);
     let bytes: Vec<_> = records
         .iter()
-        .filter(|record| record.topic.ends_with(".blob"))
+        .filter(|record| record.topic == line.kafka.topic("blob"))
         .collect();
     for (record, blob) in bytes.iter().zip(&blobs) {
         assert!(record.value.as_ref() == Some(blob), "{} bytes", blob.len());
