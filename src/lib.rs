@@ -54,6 +54,7 @@ pub mod logging;
 pub mod migrate;
 pub mod order;
 pub mod position;
+pub mod reason;
 pub mod relay;
 pub mod retention;
 pub mod route;

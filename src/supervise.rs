@@ -191,9 +191,16 @@ async fn keep_metrics_small(metrics: PrometheusHandle) {
 
 /// Completes when a task ends that should not.
 async fn first_panic(pipelines: &mut JoinSet<()>, others: &mut JoinSet<()>) -> anyhow::Error {
-    tokio::select! {
-        Some(Err(error)) = pipelines.join_next() => anyhow!(error).context("a pipeline panicked"),
-        Some(Err(error)) = others.join_next() => anyhow!(error).context("a task panicked"),
-        else => anyhow!("every pipeline ended"),
+    loop {
+        // A task that ends well must not hide the panic of the next one.
+        tokio::select! {
+            Some(ended) = pipelines.join_next() => if let Err(error) = ended {
+                return anyhow!(error).context("a pipeline panicked");
+            },
+            Some(ended) = others.join_next() => if let Err(error) = ended {
+                return anyhow!(error).context("a task panicked");
+            },
+            else => return anyhow!("every pipeline ended"),
+        }
     }
 }

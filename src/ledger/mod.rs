@@ -68,7 +68,7 @@ pub struct Parked {
 
 /// The books could not be read or written; whether a write took place is unknown.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:#}")]
+#[error("{}", crate::reason::reason(.0))]
 pub struct LedgerError(#[from] pub anyhow::Error);
 
 /// The durable books of one pipeline.

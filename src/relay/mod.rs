@@ -14,7 +14,7 @@ mod books;
 mod publish;
 pub mod status;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
@@ -241,6 +241,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             now_us: self.now_us,
             waiting: Waiting::new(parked),
             condemned: HashMap::new(),
+            suspects: HashSet::new(),
             durable: durable_seen,
             orders,
             lease_until: lease_seen,
@@ -317,6 +318,7 @@ struct Lives<'a, S, K> {
     now_us: fn() -> i64,
     waiting: Waiting,
     condemned: HashMap<EventId, Rejection>,
+    suspects: HashSet<EventId>,
     durable: watch::Receiver<Position>,
     orders: mpsc::Sender<books::ParkOrder>,
     lease_until: watch::Receiver<Instant>,
@@ -333,7 +335,13 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Condemned(id, rejection) => {
                     tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
                         "the broker refused an event after its hand-over, reading again to set it aside");
+                    self.suspects.remove(&id);
                     self.condemned.insert(id, rejection);
+                    continue;
+                }
+                Ended::Suspected(rejection) => {
+                    tracing::warn!(pipeline = %self.pipeline.name, events = self.suspects.len(), reason = %rejection,
+                        "the broker refused a batch, reading again to find the event that it can't take");
                     continue;
                 }
                 Ended::Halted(id, rejection) => {
@@ -370,6 +378,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         }
         self.source.seek(settled.borrow().clone());
         let (pages, pages_read) = mpsc::channel(1);
+        let (answers, answered) = watch::channel(false);
         let mut publisher = Publisher {
             pipeline: self.pipeline,
             settings: self.settings,
@@ -381,14 +390,21 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             lease_until: &self.lease_until,
             waiting: &mut self.waiting,
             condemned: &self.condemned,
+            suspects: &mut self.suspects,
+            answered,
             now_us: self.now_us,
+        };
+        let reader = Reader {
+            limits: self.settings.page,
+            durable: &self.durable,
+            pages,
+            answers,
+            metrics: self.metrics,
         };
         tokio::select! {
             biased;
             ended = publisher.run(pages_read, stop) => ended,
-            error = read_ahead(self.source, self.settings.page, &self.durable, &pages, self.metrics, stop) => {
-                Ended::Source(error)
-            }
+            error = reader.run(self.source, stop) => Ended::Source(error),
         }
     }
 
@@ -417,34 +433,39 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
     }
 }
 
-/// Reads pages while earlier ones are handed over; returns only with an error.
-///
-/// After `stop` it reads nothing more, and lets what is under way be drained.
-async fn read_ahead<S: Source>(
-    source: &mut S,
+/// Reads pages while earlier ones are handed over.
+struct Reader<'a> {
     limits: PageLimits,
-    durable: &watch::Receiver<Position>,
-    pages: &mpsc::Sender<Page>,
-    metrics: &PipelineMetrics,
-    stop: &CancellationToken,
-) -> SourceError {
-    while !stop.is_cancelled() {
-        let acknowledged = durable.borrow().clone();
-        let began = Instant::now();
-        let page = match source.capture(limits, &acknowledged).await {
-            Ok(page) => page,
-            // Nothing more is wanted of the source: its trouble must not cut the drain short.
-            Err(_) if stop.is_cancelled() => break,
-            Err(error) => return error,
-        };
-        metrics.captured(page.events.len(), began.elapsed());
-        let more = page.more;
-        if !page.events.is_empty() && pages.send(page).await.is_err() {
-            break;
+    durable: &'a watch::Receiver<Position>,
+    pages: mpsc::Sender<Page>,
+    /// Says that the source answers.
+    answers: watch::Sender<bool>,
+    metrics: &'a PipelineMetrics,
+}
+
+impl Reader<'_> {
+    /// Returns only with an error. After `stop` it reads nothing more, and lets what is under way be drained.
+    async fn run<S: Source>(&self, source: &mut S, stop: &CancellationToken) -> SourceError {
+        while !stop.is_cancelled() {
+            let acknowledged = self.durable.borrow().clone();
+            let began = Instant::now();
+            let page = match source.capture(self.limits, &acknowledged).await {
+                Ok(page) => page,
+                // Nothing more is wanted of the source: its trouble must not cut the drain short.
+                Err(_) if stop.is_cancelled() => break,
+                Err(error) => return error,
+            };
+            self.answers
+                .send_if_modified(|answered| !std::mem::replace(answered, true));
+            self.metrics.captured(page.events.len(), began.elapsed());
+            let more = page.more;
+            if !page.events.is_empty() && self.pages.send(page).await.is_err() {
+                break;
+            }
+            if !more {
+                source.wake().await;
+            }
         }
-        if !more {
-            source.wake().await;
-        }
+        std::future::pending().await
     }
-    std::future::pending().await
 }

@@ -2,7 +2,7 @@
 //!
 //! The stages meet here and nowhere else: order → route → encode → sink, for each event, in the order of the log.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::ready;
 use std::time::Duration;
 
@@ -37,7 +37,10 @@ pub(super) enum Ended {
     Source(SourceError),
     /// The sink lost its place: begin again from the last position.
     Sink(SinkError),
-    /// The broker refused an event after its hand-over: begin again, and set it aside this time.
+    /// The broker refused records after their hand-over, and a batch shares its fate: begin again, and hand these over
+    /// one by one.
+    Suspected(Rejection),
+    /// The broker refused an event that was alone: begin again, and set it aside this time.
     Condemned(EventId, Rejection),
     /// An event was rejected and the policy is to halt.
     Halted(EventId, Rejection),
@@ -58,6 +61,11 @@ pub(super) struct Publisher<'a, K> {
     pub(super) waiting: &'a mut Waiting,
     /// Events that the broker refused in an earlier life, with its reason.
     pub(super) condemned: &'a HashMap<EventId, Rejection>,
+    /// Events that were refused together in an earlier life: each is handed over alone, so that an innocent one is not
+    /// set aside (I6).
+    pub(super) suspects: &'a mut HashSet<EventId>,
+    /// Whether the source has answered in this life.
+    pub(super) answered: watch::Receiver<bool>,
     /// The wall clock, in microseconds since the Unix epoch.
     pub(super) now_us: fn() -> i64,
 }
@@ -73,6 +81,8 @@ struct Life {
     latencies: LatencyTally,
     filtered: u64,
     heard_at: Instant,
+    /// The suspect that is in flight, alone.
+    on_trial: Option<EventId>,
 }
 
 /// Why the hand-over paused.
@@ -136,6 +146,8 @@ impl<K: Sink> Publisher<'_, K> {
                 Some(page) = pages.recv(), if life.pending.is_empty() && drain_until.is_none() => {
                     self.begin(life, page);
                 }
+                // Its sender lives as long as this life.
+                Ok(()) = self.answered.changed() => self.tick(life).await,
                 _ = ticks.tick() => self.tick(life).await,
             }
             match pause {
@@ -204,8 +216,15 @@ impl<K: Sink> Publisher<'_, K> {
                 life.pending.push_front(event);
                 return Ok(Pause::Blocked);
             }
+            if let Some(pause) = self.pause_for_trial(life, &event) {
+                life.pending.push_front(event);
+                return Ok(pause);
+            }
             match self.judge(life, &event) {
                 Verdict::HandedOver(topic) => {
+                    if self.suspects.contains(&event.id) {
+                        life.on_trial = Some(event.id);
+                    }
                     life.in_flight
                         .push(event.id, bytes, event.occurred_at_us, topic);
                 }
@@ -229,6 +248,28 @@ impl<K: Sink> Publisher<'_, K> {
             }
         }
         Ok(Pause::Turn)
+    }
+
+    /// A suspect waits until nothing is in flight, and whatever comes after waits for the verdict.
+    fn pause_for_trial(&mut self, life: &mut Life, event: &Event) -> Option<Pause> {
+        if self.suspects.is_empty() {
+            return None;
+        }
+        let on_trial = life.on_trial.is_some() || self.suspects.contains(&event.id);
+        if !on_trial {
+            return None;
+        }
+        if !life.parking.is_empty() {
+            return Some(Pause::Turn);
+        }
+        self.advance(life);
+        if life.in_flight.rows() > 0 {
+            return Some(Pause::Blocked);
+        }
+        if let Some(acquitted) = life.on_trial.take() {
+            self.suspects.remove(&acquitted);
+        }
+        None
     }
 
     /// Takes one event through filter, order, route and encoding to the sink.
@@ -334,7 +375,10 @@ impl<K: Sink> Publisher<'_, K> {
                         .in_flight
                         .id_of(seq)
                         .expect("a record in flight has an event");
+                    let alone = life.on_trial == Some(id);
+                    self.suspects.insert(id);
                     ended = ended.or(Some(match self.pipeline.on_rejected {
+                        _ if !alone => Ended::Suspected(rejection),
                         Policy::Park => Ended::Condemned(id, rejection),
                         Policy::Halt => Ended::Halted(id, rejection),
                     }));
@@ -354,24 +398,25 @@ impl<K: Sink> Publisher<'_, K> {
     /// Once a second: is anything in the way?
     async fn tick(&mut self, life: &mut Life) {
         let silent = life.heard_at.elapsed();
-        let mut state = State::Running;
+        // A source that has not answered yet may be what is in the way.
+        let mut state = self.answered.borrow().then_some(State::Running);
         if life.in_flight.rows() > 0 && silent >= STALL {
             let unknown = || format!("the sink has confirmed nothing for {} s", silent.as_secs());
-            state = State::Stalled {
+            state = Some(State::Stalled {
                 reason: self.sink.trouble().unwrap_or_else(unknown),
-            };
+            });
         } else if life.in_flight.rows() == 0 && self.sink.trouble().is_some() {
             // Nothing is under way that would show whether the trouble is over.
             if let Err(error) = self.sink.check().await {
-                state = State::Stalled {
+                state = Some(State::Stalled {
                     reason: error.to_string(),
-                };
+                });
             }
         }
-        self.report(life, Some(state));
+        self.report(life, state);
     }
 
-    /// Metrics and status; whoever ends a life says its state.
+    /// Metrics and status; without a state the last one stands.
     fn report(&mut self, life: &mut Life, state: Option<State>) {
         let delivered = life.topics.flush();
         self.metrics.filtered(std::mem::take(&mut life.filtered));
@@ -428,6 +473,7 @@ impl Life {
             latencies: LatencyTally::default(),
             filtered: 0,
             heard_at: Instant::now(),
+            on_trial: None,
         }
     }
 }

@@ -42,10 +42,10 @@ impl Page {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// Connection, timeout, shutdown of the server: comes back by itself.
-    #[error("{0:#}")]
+    #[error("{}", crate::reason::reason(.0))]
     Transient(anyhow::Error),
     /// The table or the rights are not what they should be; tried again all the same, more slowly.
-    #[error("{0:#}")]
+    #[error("{}", crate::reason::reason(.0))]
     Misconfigured(anyhow::Error),
 }
 

@@ -60,10 +60,8 @@ impl Decoder {
 }
 
 fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
-    let id = field(message)?
-        .context("id is null")?
-        .try_get_i64()
-        .context("decode id")?;
+    let id = field(message)?.context("id is null")?;
+    let id = number(&id).context("decode id")?;
     let event_id = field(message)?;
     let aggregate_type = text(message)?.unwrap_or_default();
     let Some(event_id) = event_id else {
@@ -88,8 +86,7 @@ fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
         content_type: text(message)?,
         headers: text(message)?,
         occurred_at_us: match field(message)? {
-            Some(mut field) => field
-                .try_get_i64()
+            Some(field) => number(&field)
                 .context("decode occurred_at")?
                 .saturating_add(POSTGRES_EPOCH_US),
             None => 0,
@@ -104,6 +101,14 @@ fn field(message: &mut Bytes) -> Result<Option<Bytes>, anyhow::Error> {
     };
     ensure!(length <= message.remaining(), "a field is cut short");
     Ok(Some(message.split_to(length)))
+}
+
+/// A column that somebody gave another type shows itself by its length.
+fn number(field: &[u8]) -> Result<i64, anyhow::Error> {
+    let bytes = field
+        .try_into()
+        .map_err(|_| anyhow!("it has {} bytes, expected 8", field.len()))?;
+    Ok(i64::from_be_bytes(bytes))
 }
 
 fn text(message: &mut Bytes) -> Result<Option<ByteString>, anyhow::Error> {

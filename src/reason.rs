@@ -1,0 +1,34 @@
+//! Says in one line why something failed: for readiness, status and log.
+
+/// The chain of causes, outermost first, each said once. Of what the database answered only its message: the place in its
+/// own sources helps nobody.
+#[must_use]
+pub fn reason(error: &anyhow::Error) -> String {
+    let mut said: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        if let Some(sqlx::Error::Database(answer)) = cause.downcast_ref() {
+            said.push(answer.message().to_owned());
+            break;
+        }
+        let text = cause.to_string();
+        if !said.last().is_some_and(|before| before.ends_with(&text)) {
+            said.push(text);
+        }
+    }
+    said.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reason;
+
+    #[test]
+    fn a_cause_that_repeats_is_said_once() {
+        let refused = std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "refused");
+        let error = anyhow::Error::from(sqlx::Error::Io(refused)).context("connect");
+        assert_eq!(
+            reason(&error),
+            "connect: error communicating with database: refused"
+        );
+    }
+}

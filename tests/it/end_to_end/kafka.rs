@@ -1,0 +1,164 @@
+//! Topics of one test, and a consumer that reads them from the beginning.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::message::{Headers, Message};
+use rdkafka::{Offset, TopicPartitionList};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::{PATIENCE, eventually};
+
+const PARTITIONS: i32 = 3;
+
+pub(super) struct Kafka {
+    pub(super) brokers: String,
+    prefix: String,
+}
+
+/// A record as a consumer sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Received {
+    pub(super) topic: String,
+    pub(super) partition: i32,
+    pub(super) offset: i64,
+    pub(super) key: Option<Vec<u8>>,
+    pub(super) value: Option<Vec<u8>>,
+    pub(super) headers: Vec<(String, Option<Vec<u8>>)>,
+    pub(super) timestamp_ms: Option<i64>,
+}
+
+impl Received {
+    pub(super) fn header(&self, name: &str) -> Option<&[u8]> {
+        let (_, value) = self.headers.iter().find(|(header, _)| header == name)?;
+        value.as_deref()
+    }
+
+    pub(super) fn text(&self) -> &str {
+        str::from_utf8(self.value.as_deref().unwrap_or_default()).unwrap()
+    }
+
+    pub(super) fn key_text(&self) -> &str {
+        str::from_utf8(self.key.as_deref().unwrap_or_default()).unwrap()
+    }
+}
+
+impl Kafka {
+    /// Topics with a prefix of their own on these brokers.
+    pub(super) fn new(brokers: String) -> Self {
+        let prefix = format!("e2e-{}", &Uuid::new_v4().simple().to_string()[..12]);
+        Self { brokers, prefix }
+    }
+
+    /// The topic's name with the prefix.
+    pub(super) fn topic(&self, name: &str) -> String {
+        format!("{}.{name}", self.prefix)
+    }
+
+    fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.brokers);
+        config
+    }
+
+    /// Makes topics; the names are given without the prefix.
+    pub(super) async fn create(&self, names: &[&str]) {
+        let names: Vec<String> = names.iter().map(|name| self.topic(name)).collect();
+        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
+        let topics: Vec<NewTopic> = names
+            .iter()
+            .map(|name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(1)))
+            .collect();
+        let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(20)));
+        for created in admin.create_topics(&topics, &options).await.unwrap() {
+            created.unwrap();
+        }
+    }
+
+    /// Reads topics from the beginning; their names are given with the prefix.
+    pub(super) fn reader(&self, topics: &[String]) -> Reader {
+        let consumer: StreamConsumer = self
+            .client()
+            .set("group.id", "nobody")
+            .set("enable.auto.commit", "false")
+            .set("fetch.wait.max.ms", "20")
+            .create()
+            .unwrap();
+        let mut reader = Reader {
+            consumer,
+            next: HashMap::new(),
+        };
+        let mut partitions = TopicPartitionList::new();
+        for topic in topics {
+            for partition in 0..PARTITIONS {
+                reader.next.insert((topic.clone(), partition), 0);
+                partitions
+                    .add_partition_offset(topic, partition, Offset::Beginning)
+                    .unwrap();
+            }
+        }
+        reader.consumer.assign(&partitions).unwrap();
+        reader
+    }
+
+    /// Everything that is in the topics now.
+    pub(super) async fn read(&self, names: &[&str]) -> Vec<Received> {
+        let topics: Vec<String> = names.iter().map(|name| self.topic(name)).collect();
+        self.reader(&topics).read_to_end().await
+    }
+}
+
+pub(super) struct Reader {
+    consumer: StreamConsumer,
+    /// The next offset of each partition.
+    next: HashMap<(String, i32), i64>,
+}
+
+impl Reader {
+    /// Reads on, up to what is the end now.
+    pub(super) async fn read_to_end(&mut self) -> Vec<Received> {
+        let mut ends = Vec::new();
+        for partition in self.next.keys() {
+            let (topic, number) = partition;
+            // A broker that has just come back does not lead all its partitions yet.
+            let end = eventually("the end of a partition", PATIENCE, async || {
+                let ends = self.consumer.fetch_watermarks(topic, *number, PATIENCE);
+                ends.ok().map(|(_, end)| end)
+            })
+            .await;
+            ends.push((partition.clone(), end));
+        }
+        let mut records = Vec::new();
+        while ends
+            .iter()
+            .any(|(partition, end)| self.next[partition] < *end)
+        {
+            let record = timeout(Duration::from_secs(20), self.consumer.recv())
+                .await
+                .expect("a record before the end");
+            let Ok(record) = record else { continue };
+            let partition = (record.topic().to_owned(), record.partition());
+            self.next.insert(partition, record.offset() + 1);
+            records.push(Received {
+                topic: record.topic().to_owned(),
+                partition: record.partition(),
+                offset: record.offset(),
+                key: record.key().map(<[u8]>::to_vec),
+                value: record.payload().map(<[u8]>::to_vec),
+                headers: record.headers().map_or(Vec::new(), |headers| {
+                    headers
+                        .iter()
+                        .map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec)))
+                        .collect()
+                }),
+                timestamp_ms: record.timestamp().to_millis(),
+            });
+        }
+        records
+    }
+}

@@ -1,0 +1,240 @@
+//! The program as a process: its settings, its log, its HTTP interface, its end.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::kafka::Kafka;
+use super::{PATIENCE, eventually};
+
+/// What a relay is started with; several can be started with the same.
+pub(super) struct Setup {
+    folder: TempDir,
+    environment: Vec<(String, String)>,
+    config: String,
+}
+
+impl Setup {
+    pub(super) fn new(database_url: &str) -> Self {
+        let mut setup = Self {
+            folder: tempfile::tempdir().unwrap(),
+            environment: Vec::new(),
+            config: String::new(),
+        };
+        setup.set("SOURCE__POSTGRES__URL", database_url);
+        setup.set("LOG__LEVEL", "info");
+        setup
+    }
+
+    /// Publishes to topics with the prefix.
+    pub(super) fn kafka(&mut self, kafka: &Kafka) {
+        self.set("SINK__KAFKA__BROKERS", &kafka.brokers);
+        self.set("PIPELINE__TOPIC", &kafka.topic("{aggregate_type}"));
+    }
+
+    /// Sets `RELAY_` and this; the last one counts.
+    pub(super) fn set(&mut self, name: &str, value: &str) {
+        let name = format!("RELAY_{name}");
+        self.environment.retain(|(other, _)| *other != name);
+        self.environment.push((name, value.to_owned()));
+    }
+
+    /// A configuration file.
+    pub(super) fn config(&mut self, toml: &str) {
+        toml.clone_into(&mut self.config);
+    }
+
+    pub(super) fn start(&self) -> Process {
+        self.start_on(free_port())
+    }
+
+    pub(super) fn start_on(&self, port: u16) -> Process {
+        let config = self.folder.path().join("relay.toml");
+        std::fs::write(&config, &self.config).unwrap();
+        let [out, log] =
+            ["out", "log"].map(|name| self.folder.path().join(format!("{port}.{name}")));
+        let child = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
+            .arg("run")
+            .arg("--config")
+            .arg(config)
+            .env_clear()
+            .envs(self.environment.iter().cloned())
+            .env("RELAY_ADMIN__LISTEN", format!("127.0.0.1:{port}"))
+            .stdin(Stdio::null())
+            .stdout(File::create(&out).unwrap())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Process {
+            child,
+            port,
+            out,
+            log,
+        }
+    }
+}
+
+/// Below the ports of outgoing connections and above those of the services.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let offset = NEXT.fetch_add(1, Ordering::Relaxed) + fastrand::u16(..1000);
+        let port = 31_000 + offset % 1_700;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// A relay that runs; killed with the value.
+pub(super) struct Process {
+    child: Child,
+    pub(super) port: u16,
+    out: PathBuf,
+    log: PathBuf,
+}
+
+impl Process {
+    /// What it wrote to its standard error.
+    pub(super) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// What it wrote to its standard output.
+    pub(super) fn out(&self) -> String {
+        std::fs::read_to_string(&self.out).unwrap()
+    }
+
+    /// Asks the HTTP interface; none while nobody answers.
+    pub(super) fn get(&self, path: &str) -> Option<(u16, String)> {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        write!(stream, "GET {path} HTTP/1.0\r\nhost: relay\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        let code = head.split_whitespace().nth(1)?.parse().ok()?;
+        Some((code, body.to_owned()))
+    }
+
+    /// What one pipeline says about itself.
+    pub(super) fn pipeline(&self, name: &str) -> Option<Value> {
+        let (_, body) = self.get("/status")?;
+        let status: Value = serde_json::from_str(&body).unwrap();
+        let mut pipelines = status["pipelines"].as_array()?.iter();
+        pipelines.find(|view| view["pipeline"] == name).cloned()
+    }
+
+    pub(super) fn state(&self) -> String {
+        let view = self.pipeline("main").unwrap_or_default();
+        view["state"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// The value of the metric with this beginning, labels included.
+    pub(super) fn metric(&self, start: &str) -> Option<f64> {
+        let (_, metrics) = self.get("/metrics")?;
+        let line = metrics.lines().find(|line| line.starts_with(start))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+
+    pub(super) fn owns(&self) -> bool {
+        self.metric("outbox_owner{pipeline=\"main\"}") == Some(1.0)
+    }
+
+    pub(super) async fn ready(&self) {
+        eventually("ready", PATIENCE, async || {
+            matches!(self.get("/readyz"), Some((200, _))).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until readiness is denied for a reason with one of these words, and returns it.
+    pub(super) async fn not_ready(&self, words: &[&str]) -> String {
+        let what = format!("not ready because of {words:?}");
+        eventually(&what, PATIENCE, async || match self.get("/readyz") {
+            Some((503, body)) => {
+                let lower = body.to_lowercase();
+                words
+                    .iter()
+                    .any(|word| lower.contains(&word.to_lowercase()))
+                    .then_some(body)
+            }
+            _ => None,
+        })
+        .await
+    }
+
+    pub(super) fn signal(&self, signal: &str) {
+        self::signal(&self.child.id().to_string(), signal);
+    }
+
+    pub(super) async fn exit(&mut self) -> ExitStatus {
+        eventually("the end of the process", PATIENCE, async || {
+            self.child.try_wait().unwrap()
+        })
+        .await
+    }
+
+    /// Asks it to stop; it has to do so in good order.
+    pub(super) async fn stop(mut self) {
+        self.signal("TERM");
+        let status = self.exit().await;
+        assert_eq!(status.code(), Some(0), "{}", self.log());
+    }
+
+    pub(super) async fn kill(mut self) {
+        self.signal("KILL");
+        self.exit().await;
+    }
+
+    pub(super) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// The time that it has spent on the processor.
+    pub(super) fn cpu(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        let ticks: u64 = fields
+            .split(' ')
+            .skip(11)
+            .take(2)
+            .map(|ticks| ticks.parse::<u64>().unwrap())
+            .sum();
+        // Linux counts in hundredths of a second.
+        Duration::from_millis(ticks * 10)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended, and been collected, already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().rev().take(40).collect();
+            eprintln!("--- the log of the relay on port {}:", self.port);
+            for line in lines.iter().rev() {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+/// Sends a signal to one process.
+pub(super) fn signal(pid: &str, signal: &str) {
+    let done = Command::new("kill")
+        .args(["-s", signal, pid])
+        .status()
+        .unwrap();
+    assert!(done.success(), "kill -s {signal} {pid}");
+}

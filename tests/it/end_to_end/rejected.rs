@@ -1,0 +1,205 @@
+//! Events that can't be published: they are set aside, or stop their pipeline, and nobody else is affected.
+
+use sqlx::PgPool;
+
+use super::kafka::Received;
+use super::process::Process;
+use super::{Line, PATIENCE, eventually, number, run};
+
+const BAD: [(&str, &str, &str); 5] = [
+    (
+        "too large",
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+         values ('order', 'too large', 'bad', to_json(repeat('x', 1100000)))",
+        "max.message.bytes",
+    ),
+    (
+        "long",
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+         values (repeat('x', 300), 'long', 'bad', '1')",
+        "topic",
+    ),
+    (
+        "spaces",
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+         values ('with spaces', 'spaces', 'bad', '1')",
+        "topic",
+    ),
+    (
+        "headers",
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, headers)
+         values ('order', 'headers', 'bad', '1', '[1, 2]')",
+        "headers",
+    ),
+    (
+        "future",
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+         values ('order', 'future', 'bad', '1', '3000-01-01')",
+        "timestamp",
+    ),
+];
+
+async fn others(pool: &PgPool, from: u32) {
+    run(
+        pool,
+        format!(
+            "select outbox.emit('order', (n % 100)::text, 'good', n::text::json)
+               from generate_series({from}, {from} + 4999) n"
+        ),
+    )
+    .await;
+}
+
+async fn wait_for(relay: &Process, pool: &PgPool, newest: &'static str) {
+    let newest = number(pool, newest).await;
+    eventually("everything settled", PATIENCE, async || {
+        let cursor = relay.pipeline("main")?["last_id"].as_i64()?;
+        (cursor >= newest).then_some(())
+    })
+    .await;
+}
+
+fn judge(records: &[Received], total: usize) {
+    let mut newest = std::collections::HashMap::new();
+    let mut good = std::collections::HashSet::new();
+    for record in records {
+        assert_ne!(
+            record.header("type"),
+            Some(&b"bad"[..]),
+            "{}",
+            record.key_text()
+        );
+        assert_ne!(
+            record.header("type"),
+            Some(&b"later"[..]),
+            "{}",
+            record.key_text()
+        );
+        let n: u32 = record.text().parse().unwrap();
+        if good.insert(n) {
+            let before = newest.insert(record.key_text().to_owned(), n).unwrap_or(0);
+            assert!(n > before, "{n} after {before}");
+        }
+    }
+    assert_eq!(good.len(), total);
+    eprintln!("{} duplicates", records.len() - total);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rejected_events_are_parked_and_nobody_else_waits() {
+    const NEWEST: &str = "select max(id) from outbox.events";
+    let Some(line) = Line::create("rejected_events_are_parked_and_nobody_else_waits").await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    let pool = &line.database.pool;
+    let later = "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+                 select aggregate_type, aggregate_id, 'later', '0' from outbox.events where event_type = 'bad'";
+    others(pool, 1).await;
+    for (_, bad, _) in BAD {
+        run(pool, bad).await;
+    }
+    run(pool, later).await;
+    others(pool, 5001).await;
+    let relay = line.ready().await;
+    wait_for(&relay, pool, NEWEST).await;
+    relay.ready().await;
+    let parked: Vec<(String, String, Option<String>)> =
+        sqlx::query_as("select aggregate_id, event_type, error from outbox.parked order by id")
+            .fetch_all(pool)
+            .await
+            .unwrap();
+    assert_eq!(parked.len(), 2 * BAD.len(), "{parked:?}");
+    for ((id, kind, error), (bad, _, word)) in parked.iter().zip(BAD) {
+        let error = error.as_deref().unwrap();
+        assert_eq!((&id[..], &kind[..]), (bad, "bad"));
+        assert!(error.to_lowercase().contains(word), "{bad}: {error}");
+        eprintln!("{bad}: {error:.200}");
+    }
+    for (id, kind, error) in &parked[BAD.len()..] {
+        assert_eq!((&kind[..], error), ("later", &None), "{id}");
+    }
+    judge(&line.kafka.read(&["order"]).await, 10_000);
+    eventually("the waiting entities", PATIENCE, async || {
+        let waiting = relay.metric("outbox_waiting_entities{pipeline=\"main\"}")?;
+        (waiting > 4.5).then_some(())
+    })
+    .await;
+    relay.stop().await;
+
+    // A restart knows them still.
+    let relay = line.ready().await;
+    run(pool, later).await;
+    run(pool, "select outbox.emit('order', '1', 'good', '10001')").await;
+    wait_for(&relay, pool, NEWEST).await;
+    assert_eq!(
+        number(
+            pool,
+            "select count(*) from outbox.parked where error is null"
+        )
+        .await,
+        10
+    );
+    judge(&line.kafka.read(&["order"]).await, 10_001);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_halted_pipeline_halts_alone() {
+    let Some(mut line) = Line::create("a_halted_pipeline_halts_alone").await else {
+        return;
+    };
+    line.kafka.create(&["order", "customer"]).await;
+    line.setup.config(
+        "[pipelines.strict]
+         on_rejected = 'halt'
+         filter.aggregate_types = ['order']
+         [pipelines.other]
+         filter.aggregate_types = ['customer']",
+    );
+    let pool = &line.database.pool;
+    run(
+        pool,
+        "select outbox.emit('order', '1', 'good', '1');
+         insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, headers)
+         values ('order', '1', 'bad', '1', '[1]');
+         select outbox.emit('order', '2', 'good', '2')",
+    )
+    .await;
+    let relay = line.setup.start();
+    let reason = relay.not_ready(&["halted"]).await;
+    eprintln!("{reason}");
+    assert!(reason.contains("headers"), "{reason}");
+    run(pool, "select outbox.emit('customer', n::text, 'good', n::text::json) from generate_series(1, 500) n").await;
+    eventually("the other pipeline", PATIENCE, async || {
+        (line.kafka.read(&["customer"]).await.len() == 500).then_some(())
+    })
+    .await;
+    assert_eq!(relay.pipeline("strict").unwrap()["state"], "halted");
+    assert_eq!(relay.pipeline("other").unwrap()["state"], "running");
+    assert_eq!(number(pool, "select count(*) from outbox.parked").await, 0);
+    // Nothing behind the event, whatever its entity.
+    assert!(
+        line.kafka
+            .read(&["order"])
+            .await
+            .iter()
+            .all(|record| record.text() == "1")
+    );
+    relay.stop().await;
+
+    // Once the event can be published the pipeline goes on where it halted.
+    run(
+        pool,
+        "update outbox.events set headers = '{}' where event_type = 'bad'",
+    )
+    .await;
+    let relay = line.ready().await;
+    eventually("the rest", PATIENCE, async || {
+        let records = line.kafka.read(&["order"]).await;
+        let keys: std::collections::BTreeSet<_> = records.iter().map(Received::key_text).collect();
+        (records.len() >= 3 && keys.len() == 2).then_some(())
+    })
+    .await;
+    relay.stop().await;
+}

@@ -1,0 +1,91 @@
+//! Services of one test alone, which it may freeze and kill. Started by the scripts that start those of all tests.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+pub(super) struct Own {
+    folder: TempDir,
+    script: &'static str,
+    arguments: Vec<&'static str>,
+    environment: HashMap<String, String>,
+}
+
+impl Own {
+    pub(super) fn kafka(test: &str) -> Option<Self> {
+        // Where the broker of all tests is from somewhere else, this machine may not be able to start one.
+        crate::fresh::needed(test, "KAFKA_JARS")?;
+        Some(Self::new("kafka", Vec::new()))
+    }
+
+    pub(super) fn postgres(test: &str) -> Option<Self> {
+        crate::fresh::needed(test, "PG_DATA")?;
+        Some(Self::new("postgres", vec!["17"]))
+    }
+
+    fn new(script: &'static str, arguments: Vec<&'static str>) -> Self {
+        let parent =
+            std::env::var("RELAY_TEST_FOLDER").map_or_else(|_| std::env::temp_dir(), Into::into);
+        let mut own = Self {
+            folder: TempDir::new_in(parent).unwrap(),
+            script,
+            arguments,
+            environment: HashMap::new(),
+        };
+        own.start();
+        own
+    }
+
+    /// Starts it, again with its data and its port.
+    pub(super) fn start(&mut self) {
+        // Not a pipe: the service inherits it and would keep it open.
+        let status = script(self.script)
+            .args(&self.arguments)
+            .arg(self.folder.path())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success(), "start {}", self.script);
+        let environment = std::fs::read_to_string(self.folder.path().join("env")).unwrap();
+        self.environment = environment
+            .lines()
+            .filter_map(|line| line.strip_prefix("export ")?.split_once('='))
+            .map(|(name, value)| (name.to_owned(), value.trim_matches('\'').to_owned()))
+            .collect();
+    }
+
+    pub(super) fn stop(&self) {
+        let status = script("down").arg(self.folder.path()).status().unwrap();
+        assert!(status.success(), "stop {}", self.script);
+    }
+
+    pub(super) fn variable(&self, name: &str) -> &str {
+        &self.environment[name]
+    }
+
+    pub(super) fn signal(&self, signal: &str) {
+        let variable = if self.script == "kafka" {
+            "KAFKA_PID"
+        } else {
+            "PG_PID"
+        };
+        super::process::signal(self.variable(variable), signal);
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // A panic here would hide the one that matters.
+        let _ = script("down").arg(self.folder.path()).status();
+    }
+}
+
+fn script(name: &str) -> Command {
+    Command::new(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/services")
+            .join(name),
+    )
+}
