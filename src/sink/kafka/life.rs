@@ -8,7 +8,7 @@ use std::time::Duration;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::message::DeliveryResult;
+use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::producer::{
     BaseRecord, NoCustomPartitioner, Producer, ProducerContext, PurgeConfig, ThreadedProducer,
 };
@@ -62,7 +62,7 @@ pub(super) struct Context {
 impl Context {
     fn tell(&self, news: News) {
         // The receiver is gone when a life has ended: nobody waits for this.
-        let _ = self.news.send(news);
+        drop(self.news.send(news));
     }
 }
 
@@ -97,8 +97,14 @@ impl ProducerContext for Context {
         let seq = Seq(opaque as u64);
         self.tell(match result {
             Ok(_) => News::Delivered(seq),
-            Err((KafkaError::MessageProduction(code), _)) => News::Failed(seq, *code),
-            Err(_) => News::Failed(seq, Code::Unknown),
+            Err((error, message)) => {
+                let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
+                if of_a_lost_topic(code) {
+                    let lost = format!("topic {} is gone", message.topic());
+                    self.trouble.send_replace(Some(lost));
+                }
+                News::Failed(seq, code)
+            }
         });
     }
 }
@@ -174,13 +180,10 @@ impl Life {
         const AT_ONCE: usize = 8192;
         let known = into.len();
         loop {
-            if let Some(dying) = &self.dying {
-                let over = self.outstanding == 0 || Instant::now() >= dying.until;
-                if over && into.len() > known {
-                    return Ok(());
-                } else if over {
-                    return self.last_receipts(into);
-                }
+            if let Some(dying) = &self.dying
+                && (self.outstanding == 0 || Instant::now() >= dying.until)
+            {
+                return self.last_receipts(into);
             }
             let until = self.dying.as_ref().map(|dying| dying.until);
             let received = self.news.recv_many(&mut self.received, AT_ONCE);
@@ -297,6 +300,14 @@ impl Life {
 
 fn purge(producer: &ThreadedProducer<Context, NoCustomPartitioner>) {
     producer.purge(PurgeConfig::default().queue().inflight());
+}
+
+/// Whether it was deleted, or some of its partitions were.
+fn of_a_lost_topic(code: Code) -> bool {
+    matches!(
+        code,
+        Code::UnknownTopic | Code::UnknownPartition | Code::UnknownTopicOrPartition
+    )
 }
 
 /// Whether the broker refuses a record itself, now and for ever; everything else may pass.

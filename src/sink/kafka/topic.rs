@@ -79,6 +79,7 @@ impl Topic {
     }
 }
 
+/// The wall clock, because the broker judges by it.
 fn now_ms() -> i64 {
     let since = UNIX_EPOCH.elapsed().unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -15,7 +15,7 @@ use outbox_relay::sink::{Receipt, Refused, Sink};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::kafka::cluster::{
     Arrived, assert_complete_and_in_order, brokers, consume, delivered, delivered_seq, hand_over,
@@ -218,7 +218,7 @@ async fn receipts_survive_cancellation(bench: &impl Bench) {
     let mut receipts: Vec<Receipt> = Vec::new();
     for seq in 0..300 {
         receipts.append(&mut hand_over(&mut sink, seq, &record(&topic, b"a", b"1")).await);
-        let _ = timeout(Duration::ZERO, sink.receipts(&mut receipts)).await;
+        drop(timeout(Duration::ZERO, sink.receipts(&mut receipts)).await);
     }
     delivered(&mut sink, &mut receipts, 300).await;
 }

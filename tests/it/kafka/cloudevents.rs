@@ -1,4 +1,4 @@
-//! CloudEvents, judged by somebody else: the SDK of the CloudEvents project for Python.
+//! `CloudEvents`, judged by somebody else: the SDK of that project for Python.
 
 use std::env;
 use std::io::Write;

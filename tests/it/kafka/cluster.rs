@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use outbox_relay::event::{Record, Seq};
 use outbox_relay::sink::kafka::{KafkaSink, Sasl, Settings, Tls, Topics};
@@ -17,14 +17,14 @@ use rdkafka::message::{Headers, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 /// For whatever a test waits for: far more than it takes.
-pub const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// Settings for brokers without encryption: as shipped, with topics of four partitions.
-pub fn settings(brokers: &str) -> Settings {
+pub(crate) fn settings(brokers: &str) -> Settings {
     Settings {
         brokers: brokers.to_owned(),
         client_id: "outbox-relay".to_owned(),
@@ -56,7 +56,7 @@ pub fn settings(brokers: &str) -> Settings {
 }
 
 /// A variable of the services, or none, loudly: `RELAY_TEST_REQUIRE=1` forbids to go without.
-pub fn variable(test: &str, name: &str) -> Option<String> {
+pub(crate) fn variable(test: &str, name: &str) -> Option<String> {
     let value = env::var(name).ok().filter(|value| !value.is_empty());
     if value.is_none() {
         skip(test, &format!("{name} is not set"));
@@ -65,7 +65,7 @@ pub fn variable(test: &str, name: &str) -> Option<String> {
 }
 
 /// Says that a test could not run.
-pub fn skip(test: &str, reason: &str) {
+pub(crate) fn skip(test: &str, reason: &str) {
     assert!(
         env::var("RELAY_TEST_REQUIRE").as_deref() != Ok("1"),
         "{test} can't be skipped here: {reason}"
@@ -74,17 +74,17 @@ pub fn skip(test: &str, reason: &str) {
 }
 
 /// The brokers of the environment.
-pub fn brokers(test: &str) -> Option<String> {
+pub(crate) fn brokers(test: &str) -> Option<String> {
     variable(test, "KAFKA_BROKERS")
 }
 
 /// A name that no other test and no other run uses.
-pub fn topic(what: &str) -> String {
+pub(crate) fn topic(what: &str) -> String {
     format!("{what}-{}", Uuid::new_v4().simple())
 }
 
 /// A record with this key and value, and nothing else.
-pub fn record<'a>(topic: &'a str, key: &'a [u8], value: &'a [u8]) -> Record<'a> {
+pub(crate) fn record<'a>(topic: &'a str, key: &'a [u8], value: &'a [u8]) -> Record<'a> {
     Record {
         topic: topic.into(),
         key: Some(key.into()),
@@ -95,20 +95,20 @@ pub fn record<'a>(topic: &'a str, key: &'a [u8], value: &'a [u8]) -> Record<'a> 
 }
 
 /// The wall clock.
-pub fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     let since = std::time::UNIX_EPOCH.elapsed().expect("after 1970");
     i64::try_from(since.as_millis()).expect("before the year 292 million")
 }
 
 /// A sink that is open and has its topics; begins again when the sink asks for it, as the loop does.
-pub async fn opened(settings: Settings, topics: &[&str]) -> KafkaSink {
+pub(crate) async fn opened(settings: Settings, topics: &[&str]) -> KafkaSink {
     let mut sink = KafkaSink::new(settings);
     open(&mut sink, topics).await;
     sink
 }
 
 /// Begins a life, as the loop does.
-pub async fn open(sink: &mut impl Sink, topics: &[&str]) {
+pub(crate) async fn open(sink: &mut impl Sink, topics: &[&str]) {
     let deadline = Instant::now() + LONG;
     'lives: loop {
         assert!(Instant::now() < deadline, "the topics can't be prepared");
@@ -129,7 +129,7 @@ pub async fn open(sink: &mut impl Sink, topics: &[&str]) {
 }
 
 /// Hands one record over, waiting for room; gives back the receipts that came meanwhile.
-pub async fn hand_over(sink: &mut impl Sink, seq: u64, record: &Record<'_>) -> Vec<Receipt> {
+pub(crate) async fn hand_over(sink: &mut impl Sink, seq: u64, record: &Record<'_>) -> Vec<Receipt> {
     let mut receipts = Vec::new();
     loop {
         match sink.hand_over(Seq(seq), record) {
@@ -144,7 +144,7 @@ pub async fn hand_over(sink: &mut impl Sink, seq: u64, record: &Record<'_>) -> V
 }
 
 /// Waits until this many receipts are there, all of them for records that were delivered.
-pub async fn delivered(sink: &mut impl Sink, receipts: &mut Vec<Receipt>, count: usize) {
+pub(crate) async fn delivered(sink: &mut impl Sink, receipts: &mut Vec<Receipt>, count: usize) {
     timeout(LONG, async {
         while receipts.len() < count {
             sink.receipts(receipts).await.expect("receipts");
@@ -160,7 +160,7 @@ pub async fn delivered(sink: &mut impl Sink, receipts: &mut Vec<Receipt>, count:
 }
 
 /// The record that this receipt says was delivered.
-pub fn delivered_seq(receipt: &Receipt) -> u64 {
+pub(crate) fn delivered_seq(receipt: &Receipt) -> u64 {
     match receipt {
         Receipt::Delivered(seq) => seq.0,
         Receipt::Rejected(..) => panic!("{receipt:?}"),
@@ -168,7 +168,7 @@ pub fn delivered_seq(receipt: &Receipt) -> u64 {
 }
 
 /// Publishes records and waits until all of them are there.
-pub async fn publish(sink: &mut impl Sink, records: &[Record<'_>]) {
+pub(crate) async fn publish(sink: &mut impl Sink, records: &[Record<'_>]) {
     let mut receipts = Vec::new();
     for (seq, record) in (0..).zip(records) {
         receipts.append(&mut hand_over(sink, seq, record).await);
@@ -178,22 +178,22 @@ pub async fn publish(sink: &mut impl Sink, records: &[Record<'_>]) {
 
 /// A record as a consumer sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Arrived {
-    pub partition: i32,
-    pub key: Option<Vec<u8>>,
-    pub value: Option<Vec<u8>>,
-    pub headers: Vec<(String, Option<Vec<u8>>)>,
-    pub timestamp_ms: Option<i64>,
+pub(crate) struct Arrived {
+    pub(crate) partition: i32,
+    pub(crate) key: Option<Vec<u8>>,
+    pub(crate) value: Option<Vec<u8>>,
+    pub(crate) headers: Vec<(String, Option<Vec<u8>>)>,
+    pub(crate) timestamp_ms: Option<i64>,
 }
 
 impl Arrived {
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(self.value.as_deref().expect("a value")).expect("text")
     }
 }
 
 /// Everything that is in a topic now, partition by partition, in the order of the log.
-pub async fn consume(brokers: &str, topic: &str) -> Vec<Arrived> {
+pub(crate) async fn consume(brokers: &str, topic: &str) -> Vec<Arrived> {
     let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
     tokio::task::spawn_blocking(move || consume_now(&brokers, &topic))
         .await
@@ -252,7 +252,7 @@ fn consume_now(brokers: &str, topic: &str) -> Vec<Arrived> {
 }
 
 /// Checks that numbered values, `0` to `count - 1`, are all there, and that first deliveries of each key are in order.
-pub fn assert_complete_and_in_order(arrived: &[Arrived], count: u64) {
+pub(crate) fn assert_complete_and_in_order(arrived: &[Arrived], count: u64) {
     let mut newest: HashMap<&[u8], u64> = HashMap::new();
     let mut seen = vec![false; usize::try_from(count).expect("few")];
     for record in arrived {
@@ -272,7 +272,7 @@ pub fn assert_complete_and_in_order(arrived: &[Arrived], count: u64) {
 }
 
 /// For what tests do to topics themselves.
-pub fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
+pub(crate) fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
     ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .create()
@@ -280,7 +280,7 @@ pub fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
 }
 
 /// The settings of a topic.
-pub async fn topic_config(brokers: &str, topic: &str) -> HashMap<String, String> {
+pub(crate) async fn topic_config(brokers: &str, topic: &str) -> HashMap<String, String> {
     let described = admin(brokers)
         .describe_configs([&ResourceSpecifier::Topic(topic)], &AdminOptions::new())
         .await
@@ -294,7 +294,7 @@ pub async fn topic_config(brokers: &str, topic: &str) -> HashMap<String, String>
 }
 
 /// How many partitions a topic has.
-pub fn partitions(brokers: &str, topic: &str) -> usize {
+pub(crate) fn partitions(brokers: &str, topic: &str) -> usize {
     let admin = admin(brokers);
     let metadata = admin.inner().fetch_metadata(Some(topic), LONG);
     metadata.expect("metadata").topics()[0].partitions().len()
@@ -304,7 +304,7 @@ pub fn partitions(brokers: &str, topic: &str) -> usize {
 static OWN_BROKER: Mutex<()> = Mutex::const_new(());
 
 /// A broker that a test may stop, pause and kill.
-pub struct OwnBroker {
+pub(crate) struct OwnBroker {
     folder: PathBuf,
     variables: HashMap<String, String>,
     _temporary: Option<TempDir>,
@@ -313,16 +313,15 @@ pub struct OwnBroker {
 
 impl OwnBroker {
     /// Starts one, or says why not.
-    pub async fn start(test: &str) -> Option<Self> {
+    pub(crate) async fn start(test: &str) -> Option<Self> {
         brokers(test)?;
         let only = OWN_BROKER.lock().await;
         // Where the one who started the services cleans up; else a temporary folder of our own.
-        let (folder, temporary) = match env::var_os("RELAY_TEST_FOLDER") {
-            Some(folder) => (Path::new(&folder).join(topic("broker")), None),
-            None => {
-                let temporary = tempfile::tempdir().expect("a folder");
-                (temporary.path().join("broker"), Some(temporary))
-            }
+        let (folder, temporary) = if let Some(folder) = env::var_os("RELAY_TEST_FOLDER") {
+            (Path::new(&folder).join(topic("broker")), None)
+        } else {
+            let temporary = tempfile::tempdir().expect("a folder");
+            (temporary.path().join("broker"), Some(temporary))
         };
         let mut broker = Self {
             folder,
@@ -335,7 +334,7 @@ impl OwnBroker {
     }
 
     /// Starts it with its old ports and data.
-    pub fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         let started = Command::new(script("kafka"))
             .arg(&self.folder)
             .stderr(Stdio::inherit())
@@ -350,12 +349,12 @@ impl OwnBroker {
             .collect();
     }
 
-    pub fn brokers(&self) -> &str {
+    pub(crate) fn brokers(&self) -> &str {
         &self.variables["KAFKA_BROKERS"]
     }
 
     /// Sends it a signal such as `KILL`, `STOP` or `CONT`.
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill")
             .args(["-s", name, &self.variables["KAFKA_PID"]])
             .status()
@@ -363,8 +362,8 @@ impl OwnBroker {
         assert!(sent.success(), "signal {name}");
     }
 
-    /// Stops it in order.
-    pub fn stop(&self) {
+    /// Stops it and waits for its end.
+    pub(crate) fn stop(&self) {
         let stopped = Command::new(script("down")).arg(&self.folder).status();
         assert!(stopped.expect("run the script").success());
     }
@@ -372,7 +371,7 @@ impl OwnBroker {
 
 impl Drop for OwnBroker {
     fn drop(&mut self) {
-        let _ = Command::new(script("down")).arg(&self.folder).status();
+        drop(Command::new(script("down")).arg(&self.folder).status());
     }
 }
 

@@ -1,7 +1,7 @@
 //! The Kafka sink against a real broker.
 
 mod cloudevents;
-pub mod cluster;
+pub(crate) mod cluster;
 mod outage;
 mod partition;
 mod record;

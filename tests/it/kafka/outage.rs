@@ -1,11 +1,11 @@
 //! A broker that goes away and comes back: nothing is lost, reordered or rejected, and nobody has to help.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use outbox_relay::event::{Record, Seq};
-use outbox_relay::sink::kafka::KafkaSink;
+use outbox_relay::sink::kafka::{KafkaSink, Settings};
 use outbox_relay::sink::{Receipt, Refused, Sink};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::cluster::{
     LONG, OwnBroker, assert_complete_and_in_order, consume, delivered, open, opened, publish,
@@ -13,6 +13,7 @@ use super::cluster::{
 };
 
 const RECORDS: u64 = 20_000;
+const COUNT: usize = 20_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_killed_in_the_middle_costs_nothing_but_time() {
@@ -22,9 +23,9 @@ async fn a_broker_killed_in_the_middle_costs_nothing_but_time() {
     };
     let brokers = broker.brokers().to_owned();
     let topic = topic("killed");
-    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    let mut sink = opened(short_queue(&brokers), &[&topic]).await;
     let mut receipts = Vec::new();
-    let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, RECORDS / 4).await;
+    let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, COUNT / 4).await;
     broker.signal("KILL");
     // More is handed over, as far as there is room; nothing is refused and nothing gives up.
     let down = Instant::now();
@@ -46,33 +47,21 @@ async fn a_broker_killed_in_the_middle_costs_nothing_but_time() {
         }
     }
     let trouble = wait_for_trouble(&sink).await;
-    println!("{} of {seq} confirmed, trouble: {trouble}", receipts.len());
-    assert!(
-        receipts.len() < usize::try_from(RECORDS).expect("few"),
-        "it was quicker than the kill"
-    );
+    eprintln!("{} of {seq} confirmed, trouble: {trouble}", receipts.len());
+    assert!(receipts.len() < COUNT, "it was quicker than the kill");
     broker.start_again();
     let up = Instant::now();
-    hand_over_until(&mut sink, &topic, seq, &mut receipts, RECORDS).await;
-    println!(
+    hand_over_until(&mut sink, &topic, seq, &mut receipts, COUNT).await;
+    eprintln!(
         "first receipt {:?} after the broker is back",
         first_receipt(&mut sink, &mut receipts, up).await
     );
-    delivered(
-        &mut sink,
-        &mut receipts,
-        usize::try_from(RECORDS).expect("few"),
-    )
-    .await;
-    println!("all receipts {:?} after the broker is back", up.elapsed());
+    delivered(&mut sink, &mut receipts, COUNT).await;
+    eprintln!("all receipts {:?} after the broker is back", up.elapsed());
     assert!(up.elapsed() < Duration::from_secs(15), "{:?}", up.elapsed());
     assert_eq!(sink.trouble(), None);
     let arrived = consume(&brokers, &topic).await;
-    assert_eq!(
-        arrived.len(),
-        usize::try_from(RECORDS).expect("few"),
-        "each of them once"
-    );
+    assert_eq!(arrived.len(), COUNT, "each of them once");
     assert_complete_and_in_order(&arrived, RECORDS);
 }
 
@@ -84,13 +73,13 @@ async fn a_broker_that_hangs_costs_nothing_but_time() {
     };
     let brokers = broker.brokers().to_owned();
     let topic = topic("hangs");
-    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    let mut sink = opened(short_queue(&brokers), &[&topic]).await;
     let mut receipts = Vec::new();
     let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, 5_000).await;
     broker.signal("STOP");
     let began = Instant::now();
     let error = sink.check().await.expect_err("nobody answers");
-    println!("check() after {:?}: {error}", began.elapsed());
+    eprintln!("check() after {:?}: {error}", began.elapsed());
     assert!(began.elapsed() < Duration::from_secs(4), "{error}");
     let late = timeout(
         Duration::from_secs(8).saturating_sub(began.elapsed()),
@@ -105,21 +94,12 @@ async fn a_broker_that_hangs_costs_nothing_but_time() {
     late.await.expect_err("a loop");
     broker.signal("CONT");
     let up = Instant::now();
-    hand_over_until(&mut sink, &topic, handed_over, &mut receipts, RECORDS).await;
-    delivered(
-        &mut sink,
-        &mut receipts,
-        usize::try_from(RECORDS).expect("few"),
-    )
-    .await;
-    println!("all receipts {:?} after the broker goes on", up.elapsed());
+    hand_over_until(&mut sink, &topic, handed_over, &mut receipts, COUNT).await;
+    delivered(&mut sink, &mut receipts, COUNT).await;
+    eprintln!("all receipts {:?} after the broker goes on", up.elapsed());
     sink.check().await.expect("somebody answers");
     let arrived = consume(&brokers, &topic).await;
-    assert_eq!(
-        arrived.len(),
-        usize::try_from(RECORDS).expect("few"),
-        "each of them once"
-    );
+    assert_eq!(arrived.len(), COUNT, "each of them once");
     assert_complete_and_in_order(&arrived, RECORDS);
 }
 
@@ -135,13 +115,13 @@ async fn a_broker_that_is_down_at_first_is_found_when_it_comes() {
     sink.open().await.expect("opening needs nobody");
     let began = Instant::now();
     let error = sink.check().await.expect_err("nobody answers").to_string();
-    println!("check() after {:?}: {error}", began.elapsed());
+    eprintln!("check() after {:?}: {error}", began.elapsed());
     assert!(began.elapsed() < Duration::from_secs(4), "{error}");
     assert!(error.contains("Connection refused"), "{error}");
     broker.start_again();
     let up = Instant::now();
     while sink.check().await.is_err() {}
-    println!("check() works {:?} after the broker is there", up.elapsed());
+    eprintln!("check() works {:?} after the broker is there", up.elapsed());
     assert!(up.elapsed() < Duration::from_secs(4), "{:?}", up.elapsed());
     let topic = topic("late");
     open(&mut sink, &[&topic]).await;
@@ -161,17 +141,17 @@ async fn beginning_and_ending_a_life_takes_no_time() {
         for life in 0..4 {
             let began = Instant::now();
             sink.open().await.expect("open");
-            println!("open {life} at {brokers}: {:?}", began.elapsed());
+            eprintln!("open {life} at {brokers}: {:?}", began.elapsed());
             assert!(
                 began.elapsed() < Duration::from_millis(100),
                 "{:?}",
                 began.elapsed()
             );
-            let _ = sink.check().await;
+            drop(sink.check().await);
         }
         let began = Instant::now();
         drop(sink);
-        println!("drop: {:?}", began.elapsed());
+        eprintln!("drop: {:?}", began.elapsed());
         assert!(
             began.elapsed() < Duration::from_millis(500),
             "{:?}",
@@ -184,11 +164,11 @@ async fn beginning_and_ending_a_life_takes_no_time() {
         let began = Instant::now();
         sink.open().await.expect("open");
         sink.check().await.expect("somebody answers");
-        println!("life {life}: checked {:?}", began.elapsed());
+        eprintln!("life {life}: checked {:?}", began.elapsed());
         sink.prepare(&topic).await.expect("prepared");
-        println!("life {life}: prepared {:?}", began.elapsed());
+        eprintln!("life {life}: prepared {:?}", began.elapsed());
         publish(&mut sink, &[record(&topic, b"a", b"1")]).await;
-        println!("life {life}: delivered {:?}", began.elapsed());
+        eprintln!("life {life}: delivered {:?}", began.elapsed());
     }
 }
 
@@ -198,18 +178,18 @@ async fn hand_over_until(
     topic: &str,
     from: u64,
     receipts: &mut Vec<Receipt>,
-    confirmed: u64,
+    confirmed: usize,
 ) -> u64 {
     timeout(LONG, async {
         let mut seq = from;
-        while seq < RECORDS && u64::try_from(receipts.len()).expect("few") < confirmed {
+        while seq < RECORDS && receipts.len() < confirmed {
             match sink.hand_over(Seq(seq), &numbered(topic, seq)) {
                 Ok(()) => seq += 1,
                 Err(Refused::Full) => sink.receipts(receipts).await.expect("receipts"),
                 Err(refused) => panic!("{refused:?}"),
             }
             if seq.is_multiple_of(1_000) {
-                let _ = timeout(Duration::from_millis(5), sink.receipts(receipts)).await;
+                drop(timeout(Duration::from_millis(5), sink.receipts(receipts)).await);
             }
         }
         seq
@@ -223,7 +203,7 @@ async fn first_receipt(
     receipts: &mut Vec<Receipt>,
     since: Instant,
 ) -> Duration {
-    if receipts.len() < usize::try_from(RECORDS).expect("few") {
+    if receipts.len() < COUNT {
         timeout(LONG, sink.receipts(receipts))
             .await
             .expect("in time")
@@ -243,6 +223,14 @@ async fn wait_for_trouble(sink: &KafkaSink) -> String {
     })
     .await
     .expect("trouble")
+}
+
+/// Much shorter than what is published.
+fn short_queue(brokers: &str) -> Settings {
+    Settings {
+        queue_records: 2_000,
+        ..settings(brokers)
+    }
 }
 
 fn numbered(topic: &str, number: u64) -> Record<'_> {

@@ -100,7 +100,7 @@ fn keys() -> Vec<Vec<u8>> {
         })
         .collect();
     keys.extend((0..300).map(|number| format!("order-{number}").into_bytes()));
-    keys.extend(["", "a", "ab", "abc", "größe", "ключ", "注文", "🦀"].map(|key| key.into()));
+    keys.extend(["", "a", "ab", "abc", "größe", "ключ", "注文", "🦀"].map(Into::into));
     keys.extend([
         vec![0],
         vec![0xff; 3],
@@ -139,5 +139,8 @@ fn java_partitions(keys: &[Vec<u8>], jars: &str) -> Option<Vec<i32>> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits
+        .filter_map(|digit| char::from_digit(digit.into(), 16))
+        .collect()
 }
