@@ -6,6 +6,16 @@
 //! The naked limit is a loop of `select … where id > $1 order by id limit 5000` into librdkafka, with no order, lease,
 //! policy, filter or metric. Both write records of the same value and key; the relay's carry its three headers as well.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::disallowed_methods,
+    clippy::doc_markdown,
+    reason = "a benchmark prints"
+)]
+
 use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,7 +29,7 @@ use rdkafka::message::{Headers, Message};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Executor, Row};
 
 const PARTITIONS: i32 = 8;
 const ROUNDS: usize = 3;

@@ -318,7 +318,9 @@ async fn use_write_ahead_log(connection: &mut SqliteConnection) -> anyhow::Resul
 }
 
 fn busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
+    let code = error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code);
     let code = code.and_then(|code| code.parse::<u32>().ok());
     code.is_some_and(|code| code & 0xff == 5)
 }

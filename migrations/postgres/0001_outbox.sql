@@ -89,15 +89,16 @@ begin
       join pg_class c on c.oid = i.inhrelid
      where i.inhparent = 'outbox.events'::regclass;
 
+    beyond := newest + ahead * rows_per_partition;
     if upper is null and not used then
         upper := 1;
     elsif coalesce(upper, 1) <= newest + rows_per_partition / 10 then
         -- The partitions ran out, or are about to, and the default one takes over. What has an id there stays there;
         -- leave room for what is being inserted meanwhile, or that would belong to neither partition and fail.
         upper := greatest(upper, newest) + rows_per_partition;
+        beyond := upper + (ahead - 1) * rows_per_partition;
     end if;
 
-    beyond := newest + ahead * rows_per_partition;
     if upper > beyond then
         return 0;
     end if;
@@ -248,6 +249,14 @@ create table outbox.cursors (
     primary key (pipeline, shard)
 ) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 
+-- Which life of the server this is. Unlogged, so a crash empties it, and a standby that is promoted begins without it:
+-- either may have lost the newest transactions and use their ids again. A row that is still there says that every
+-- transaction id that was seen since it was made means what it meant.
+create unlogged table outbox.incarnation (
+    one boolean primary key default true check (one),
+    id  uuid    not null default gen_random_uuid()
+);
+
 create table outbox.leases (
     pipeline   text        not null,
     shard      integer     not null default 0,
@@ -288,6 +297,7 @@ grant usage on sequence outbox.events_id_seq to outbox_writer;
 grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
+grant select, insert on outbox.incarnation to outbox_relay;
 
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),

@@ -31,7 +31,7 @@ use crate::ledger::{Acquired, Ledger, Tenure};
 use crate::order::Waiting;
 use crate::position::Position;
 use crate::route::{Filter, Route};
-use crate::sink::Sink;
+use crate::sink::{NotPrepared, Sink, SinkError};
 use crate::source::{Page, PageLimits, Source, SourceError};
 use crate::telemetry::PipelineMetrics;
 
@@ -59,6 +59,22 @@ pub struct Pipeline {
     pub encoding: Encoding,
     /// What happens to events that can't be published.
     pub on_rejected: Policy,
+}
+
+impl Pipeline {
+    /// The topics that can be told without an event: one for all, or one for each aggregate type of the filter.
+    #[must_use]
+    pub fn known_topics(&self) -> Vec<String> {
+        let topic = &self.route.topic;
+        if topic.is_fixed() {
+            return topic.render_for_type("").into_iter().collect();
+        }
+        self.filter
+            .aggregate_types
+            .iter()
+            .filter_map(|name| topic.render_for_type(name))
+            .collect()
+    }
 }
 
 /// The bounds of one pipeline.
@@ -347,10 +363,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         }
         tokio::select! {
             biased;
-            checked = self.sink.check() => if let Err(error) = checked {
+            () = stop.cancelled() => return Ended::Stopped,
+            ready = self.make_ready() => if let Err(error) = ready {
                 return Ended::Sink(error);
             },
-            () = stop.cancelled() => return Ended::Stopped,
         }
         self.source.seek(settled.borrow().clone());
         let (pages, pages_read) = mpsc::channel(1);
@@ -374,6 +390,19 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Source(error)
             }
         }
+    }
+
+    /// Before anything is published: does the sink answer, and are the topics there that are known beforehand?
+    async fn make_ready(&mut self) -> Result<(), SinkError> {
+        self.sink.check().await?;
+        for topic in self.pipeline.known_topics() {
+            match self.sink.prepare(&topic).await {
+                Ok(()) => {}
+                Err(NotPrepared::Unknown(error)) => return Err(error),
+                Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.

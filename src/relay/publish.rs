@@ -96,7 +96,7 @@ impl<K: Sink> Publisher<'_, K> {
     ) -> Ended {
         let mut life = Life::new(self.settings);
         let ended = self.take_turns(&mut life, pages, stop).await;
-        self.report(&mut life, State::Running);
+        self.report(&mut life, None);
         ended
     }
 
@@ -368,17 +368,19 @@ impl<K: Sink> Publisher<'_, K> {
                 };
             }
         }
-        self.report(life, state);
+        self.report(life, Some(state));
     }
 
-    /// Metrics and status.
-    fn report(&mut self, life: &mut Life, state: State) {
+    /// Metrics and status; whoever ends a life says its state.
+    fn report(&mut self, life: &mut Life, state: Option<State>) {
         let delivered = life.topics.flush();
         self.metrics.filtered(std::mem::take(&mut life.filtered));
         self.metrics.latencies(&mut life.latencies);
         let last_id = self.settled.borrow().last_id.0;
         self.status.send_modify(|status| {
-            status.set_state(&self.pipeline.name, state);
+            if let Some(state) = state {
+                status.set_state(&self.pipeline.name, state);
+            }
             status.last_id = last_id;
             status.in_flight_events = life.in_flight.rows();
             status.in_flight_bytes = life.in_flight.bytes();

@@ -7,9 +7,18 @@
     clippy::unwrap_used,
     reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
 )]
+#![allow(
+    unreachable_pub,
+    missing_docs,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests are read by people who look for facts, not for an interface"
+)]
 
 mod contract {
     mod ledger;
+    mod sink;
     mod source;
 }
 mod examples;
@@ -21,6 +30,7 @@ mod harness {
     pub mod postgres;
     pub mod sqlite;
 }
+mod kafka;
 mod layering;
 mod migrate;
 mod oracle;

@@ -223,6 +223,40 @@ async fn relays_that_start_together_make_partitions_once() {
 }
 
 #[tokio::test]
+async fn an_insert_that_waits_for_the_default_partition_succeeds() {
+    let test = "partitions::an_insert_that_waits_for_the_default_partition_succeeds";
+    fresh::database(test, async |database| {
+        let mut superuser = without_partitions(database).await;
+        let (mut relay, mut writer) = (
+            database.relay("relay").await,
+            database.writer("writer").await,
+        );
+        run(&mut superuser, "select outbox.make_partitions(1, 100)").await;
+        // The last partition ends at 200. Were the next one made there, this row would belong to it by the time its
+        // transaction gets to the default partition, and be refused.
+        run(&mut superuser, "select setval('outbox.events_id_seq', 195)").await;
+        run(&mut relay, "begin; select outbox.make_partitions(1, 100)").await;
+        run(&mut superuser, "select setval('outbox.events_id_seq', 200)").await;
+        let commit = async {
+            let waiting = "select count(*)::text from pg_stat_activity
+                            where datname = current_database() and wait_event_type = 'Lock'";
+            while value(&mut superuser, waiting).await == "0" {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+            run(&mut relay, "commit").await;
+        };
+        tokio::join!(emit(&mut writer, "1"), commit);
+        let row = value(
+            &mut superuser,
+            "select id || ' ' || tableoid::regclass from outbox.events",
+        )
+        .await;
+        assert_eq!(row, "201 outbox.events_default");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn no_insert_fails_while_partitions_run_out() {
     const WRITERS: usize = 4;
     const EVENTS: usize = 400;

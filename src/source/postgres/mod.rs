@@ -7,6 +7,7 @@ mod copy;
 mod hint;
 mod statement;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -349,7 +350,7 @@ pub(crate) fn classify(error: anyhow::Error) -> SourceError {
     let code = error
         .chain()
         .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-            Some(sqlx::Error::Database(error)) => error.code().map(|code| code.into_owned()),
+            Some(sqlx::Error::Database(error)) => error.code().map(Cow::into_owned),
             _ => None,
         });
     match code.as_deref().and_then(|code| code.get(..2)) {

@@ -15,16 +15,20 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 const MIGRATION: &str = include_str!("../../../migrations/postgres/0001_outbox.sql");
 
 /// One database of the server at `DATABASE_URL`.
-pub struct Database {
-    pub name: String,
-    pub options: PgConnectOptions,
+pub(crate) struct Database {
+    pub(crate) name: String,
+    pub(crate) options: PgConnectOptions,
 }
 
 /// Runs `work` with a database of its own; without a server it says so and returns, unless services are required.
-pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
-    let Some(server) = from_environment("DATABASE_URL", test) else {
-        return;
-    };
+pub(crate) async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
+    if let Some(server) = from_environment("DATABASE_URL", test) {
+        with_database_of(server, work).await;
+    }
+}
+
+/// The same on a given server, which may have crashed meanwhile.
+pub(crate) async fn with_database_of(server: PgConnectOptions, work: impl AsyncFnOnce(&Database)) {
     let database = Database {
         name: format!("windows_{}", uuid::Uuid::new_v4().simple()),
         options: server.clone(),
@@ -32,7 +36,7 @@ pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
     let mut admin = connect(&server).await;
     sql(&mut admin, &format!("create database {}", database.name)).await;
     let database = Database {
-        options: server.database(&database.name),
+        options: server.clone().database(&database.name),
         ..database
     };
     sql(&mut database.connect().await, MIGRATION).await;
@@ -48,6 +52,7 @@ pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
         sql(&mut connection, &format!("rollback prepared '{gid}'")).await;
     }
     drop(connection);
+    let mut admin = connect(&server).await;
     for name in [database.name.clone(), format!("{}_other", database.name)] {
         let drop_it = format!("drop database if exists {name} with (force)");
         sql(&mut admin, &drop_it).await;
@@ -58,7 +63,7 @@ pub async fn with_database(test: &str, work: impl AsyncFnOnce(&Database)) {
 }
 
 /// Where a service listens. None, and a line that says so, when nobody named one.
-pub fn from_environment(variable: &str, test: &str) -> Option<PgConnectOptions> {
+pub(crate) fn from_environment(variable: &str, test: &str) -> Option<PgConnectOptions> {
     if let Ok(url) = std::env::var(variable) {
         let options = PgConnectOptions::from_str(&url).expect("a PostgreSQL URL");
         return Some(options.disable_statement_logging());
@@ -72,7 +77,7 @@ pub fn from_environment(variable: &str, test: &str) -> Option<PgConnectOptions> 
 }
 
 /// A number from the environment, for the length and the seed of a run.
-pub fn number(variable: &str) -> Option<u64> {
+pub(crate) fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().expect(variable))
 }
@@ -82,7 +87,7 @@ async fn connect(options: &PgConnectOptions) -> PgConnection {
 }
 
 /// Runs statements by the simple protocol.
-pub async fn sql(connection: &mut PgConnection, text: &str) {
+pub(crate) async fn sql(connection: &mut PgConnection, text: &str) {
     if let Err(error) = connection
         .execute(sqlx::raw_sql(AssertSqlSafe(text.to_owned())))
         .await
@@ -92,7 +97,7 @@ pub async fn sql(connection: &mut PgConnection, text: &str) {
 }
 
 /// The first column of the first row, as text.
-pub async fn ask(connection: &mut PgConnection, text: &str) -> String {
+pub(crate) async fn ask(connection: &mut PgConnection, text: &str) -> String {
     let rows = connection
         .fetch_all(sqlx::raw_sql(AssertSqlSafe(text.to_owned())))
         .await;
@@ -107,19 +112,19 @@ pub async fn ask(connection: &mut PgConnection, text: &str) -> String {
 }
 
 impl Database {
-    pub async fn connect(&self) -> PgConnection {
+    pub(crate) async fn connect(&self) -> PgConnection {
         connect(&self.options).await
     }
 
     /// The same database through PgBouncer.
-    pub fn through_pgbouncer(&self, test: &str) -> Option<Database> {
+    pub(crate) fn through_pgbouncer(&self, test: &str) -> Option<Database> {
         Some(Database {
             name: self.name.clone(),
             options: from_environment("PGBOUNCER_URL", test)?.database(&self.name),
         })
     }
 
-    pub fn source(&self) -> PostgresSource {
+    pub(crate) fn source(&self) -> PostgresSource {
         PostgresSource::new(Settings {
             options: self.options.clone(),
             direct_options: self.options.clone(),
@@ -128,7 +133,7 @@ impl Database {
         })
     }
 
-    pub fn ledger(&self, start: Start) -> PostgresLedger {
+    pub(crate) fn ledger(&self, start: Start) -> PostgresLedger {
         let settings = ledger::Settings {
             pipeline: PipelineName::from_str("orders").expect("a name"),
             holder: "the only one".to_owned(),

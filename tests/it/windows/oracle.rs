@@ -5,31 +5,31 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 /// Names one event of a run.
-pub type Token = u64;
+pub(crate) type Token = u64;
 
 /// What a writer says of an event that it committed: which change of its entity, and which event of that change.
 ///
 /// The number of the change is counted in the entity's own row under its lock, so it is the commit order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Written {
-    pub entity: String,
-    pub change: u64,
-    pub part: u64,
+pub(crate) struct Written {
+    pub(crate) entity: String,
+    pub(crate) change: u64,
+    pub(crate) part: u64,
 }
 
 /// An event as a reader was given it.
 #[derive(Clone, Debug)]
-pub struct Delivery {
+pub(crate) struct Delivery {
     /// Which life of the reader.
-    pub life: usize,
-    pub token: Token,
-    pub written: Written,
+    pub(crate) life: usize,
+    pub(crate) token: Token,
+    pub(crate) written: Written,
     /// Whether the durable position had passed it when that life ended.
-    pub acknowledged: bool,
+    pub(crate) acknowledged: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Committed and never delivered.
     Lost(Token),
     /// Delivered and never committed.
@@ -53,7 +53,7 @@ impl fmt::Display for Fault {
 }
 
 /// Everything that is wrong with a run.
-pub fn judge(committed: &HashMap<Token, Written>, deliveries: &[Delivery]) -> Vec<Fault> {
+pub(crate) fn judge(committed: &HashMap<Token, Written>, deliveries: &[Delivery]) -> Vec<Fault> {
     let mut faults = Vec::new();
     let mut seen_in_life: HashSet<(usize, Token)> = HashSet::new();
     let mut seen: HashMap<Token, bool> = HashMap::new();

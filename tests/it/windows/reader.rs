@@ -7,8 +7,8 @@ use std::time::Duration;
 use outbox_relay::event::{Event, Payload, Start};
 use outbox_relay::ledger::{Acquired, Fenced, Ledger};
 use outbox_relay::position::{Position, Window};
-use outbox_relay::source::{PageLimits, Source};
-use tokio::time::{Instant, timeout};
+use outbox_relay::source::{Page, PageLimits, Source};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::database::Database;
 use super::oracle::{Delivery, Fault, Token, Written};
@@ -16,14 +16,56 @@ use super::writers::{Journal, Random};
 
 /// What a reader was given, and how it lived.
 #[derive(Default)]
-pub struct Read {
-    pub deliveries: Vec<Delivery>,
-    pub faults: Vec<Fault>,
-    pub lives: usize,
-    pub windows: usize,
-    pub pages: usize,
+pub(crate) struct Read {
+    pub(crate) deliveries: Vec<Delivery>,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) lives: usize,
+    pub(crate) windows: usize,
+    pub(crate) pages: usize,
     /// Events that came below the floor of their window: their transactions ended late.
-    pub late: usize,
+    pub(crate) late: usize,
+}
+
+impl Read {
+    /// Takes down a page, and returns the places after each of its events.
+    fn page(
+        &mut self,
+        page: &Page,
+        life: &mut Life,
+        again: &mut VecDeque<(i64, Token)>,
+    ) -> Vec<Position> {
+        let window = &page.end.window;
+        let number = life.window(window);
+        for event in &page.events {
+            let (token, written) = decode(event);
+            let got = (event.id.0, token);
+            if let Some(expected) = again.pop_front()
+                && expected != got
+            {
+                let fault = format!("{expected:?} came as {got:?}");
+                self.faults.push(Fault::NotTheSameAgain(fault));
+                again.clear();
+            }
+            self.late += usize::from(event.id <= window.floor);
+            life.places.push((number, event.id.0, token));
+            self.deliveries.push(Delivery {
+                life: self.lives,
+                token,
+                written,
+                acknowledged: false,
+            });
+        }
+        if page.events.is_empty() && !again.is_empty() {
+            let fault = format!("{} are missing", again.len());
+            self.faults.push(Fault::NotTheSameAgain(fault));
+            again.clear();
+        }
+        let place = |event: &Event| Position {
+            window: window.clone(),
+            last_id: event.id,
+        };
+        page.events.iter().map(place).collect()
+    }
 }
 
 /// One life: what was read in it, by place, so that the next life can tell what it may be given again.
@@ -52,7 +94,7 @@ impl Life {
 }
 
 /// Reads until everything that was committed has come, or nothing comes any more.
-pub async fn read<S: Source>(
+pub(crate) async fn read<S: Source>(
     database: &Database,
     journal: &Journal,
     seed: u64,
@@ -147,45 +189,17 @@ async fn live<S: Source>(
         };
         let page = page.unwrap_or_else(|error| panic!("capture: {error:#}"));
         read.pages += 1;
-        let number = life.window(&page.end.window);
-        for event in &page.events {
-            let (token, written) = decode(event);
-            if let Some(expected) = again.pop_front()
-                && expected != (event.id.0, token)
-            {
-                read.faults.push(Fault::NotTheSameAgain(format!(
-                    "{expected:?} came as {:?}",
-                    (event.id.0, token)
-                )));
-                again.clear();
-            }
-            read.late += usize::from(event.id <= page.end.window.floor);
-            life.places.push((number, event.id.0, token));
-            read.deliveries.push(Delivery {
-                life: read.lives,
-                token,
-                written,
-                acknowledged: false,
-            });
-            missing.came(token);
+        if !page.events.is_empty() {
+            missing = Missing::default();
+        }
+        for place in read.page(&page, life, again) {
             if random.chance(10) {
-                in_flight.push_back(Position {
-                    window: page.end.window.clone(),
-                    last_id: event.id,
-                });
+                in_flight.push_back(place);
             }
         }
         // The end of an empty page may be acknowledged as well; the relay has no need to.
         if !page.events.is_empty() || random.chance(5) {
             in_flight.push_back(page.end.clone());
-        }
-        if !page.more && !again.is_empty() && page.end.at_end_of_window() && page.events.is_empty()
-        {
-            read.faults.push(Fault::NotTheSameAgain(format!(
-                "{} are missing",
-                again.len()
-            )));
-            again.clear();
         }
         if !in_flight.is_empty() && random.chance(40) {
             let up_to = random.index(in_flight.len());
@@ -211,7 +225,10 @@ async fn live<S: Source>(
         }
         if !page.more {
             // A hint only: sometimes waited for, sometimes not.
-            let _ = timeout(Duration::from_millis(random.below(6)), source.wake()).await;
+            tokio::select! {
+                () = source.wake() => {}
+                () = sleep(Duration::from_millis(random.below(6))) => {}
+            }
         }
     }
 }
@@ -224,10 +241,6 @@ struct Missing {
 }
 
 impl Missing {
-    fn came(&mut self, _: Token) {
-        *self = Self::default();
-    }
-
     /// After an empty page: whether everything came (and some more looks found nothing twice), or nothing comes any more.
     fn is_over(&mut self, journal: &Journal, read: &Read) -> bool {
         if !journal.finished() {
@@ -250,7 +263,7 @@ impl Missing {
 }
 
 /// What the writer wrote into the payload.
-pub fn decode(event: &Event) -> (Token, Written) {
+pub(crate) fn decode(event: &Event) -> (Token, Written) {
     let Payload::Json(json) = &event.payload else {
         panic!("writers write JSON");
     };

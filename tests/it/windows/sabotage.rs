@@ -181,14 +181,25 @@ async fn a_cursor_below_the_horizon_is_caught() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_floor_that_leads_is_caught_by_the_storm() {
     let test = "a_floor_that_leads_is_caught_by_the_storm";
-    with_database(test, async |database| {
-        let faults = storm(test, database, database, || {
-            LeadingFloor::new(database.source())
+    // The busier the server is with other things, the less often the newest transaction of all is one that emits.
+    let mut storms = 0;
+    let mut lost = false;
+    while !lost && storms < 10 {
+        storms += 1;
+        let mut ran = false;
+        with_database(test, async |database| {
+            let make = || LeadingFloor::new(database.source());
+            let faults = storm(test, database, database, make).await;
+            lost = faults.iter().any(|fault| matches!(fault, Fault::Lost(_)));
+            ran = true;
         })
         .await;
-        assert!(faults.iter().any(|fault| matches!(fault, Fault::Lost(_))));
-    })
-    .await;
+        if !ran {
+            return;
+        }
+    }
+    println!("{test}: {storms} storms");
+    assert!(lost);
 }
 
 /// The smallest schedule that shows it: a transaction that has its ids, and is the newest of the server, so that it is

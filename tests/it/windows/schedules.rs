@@ -17,10 +17,10 @@ const LIMITS: PageLimits = PageLimits {
 };
 
 /// No events.
-pub const NOTHING: [u64; 0] = [];
+pub(crate) const NOTHING: [u64; 0] = [];
 
 /// Emits the event that is known by this number.
-pub fn emit(n: u64) -> String {
+pub(crate) fn emit(n: u64) -> String {
     format!("select outbox.emit('thing', 'e', 'changed', '{n}')")
 }
 
@@ -45,7 +45,7 @@ fn numbers(page: &Page) -> Vec<u64> {
 }
 
 /// Everything up to an empty page, by a reader that acknowledges nothing.
-pub async fn drain(source: &mut impl Source) -> Vec<u64> {
+pub(crate) async fn drain(source: &mut impl Source) -> Vec<u64> {
     let mut all = Vec::new();
     loop {
         let page = source
@@ -60,15 +60,15 @@ pub async fn drain(source: &mut impl Source) -> Vec<u64> {
 }
 
 /// A source and a ledger, as the relay joins them.
-pub struct Relay<'a> {
+pub(crate) struct Relay<'a> {
     database: &'a Database,
-    pub source: PostgresSource,
-    ledger: PostgresLedger,
-    pub durable: Position,
+    pub(crate) source: PostgresSource,
+    pub(crate) ledger: PostgresLedger,
+    pub(crate) durable: Position,
 }
 
 impl<'a> Relay<'a> {
-    pub async fn start(database: &'a Database, start: Start) -> Relay<'a> {
+    pub(crate) async fn start(database: &'a Database, start: Start) -> Relay<'a> {
         let mut ledger = database.ledger(start);
         let Acquired::Ours(tenure) = ledger.acquire().await.expect("acquire") else {
             panic!("nobody else is here");
@@ -83,14 +83,14 @@ impl<'a> Relay<'a> {
         }
     }
 
-    pub async fn restart(self) -> Relay<'a> {
+    pub(crate) async fn restart(self) -> Relay<'a> {
         let database = self.database;
         drop(self);
         // The start is for a pipeline without a cursor.
         Self::start(database, Start::Earliest).await
     }
 
-    pub async fn page(&mut self, rows: usize) -> Page {
+    pub(crate) async fn page(&mut self, rows: usize) -> Page {
         let limits = PageLimits { rows, ..LIMITS };
         self.source
             .capture(limits, &self.durable)
@@ -98,7 +98,7 @@ impl<'a> Relay<'a> {
             .expect("capture")
     }
 
-    pub async fn acknowledge(&mut self, position: Position) {
+    pub(crate) async fn acknowledge(&mut self, position: Position) {
         assert_eq!(
             self.ledger.acknowledge(&position).await.expect("move"),
             Fenced::Written
@@ -107,7 +107,7 @@ impl<'a> Relay<'a> {
     }
 
     /// Everything up to an empty page, acknowledged page by page.
-    pub async fn drain(&mut self) -> Vec<u64> {
+    pub(crate) async fn drain(&mut self) -> Vec<u64> {
         let mut all = Vec::new();
         loop {
             let page = self.page(100).await;
@@ -302,7 +302,11 @@ async fn a_page_ends_at_its_bytes() {
             if page.events.is_empty() {
                 break;
             }
-            let size: usize = page.events.iter().map(|event| event.size_bytes()).sum();
+            let size: usize = page
+                .events
+                .iter()
+                .map(outbox_relay::event::Event::size_bytes)
+                .sum();
             assert!(
                 page.events.len() == 1 || size < bytes + 11_000,
                 "{} events of {size} bytes",
@@ -356,7 +360,7 @@ async fn gaps_in_the_sequence_are_nothing() {
 }
 
 /// Replaces the partitions by some of ten rows each, so that they run out.
-pub async fn small_partitions(database: &Database, ahead: u32, rows: u32) {
+pub(crate) async fn small_partitions(database: &Database, ahead: u32, rows: u32) {
     let mut connection = database.connect().await;
     sql(
         &mut connection,

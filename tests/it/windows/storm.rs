@@ -16,7 +16,7 @@ const WRITERS: usize = 10;
 const WRITERS_THROUGH_PGBOUNCER: usize = 3;
 
 /// Runs writers and a reader, and returns what is wrong. `log` is where the reader reads.
-pub async fn storm<S: Source>(
+pub(crate) async fn storm<S: Source>(
     test: &str,
     database: &Database,
     log: &Database,
@@ -62,7 +62,8 @@ pub async fn storm<S: Source>(
         );
         journal.finish();
     };
-    let ((), read) = tokio::join!(writing, read(log, &journal, seed, make));
+    let reading = Box::pin(read(log, &journal, seed, make));
+    let ((), read) = tokio::join!(Box::pin(writing), reading);
     let committed = journal.committed();
     let Read {
         deliveries,

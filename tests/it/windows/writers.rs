@@ -17,10 +17,10 @@ use super::oracle::{Token, Written};
 const HOT: u64 = 5;
 
 /// Repeatable randomness (splitmix64).
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -32,22 +32,22 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 
-    pub fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    pub fn index(&mut self, limit: usize) -> usize {
+    pub(crate) fn index(&mut self, limit: usize) -> usize {
         usize::try_from(self.below(limit as u64)).expect("below a usize")
     }
 }
 
 /// What the writers of a run share.
 #[derive(Default)]
-pub struct Journal {
+pub(crate) struct Journal {
     committed: Mutex<HashMap<Token, Written>>,
     tokens: AtomicU64,
     transactions: AtomicU64,
@@ -55,29 +55,29 @@ pub struct Journal {
 }
 
 impl Journal {
-    pub fn commit(&self, events: Vec<(Token, Written)>) {
+    pub(crate) fn commit(&self, events: Vec<(Token, Written)>) {
         self.transactions.fetch_add(1, Ordering::Relaxed);
         self.locked().extend(events);
     }
 
-    pub fn token(&self) -> Token {
+    pub(crate) fn token(&self) -> Token {
         self.tokens.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub fn transactions(&self) -> u64 {
+    pub(crate) fn transactions(&self) -> u64 {
         self.transactions.load(Ordering::Relaxed)
     }
 
-    pub fn committed(&self) -> HashMap<Token, Written> {
+    pub(crate) fn committed(&self) -> HashMap<Token, Written> {
         self.locked().clone()
     }
 
     /// Nobody writes any more.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         self.finished.store(true, Ordering::SeqCst);
     }
 
-    pub fn finished(&self) -> bool {
+    pub(crate) fn finished(&self) -> bool {
         self.finished.load(Ordering::SeqCst)
     }
 
@@ -89,7 +89,7 @@ impl Journal {
 }
 
 /// The tables of the service.
-pub async fn prepare(database: &Database) {
+pub(crate) async fn prepare(database: &Database) {
     let mut connection = database.connect().await;
     sql(
         &mut connection,
@@ -102,12 +102,12 @@ pub async fn prepare(database: &Database) {
 }
 
 /// One service with one connection.
-pub struct Writer<'a> {
-    pub journal: &'a Journal,
-    pub connection: PgConnection,
-    pub random: Random,
+pub(crate) struct Writer<'a> {
+    pub(crate) journal: &'a Journal,
+    pub(crate) connection: PgConnection,
+    pub(crate) random: Random,
     /// Its number; it has one entity that nobody else writes.
-    pub number: usize,
+    pub(crate) number: usize,
     /// Whether the open transaction takes its time.
     slow: bool,
     /// What the transaction that is open would commit.
@@ -115,7 +115,7 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub async fn new(
+    pub(crate) async fn new(
         database: &Database,
         journal: &'a Journal,
         seed: u64,
@@ -132,7 +132,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Transactions one after the other, until then.
-    pub async fn run(mut self, until: Instant) {
+    pub(crate) async fn run(mut self, until: Instant) {
         while Instant::now() < until {
             self.transaction().await;
         }
@@ -199,7 +199,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Changes an entity once, and emits the events of that change.
-    pub async fn change(&mut self, entity: &str) {
+    pub(crate) async fn change(&mut self, entity: &str) {
         let locked = format!(
             "update entities set change = change + 1 where id = '{entity}' returning change::text"
         );
@@ -231,11 +231,11 @@ impl<'a> Writer<'a> {
     }
 
     /// The events of one change by COPY.
-    pub async fn copy(&mut self, entity: &str, change: u64, rows: u64) {
+    pub(crate) async fn copy(&mut self, entity: &str, change: u64, rows: u64) {
         let mut lines = String::new();
         for part in 0..rows {
             let payload = self.event(entity, change, part);
-            let _ = writeln!(lines, "thing\t{entity}\tcopied\t{payload}");
+            writeln!(lines, "thing\t{entity}\tcopied\t{payload}").expect("write to a string");
         }
         let statement =
             "copy outbox.events (aggregate_type, aggregate_id, event_type, payload) from stdin";
@@ -260,7 +260,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Ends the open transaction.
-    pub async fn end(&mut self, commit: bool) {
+    pub(crate) async fn end(&mut self, commit: bool) {
         let events = std::mem::take(&mut self.events);
         if commit {
             sql(&mut self.connection, "commit").await;
@@ -289,14 +289,14 @@ impl<'a> Writer<'a> {
 
     async fn pause(&mut self, limit_ms: u64) {
         if self.slow && self.random.chance(50) {
-            let limit_us = limit_ms * 1_000;
-            sleep(Duration::from_micros(self.random.below(limit_us))).await;
+            let longest = limit_ms * 1_000;
+            sleep(Duration::from_micros(self.random.below(longest))).await;
         }
     }
 }
 
 /// A transaction that stays open for the whole run, emits now and then, and commits at the end.
-pub async fn left_open(database: &Database, journal: &Journal, seed: u64, until: Instant) {
+pub(crate) async fn left_open(database: &Database, journal: &Journal, seed: u64, until: Instant) {
     let mut writer = Writer::new(database, journal, seed, 99).await;
     sql(&mut writer.connection, "begin").await;
     while Instant::now() < until {
@@ -307,7 +307,7 @@ pub async fn left_open(database: &Database, journal: &Journal, seed: u64, until:
 }
 
 /// Looks at the service's tables through snapshots that are held.
-pub async fn repeatable_reader(database: &Database, seed: u64, until: Instant) {
+pub(crate) async fn repeatable_reader(database: &Database, seed: u64, until: Instant) {
     let mut connection = database.connect().await;
     let mut random = Random::new(seed);
     while Instant::now() < until {
@@ -320,7 +320,7 @@ pub async fn repeatable_reader(database: &Database, seed: u64, until: Instant) {
 }
 
 /// Writes to another database of the same server, whose transaction ids are from the same counter.
-pub async fn elsewhere(database: &Database, seed: u64, until: Instant) {
+pub(crate) async fn elsewhere(database: &Database, seed: u64, until: Instant) {
     let name = format!("{}_other", database.name);
     let mut here = database.connect().await;
     sql(&mut here, &format!("create database {name}")).await;
