@@ -3,19 +3,12 @@
 
 #![allow(
     unreachable_pub,
+    missing_docs,
+    clippy::pedantic,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
 )]
-#![allow(
-    unreachable_pub,
-    missing_docs,
-    clippy::pedantic,
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "tests are read by people who look for facts, not for an interface"
-)]
-
 mod contract {
     mod ledger;
     mod sink;

@@ -37,6 +37,7 @@ fn story(tell: impl AsyncFnOnce(Shared)) {
             let shared = Shared::new(1, None);
             shared.with(|world| {
                 become_calm(world);
+                world.log.names_types = false;
                 world.books.lease_ttl = LEASE;
                 world.poll_interval = Duration::from_millis(10);
             });
@@ -60,7 +61,7 @@ fn settings() -> Settings {
 
 fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<S, K, L> {
     Relay {
-        pipeline: pipeline(),
+        pipeline: pipeline(false),
         settings: settings(),
         source,
         sink,
