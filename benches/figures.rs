@@ -12,7 +12,8 @@
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     clippy::disallowed_methods,
-    clippy::doc_markdown,
+    clippy::duration_suboptimal_units,
+    clippy::unchecked_time_subtraction,
     reason = "a benchmark prints"
 )]
 
@@ -35,6 +36,17 @@ const PARTITIONS: i32 = 8;
 const ROUNDS: usize = 3;
 
 type Anyhow<T> = Result<T, anyhow::Error>;
+
+/// A relay that does not outlive the measurement.
+struct Relay(Child);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // It has ended already when all went well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 struct World {
     brokers: String,
@@ -141,11 +153,11 @@ async fn drain(world: &World, events: i64, topic: &str) -> Anyhow<Drain> {
     world.create_topic(topic).await?;
     let watch = world.consumer()?;
     let began = Instant::now();
-    let mut relay = world.relay("run", topic, "poll").spawn()?;
+    let mut relay = Relay(world.relay("run", topic, "poll").spawn()?);
     let first = wait_for(&watch, topic, 1, &mut relay)?;
     let first_ms = first.duration_since(began).as_secs_f64() * 1e3;
     let done = wait_for(&watch, topic, events, &mut relay)?;
-    let (cpu, peak_mib) = usage(relay.id())?;
+    let (cpu, peak_mib) = usage(relay.0.id())?;
     stop(&mut relay)?;
     Ok(Drain {
         rate: events as f64 / done.duration_since(first).as_secs_f64(),
@@ -196,7 +208,7 @@ async fn naked(world: &World, events: i64, topic: &str) -> Anyhow<Drain> {
     let took = began.elapsed();
     let (cpu, peak_mib) = usage(std::process::id())?;
     ensure!(
-        count(&watch, topic)? == events,
+        count(&watch, topic) == events,
         "the naked loop lost records"
     );
     Ok(Drain {
@@ -220,20 +232,18 @@ async fn latency(world: &World, db: &mut PgConnection, mode: &str) -> Anyhow<()>
         partitions.add_partition_offset(&topic, partition, Offset::Beginning)?;
     }
     consumer.assign(&partitions)?;
-    let mut relay = world
-        .relay("run", &topic, mode)
-        .env("RELAY_PIPELINE__START", "latest")
-        .spawn()?;
+    let mut command = world.relay("run", &topic, mode);
+    let mut relay = Relay(command.env("RELAY_PIPELINE__START", "latest").spawn()?);
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let (cpu_idle_from, _) = usage(relay.id())?;
+    let (cpu_idle_from, _) = usage(relay.0.id())?;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let (cpu_idle_to, _) = usage(relay.id())?;
+    let (cpu_idle_to, _) = usage(relay.0.id())?;
     println!(
         "{mode}: idle {:.2} % of a core over 10 s",
         (cpu_idle_to - cpu_idle_from).as_secs_f64() * 10.0
     );
     let reader = std::thread::spawn(move || collect(&consumer, (RATE * SECONDS) as usize));
-    let (cpu_from, _) = usage(relay.id())?;
+    let (cpu_from, _) = usage(relay.0.id())?;
     let mut committed = BTreeMap::new();
     let began = Instant::now();
     for n in 0..RATE * SECONDS {
@@ -246,7 +256,7 @@ async fn latency(world: &World, db: &mut PgConnection, mode: &str) -> Anyhow<()>
         // A commit that came late by the writer's own fault is not the relay's delay.
         committed.insert(n.to_string(), Instant::now());
     }
-    let (cpu_to, _) = usage(relay.id())?;
+    let (cpu_to, _) = usage(relay.0.id())?;
     let busy = began.elapsed();
     let seen = reader
         .join()
@@ -340,26 +350,27 @@ impl World {
     }
 }
 
-fn wait_for(watch: &BaseConsumer, topic: &str, events: i64, relay: &mut Child) -> Anyhow<Instant> {
+fn wait_for(watch: &BaseConsumer, topic: &str, events: i64, relay: &mut Relay) -> Anyhow<Instant> {
     loop {
-        if count(watch, topic)? >= events {
+        if count(watch, topic) >= events {
             return Ok(Instant::now());
         }
-        if let Some(status) = relay.try_wait()? {
+        if let Some(status) = relay.0.try_wait()? {
             bail!("the relay ended: {status}");
         }
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-fn count(watch: &BaseConsumer, topic: &str) -> Anyhow<i64> {
-    let mut events = 0;
-    for partition in 0..PARTITIONS {
-        events += watch
-            .fetch_watermarks(topic, partition, Duration::from_secs(10))?
-            .1;
-    }
-    Ok(events)
+fn count(watch: &BaseConsumer, topic: &str) -> i64 {
+    (0..PARTITIONS)
+        .map(|partition| {
+            // A partition that has no leader yet has no records either.
+            watch
+                .fetch_watermarks(topic, partition, Duration::from_secs(10))
+                .map_or(0, |(_, high)| high)
+        })
+        .sum()
 }
 
 /// CPU time and peak resident memory in MiB of a process.
@@ -378,11 +389,13 @@ fn usage(pid: u32) -> Anyhow<(Duration, f64)> {
     Ok((Duration::from_millis(ticks * 10), kib / 1024.0))
 }
 
-fn stop(relay: &mut Child) -> Anyhow<()> {
-    let asked = Command::new("kill").arg(relay.id().to_string()).status()?;
+fn stop(relay: &mut Relay) -> Anyhow<()> {
+    let asked = Command::new("kill")
+        .arg(relay.0.id().to_string())
+        .status()?;
     ensure!(asked.success(), "could not ask the relay to stop");
     let began = Instant::now();
-    let status = relay.wait()?;
+    let status = relay.0.wait()?;
     println!(
         "    SIGTERM to exit: {:.0} ms, {status}",
         began.elapsed().as_secs_f64() * 1e3
