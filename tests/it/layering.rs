@@ -47,9 +47,6 @@ const EXCEPTIONS: [(&str, &str); 2] = [
 
 const LINES_MAX: usize = 600;
 
-/// Longer than they should be, until they are split.
-const TOO_LONG: [&str; 1] = ["sink/kafka.rs"];
-
 fn layer(module: &str) -> Option<Layer> {
     let (_, layer) = LAYERS.iter().find(|(name, _)| *name == module)?;
     Some(*layer)
@@ -177,7 +174,7 @@ fn layer_offenders(path: &str, text: &str) -> Vec<String> {
 fn style_offenders(path: &str, text: &str) -> Vec<String> {
     let mut offenders = Vec::new();
     let lines = text.lines().count();
-    if lines > LINES_MAX && !TOO_LONG.contains(&path) {
+    if lines > LINES_MAX {
         offenders.push(format!("{path}: {lines} lines, {LINES_MAX} at most"));
     }
     let text = code(text);

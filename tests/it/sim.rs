@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fake::books::FakeLedger;
 use crate::fake::broker::FakeSink;
-use crate::fake::log::{FORBIDDEN, FakeSource, Poison, UNWANTED};
+use crate::fake::log::{CHANGED, FORBIDDEN, FakeSource, Poison, UNWANTED};
 use crate::fake::{Faults, Sabotage, Shared, World};
 use crate::oracle::{Bounds, Fact, History, Promise, Violation, judge};
 
@@ -127,13 +127,21 @@ fn random_settings(world: &mut World) -> Settings {
 }
 
 /// What all relays here do.
-pub fn pipeline() -> Pipeline {
+pub fn pipeline(names_types: bool) -> Pipeline {
+    let filter = if names_types {
+        Filter {
+            aggregate_types: ["order", "customer"].map(str::to_owned).to_vec(),
+            ..Filter::default()
+        }
+    } else {
+        Filter {
+            event_types: vec![CHANGED.to_owned()],
+            ..Filter::default()
+        }
+    };
     Pipeline {
         name: "sim".parse().unwrap(),
-        filter: Filter {
-            aggregate_types: ["order", "customer", FORBIDDEN].map(str::to_owned).to_vec(),
-            ..Filter::default()
-        },
+        filter,
         route: Route {
             topic: "{aggregate_type}".parse().unwrap(),
             key: "{aggregate_id}".parse().unwrap(),
@@ -161,7 +169,7 @@ async fn process(shared: &Shared, number: u32, settings: Settings, closing: &Can
             settings.in_flight_rows += 10;
         }
         let relay = Relay {
-            pipeline: pipeline(),
+            pipeline: pipeline(shared.with(|world| world.log.names_types)),
             settings,
             source: FakeSource::new(shared, owner),
             sink: FakeSink::new(shared, number, owner),

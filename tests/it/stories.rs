@@ -1,16 +1,19 @@
 //! The loop in situations that are too narrow to wait for: the fakes of the simulation, each time with one turn of events.
 
+use std::pin::pin;
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use anyhow::anyhow;
+use outbox_relay::event::{Record, Seq};
 use outbox_relay::ledger::{Acquired, Fenced, Ledger, LedgerError, Parked};
 use outbox_relay::position::Position;
 use outbox_relay::relay::status::Status;
 use outbox_relay::relay::{Relay, Settings};
-use outbox_relay::sink::Sink;
+use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use outbox_relay::source::{Page, PageLimits, Source, SourceError};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, advance, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::fake::Shared;
@@ -34,6 +37,7 @@ fn story(tell: impl AsyncFnOnce(Shared)) {
             let shared = Shared::new(1, None);
             shared.with(|world| {
                 become_calm(world);
+                world.log.names_types = false;
                 world.books.lease_ttl = LEASE;
                 world.poll_interval = Duration::from_millis(10);
             });
@@ -57,7 +61,7 @@ fn settings() -> Settings {
 
 fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<S, K, L> {
     Relay {
-        pipeline: pipeline(),
+        pipeline: pipeline(false),
         settings: settings(),
         source,
         sink,
@@ -130,21 +134,28 @@ fn is_well(shared: &Shared) {
     });
 }
 
-/// Grants the lease at once, and says so late the first time.
-struct LateAnswer {
+/// Answers late, or asks the database late, as often as there is something in the lists.
+struct SlowLedger {
     ledger: FakeLedger,
-    late_by: Duration,
+    /// Between the grant and the answer.
+    granted: Vec<Duration>,
+    /// Before a renewal, and between it and its answer; the next one is the last.
+    renewed: Vec<(Duration, Duration)>,
 }
 
-impl Ledger for LateAnswer {
+impl Ledger for SlowLedger {
     async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
         let acquired = self.ledger.acquire().await;
-        sleep(std::mem::take(&mut self.late_by)).await;
+        sleep(self.granted.pop().unwrap_or_default()).await;
         acquired
     }
 
     async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        self.ledger.renew().await
+        let (before, after) = self.renewed.pop().unwrap_or_default();
+        sleep(before).await;
+        let renewed = self.ledger.renew().await;
+        sleep(after).await;
+        renewed
     }
 
     async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
@@ -176,6 +187,47 @@ impl<F> Meddled<F> {
             reads: 0,
             meddle,
         }
+    }
+}
+
+/// The process is stopped by the system while the first receipts come in.
+struct StoppedAtReceipt {
+    sink: FakeSink,
+    stopped_for: Option<Duration>,
+}
+
+impl Sink for StoppedAtReceipt {
+    async fn open(&mut self) -> Result<(), SinkError> {
+        self.sink.open().await
+    }
+
+    async fn check(&mut self) -> Result<(), SinkError> {
+        self.sink.check().await
+    }
+
+    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
+        self.sink.prepare(topic).await
+    }
+
+    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+        self.sink.hand_over(seq, record)
+    }
+
+    async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        let received = self.sink.receipts(into).await;
+        if let Some(stopped_for) = self.stopped_for.take() {
+            // The clock moves on at the first poll, and nobody else is polled meanwhile.
+            let mut advance = pin!(advance(stopped_for));
+            let polled = advance
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop()));
+            assert!(polled.is_pending());
+        }
+        received
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.sink.trouble()
     }
 }
 
@@ -229,9 +281,10 @@ fn what_is_queued_stays_when_the_lease_is_given_back() {
 fn a_lease_whose_answer_comes_late_is_over_when_the_database_says_so() {
     story(async |shared| {
         commit(&shared, &[("order", "1", None)]);
-        let late = LateAnswer {
+        let late = SlowLedger {
             ledger: ledger(&shared),
-            late_by: LEASE * 3 / 2,
+            granted: vec![LEASE * 3 / 2],
+            renewed: Vec::new(),
         };
         run_for(LEASE * 10, relay(source(&shared), sink(&shared), late)).await;
         is_well(&shared);
@@ -286,6 +339,43 @@ fn trouble_with_the_source_does_not_cut_the_drain_short() {
         });
         let relay = relay(meddled, sink(&shared), ledger(&shared));
         relay.run(stop.clone()).await;
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn a_renewal_whose_answer_comes_late_counts_from_the_question() {
+    story(async |shared| {
+        let never = LEASE * 100;
+        let slow = SlowLedger {
+            ledger: ledger(&shared),
+            granted: Vec::new(),
+            renewed: vec![(never, never), (Duration::ZERO, LEASE / 2)],
+        };
+        let writer = async {
+            for _ in 0..200 {
+                commit(&shared, &[("order", "1", None)]);
+                sleep(LEASE / 50).await;
+            }
+        };
+        let relay = relay(source(&shared), sink(&shared), slow);
+        tokio::join!(run_for(LEASE * 10, relay), writer);
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn a_process_that_was_stopped_past_its_lease_hands_nothing_over() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None), ("order", "1", None)]);
+        let stopped = StoppedAtReceipt {
+            sink: sink(&shared),
+            stopped_for: Some(LEASE * 2),
+        };
+        let mut relay = relay(source(&shared), stopped, ledger(&shared));
+        // The second event waits for the receipt of the first.
+        relay.settings.in_flight_rows = 1;
+        run_for(LEASE * 10, relay).await;
         is_well(&shared);
     });
 }

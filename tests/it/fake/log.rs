@@ -27,6 +27,8 @@ pub enum Poison {
 
 /// Entities of this type are not for the pipeline.
 pub const UNWANTED: &str = "audit";
+/// What happens to all others.
+pub const CHANGED: &str = "changed";
 /// Entities of this type have a topic that can't be created.
 pub const FORBIDDEN: &str = "secret";
 
@@ -52,9 +54,19 @@ pub struct Log {
     last_id: i64,
     /// Transactions from here on have not ended.
     xmax: u64,
+    /// Whether the pipeline says which types it takes. Then it prepares their topics beforehand and stands still without
+    /// them; else [`FORBIDDEN`] is among the types, and found out when the first of its events comes.
+    pub names_types: bool,
 }
 
 impl Log {
+    pub fn new(names_types: bool) -> Self {
+        Self {
+            names_types,
+            ..Self::default()
+        }
+    }
+
     pub fn begin(&mut self) -> u64 {
         // 3 is the first ordinary one.
         self.last_xid = self.last_xid.max(2) + 1;
@@ -79,7 +91,11 @@ impl Log {
             event_id: uuid::Uuid::from_u128(u128::try_from(id).unwrap()),
             aggregate_type: aggregate_type.into(),
             aggregate_id: aggregate_id.into(),
-            event_type: "changed".into(),
+            event_type: if aggregate_type == UNWANTED {
+                "looked_at".into()
+            } else {
+                CHANGED.into()
+            },
             payload: match payload_bytes {
                 0 => Payload::Tombstone,
                 bytes => Payload::Encoded(vec![b'x'; bytes].into()),
@@ -116,6 +132,11 @@ impl Log {
         }
     }
 
+    /// Whether the pipeline takes events of this type.
+    fn admits(&self, aggregate_type: &str) -> bool {
+        aggregate_type != UNWANTED && !(self.names_types && aggregate_type == FORBIDDEN)
+    }
+
     fn is_committed(&self, row: &Row) -> bool {
         self.fates[&row.xid] == Fate::Committed
     }
@@ -130,7 +151,7 @@ impl Log {
 
     /// Committed events that the pipeline admits.
     pub fn wanted(&self) -> impl DoubleEndedIterator<Item = i64> {
-        let wanted = |row: &&Row| self.is_committed(row) && row.event.aggregate_type != UNWANTED;
+        let wanted = |row: &&Row| self.is_committed(row) && self.admits(&row.event.aggregate_type);
         self.rows.values().filter(wanted).map(|row| row.event.id.0)
     }
 
@@ -221,7 +242,7 @@ impl World {
                 Fact::Committed(Committed {
                     id: row.event.id.0,
                     entity: format!("{} {}", row.event.aggregate_type, row.event.aggregate_id),
-                    wanted: row.event.aggregate_type != UNWANTED,
+                    wanted: self.log.admits(&row.event.aggregate_type),
                     poison: row.poison.is_some(),
                     bytes: row.event.payload.bytes().map_or(0, <[u8]>::len),
                     hinted,

@@ -210,7 +210,7 @@ impl Shared {
             faults,
             sabotage,
             history: History::default(),
-            log: Log::default(),
+            log: Log::new(rng.bool()),
             broker,
             books: Books::new(now, Duration::from_millis(rng.u64(60..1500))),
             poll_interval: Duration::from_millis(rng.u64(5..300)),
