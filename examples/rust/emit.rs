@@ -5,6 +5,11 @@
 //! `DATABASE_URL`: `postgres://user:password@host:5432/database`, of a role that is a member of `outbox_writer`.
 //! Prints the uuid of the event, by which consumers deduplicate.
 
+#![allow(
+    clippy::print_stdout,
+    reason = "printing the uuid is what the example is for"
+)]
+
 use anyhow::{Context, Result};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
