@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod encode;
 pub mod event;
 pub mod ledger;
@@ -11,6 +12,7 @@ pub mod logging;
 pub mod migrate;
 pub mod order;
 pub mod position;
+pub mod reason;
 pub mod relay;
 pub mod retention;
 pub mod route;

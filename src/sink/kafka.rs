@@ -187,7 +187,8 @@ impl Settings {
         config
     }
 
-    fn admin(&self) -> ClientConfig {
+    /// What every client of ours has in common: addresses, TLS, SASL, and the properties of the operator.
+    pub(crate) fn client_config(&self) -> ClientConfig {
         let mut config = self.client();
         for (name, value) in &self.properties {
             config.set(name, value);
@@ -400,7 +401,7 @@ impl KafkaSink {
         match self.admin.take() {
             Some(admin) => Ok(admin),
             None => rdkafka::config::FromClientConfigAndContext::from_config_and_context(
-                &self.settings.admin(),
+                &self.settings.client_config(),
                 AdminContext,
             )
             .map_err(|error: KafkaError| {
