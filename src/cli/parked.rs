@@ -69,10 +69,10 @@ fn show_table(parked: &ParkedEntities) {
     let mut table = show::table(&[
         "PIPELINE",
         "ENTITY",
-        "FIRST",
+        ">FIRST",
         "EVENT",
         "SINCE",
-        "WAITING BEHIND",
+        ">WAITING BEHIND",
         "ERROR",
     ]);
     for entity in entities {

@@ -9,13 +9,17 @@ pub(super) const YELLOW: Style = AnsiColor::Yellow.on_default();
 pub(super) const GREEN: Style = AnsiColor::Green.on_default();
 pub(super) const DIM: Style = Style::new().dimmed();
 
-/// A table without lines, so that it can be cut and searched by other programs too.
+/// A table without lines, so that it can be cut and searched by other programs too. A name that begins with `>` stands
+/// over numbers.
 pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(header.iter().map(|name| Cell::new(name)));
+        .set_header(header.iter().map(|name| match name.strip_prefix('>') {
+            Some(name) => Cell::new(name).set_alignment(CellAlignment::Right),
+            None => Cell::new(name),
+        }));
     table
 }
 

@@ -157,9 +157,9 @@ fn pipelines(seen: &Seen, books: &Books) {
     let mut table = show::table(&[
         "PIPELINE",
         "STATE",
-        "POSITION",
-        "NEWEST",
-        "BACKLOG",
+        ">POSITION",
+        ">NEWEST",
+        ">BACKLOG",
         "OLDEST WAITING",
         "CURSOR MOVED",
         "PARKED",

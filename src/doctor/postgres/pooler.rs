@@ -32,7 +32,7 @@ pub(super) async fn examine(options: &PgConnectOptions) -> Result<Vec<Finding>, 
 }
 
 fn pooled() -> Finding {
-    mend(Finding::error(
+    mend(Finding::warning(
         "listen",
         "a transaction-mode pooler stands between the relay and the server on the connection for LISTEN",
         "the relay listens in silence and finds new events by its slow poll, up to a second late; and the process that \
