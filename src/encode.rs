@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use uuid::fmt::Hyphenated;
 
-use crate::event::{Event, Payload, Record, Rejection};
+use crate::event::{Event, Payload, Record, RecordHeader, Rejection};
 use crate::route::Route;
 
 /// What a record looks like.
@@ -42,7 +42,7 @@ pub struct Encoding {
 /// Names that belong to the relay; an event's own header of such a name is left out.
 const RESERVED: [&str; 4] = ["id", "type", "sequence", "content-type"];
 
-type Headers<'a> = Vec<(Cow<'a, str>, Option<Cow<'a, [u8]>>)>;
+type Headers<'a> = Vec<RecordHeader<'a>>;
 
 /// Makes the record of one event.
 ///
@@ -204,7 +204,7 @@ fn uuid_bytes(event: &Event) -> Cow<'static, [u8]> {
     Cow::Owned(buffer)
 }
 
-fn text_header<'a>(name: &'static str, value: &'a str) -> (Cow<'a, str>, Option<Cow<'a, [u8]>>) {
+fn text_header<'a>(name: &'static str, value: &'a str) -> RecordHeader<'a> {
     (Cow::Borrowed(name), Some(Cow::Borrowed(value.as_bytes())))
 }
 

@@ -46,7 +46,7 @@ fn check(event: &Event, format: Format, expected: &Expect) {
                 record.timestamp_ms
             );
             for (name, value) in &record.headers {
-                shown += &format!("{name}: {}\n", text(value));
+                shown = shown + name + ": " + &text(value) + "\n";
             }
             shown + &text(&record.value) + "\n"
         }

@@ -88,6 +88,9 @@ impl Payload {
     }
 }
 
+/// The name and the value of one header of a record.
+pub type RecordHeader<'a> = (Cow<'a, str>, Option<Cow<'a, [u8]>>);
+
 /// What is handed over to a sink: an event after routing and encoding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record<'a> {
@@ -98,7 +101,7 @@ pub struct Record<'a> {
     /// The body; none is a tombstone.
     pub value: Option<Cow<'a, [u8]>>,
     /// Names and values in order. A value that is absent is not the same as an empty one.
-    pub headers: Vec<(Cow<'a, str>, Option<Cow<'a, [u8]>>)>,
+    pub headers: Vec<RecordHeader<'a>>,
     /// Milliseconds since the Unix epoch.
     pub timestamp_ms: i64,
 }

@@ -1,6 +1,49 @@
 //! **outbox-relay** publishes the committed rows of a transactional outbox to Kafka, in order per entity.
 //!
-//! pub mods
+//! # The flow
+//!
+//! ```text
+//! source  →  order  →  route  →  encode  →  sink  →  settled  →  acknowledged
+//! ```
+//!
+//! | stage | what it does | where |
+//! |---|---|---|
+//! | source | captures committed events in log order, page by page | [`source::postgres`], [`source::sqlite`] |
+//! | order | what is in flight, how far it is settled, which entities wait | [`order`] |
+//! | route | whether an event concerns a pipeline, its topic and key | [`route`] |
+//! | encode | makes a record of it | [`encode`] |
+//! | sink | takes records over in order, says which arrived | [`sink::kafka`], [`sink::stdout`] |
+//! | loop | where they meet, once per pipeline | [`relay`] |
+//! | ledger | the durable books: lease, cursor, parked events | [`ledger`] |
+//!
+//! The outbox is a log: nothing updates or deletes a row to make progress, a pipeline holds a [`position::Position`]. The
+//! position is deterministic, so that a crash at any point means reading again from the last one. How windows between two
+//! snapshots lose nothing however late a transaction commits is told in [`position::Window`] and [`source::postgres`].
+//!
+//! # The promises
+//!
+//! * **I1** Only committed rows leave.
+//! * **I2** Per entity (aggregate type and id) first deliveries follow commit order.
+//! * **I3** Progress moves only past what the sink confirmed or what is durably parked.
+//! * **I4** Every committed row is delivered or visibly parked, however late its transaction commits.
+//! * **I5** Rows and bytes in memory are bounded, whatever the backlog.
+//! * **I6** A rejected event affects its own entity and nobody else; a failing pipeline no other pipeline.
+//! * **I7** Hints change latency only.
+//! * **I8** Of many replicas one owns a pipeline; an owner that lost its lease publishes nothing new.
+//! * **I9** Exactly-once delivery is not there yet: delivery is at least once, consumers deduplicate by the header `id`.
+//!
+//! # The layers
+//!
+//! A module may use those to its left; a test reads the imports and names whoever does otherwise.
+//!
+//! ```text
+//! words            rules                  ends                    loop    shell                         door
+//! event position ← order route encode  ←  source sink ledger   ←  relay ← config supervise admin …   ←  cli main
+//! ```
+//!
+//! `source`, `sink` and `ledger` know neither each other nor the rules. [`telemetry`] names every metric, [`supervise`] is the
+//! only place that starts tasks, and [`config`] turns text into types once.
+
 pub mod admin;
 pub mod cli;
 pub mod config;

@@ -3,22 +3,20 @@
 //! The migrations are part of the program. Applying them is idempotent, all or nothing, and may be done by many at once.
 //! The books of what was applied lie beside the tables, under a name that does not meet the service's own migrations.
 
-use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{Migration, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-use sqlx::{ConnectOptions, Connection, Executor};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::sleep;
 
 use crate::source::{postgres, sqlite};
 
-/// Where the applied versions are written down. A service that uses sqlx has its own `_sqlx_migrations`.
-const POSTGRES_TABLE: &str = "outbox.migrations";
-const SQLITE_TABLE: &str = "outbox_migrations";
+static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
+static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
 /// The database that SQL is meant for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,37 +53,34 @@ pub struct Report {
 
 /// Brings a PostgreSQL database up to date, in one transaction that also works through a transaction-mode pooler.
 ///
+/// Writes nothing, and needs no right to, when there is nothing to do.
+///
 /// # Errors
 /// When the server can't be reached, the rights do not suffice, or what was applied before is not what this program
-/// knows (it is older than the database, or the books were changed). Nothing was changed then.
+/// knows (it is older than the database, or a migration was changed since). Nothing was changed then.
 pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
-    // Without named statements, of which a pooler would hand the next transaction somebody else's.
-    let options = options
-        .statement_cache_capacity(0)
-        .disable_statement_logging();
-    let mut connection = postgres::connect(&options).await?;
+    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
     let mut transaction = connection.begin().await.context("begin to migrate")?;
-    // One at a time. Not the lock that sqlx takes: that one belongs to the session, which a pooler gives to others.
+    // One at a time, by a lock that ends with the transaction: one of the session would stay with the pooler.
     transaction
         .execute("select pg_advisory_xact_lock(1868721016, 3)")
         .await
         .context("wait for other migrations")?;
-    let pending = pending_in_postgres(&mut transaction).await?;
-    migrator(Kind::Postgres)
-        .run(&mut *transaction)
-        .await
-        .context("migrate the database")?;
-    // For `pending_postgres`, which everyone may ask who reads events.
-    transaction
-        .execute("grant select on outbox.migrations to outbox_relay")
-        .await
-        .context("grant the right to see what was applied")?;
+    let applied = applied_in_postgres(&mut transaction).await?;
+    let pending = pending(Kind::Postgres, &applied)?;
+    for (migration, statements) in steps(Kind::Postgres, &pending) {
+        transaction
+            .execute(sqlx::raw_sql(AssertSqlSafe(statements)))
+            .await
+            .with_context(|| format!("apply migration {}", version(migration)))?;
+    }
+    let report = report(Kind::Postgres, &pending);
     transaction
         .commit()
         .await
         .context("commit the migrations")?;
     connection.close().await.context("close the connection")?;
-    Ok(report(Kind::Postgres, pending))
+    Ok(report)
 }
 
 /// Brings a SQLite file up to date and switches it to the write-ahead log, with which the relay's reading does not block
@@ -104,57 +99,56 @@ pub async fn sqlite(options: SqliteConnectOptions) -> anyhow::Result<Report> {
         "the texts of the file are in {encoding}; only UTF-8 is supported"
     );
     use_write_ahead_log(&mut connection).await?;
-    // The write lock from the start: sqlx takes none with SQLite.
+    // The write lock from the start, so that one migrates at a time.
     let mut transaction = connection
         .begin_with("begin immediate")
         .await
         .context("begin to migrate")?;
-    let pending = pending_in_sqlite(&mut transaction).await?;
-    migrator(Kind::Sqlite)
-        .run(&mut *transaction)
-        .await
-        .context("migrate the file")?;
+    let applied = applied_in_sqlite(&mut transaction).await?;
+    let pending = pending(Kind::Sqlite, &applied)?;
+    for (migration, statements) in steps(Kind::Sqlite, &pending) {
+        transaction
+            .execute(sqlx::raw_sql(AssertSqlSafe(statements)))
+            .await
+            .with_context(|| format!("apply migration {}", version(migration)))?;
+    }
+    let report = report(Kind::Sqlite, &pending);
     transaction
         .commit()
         .await
         .context("commit the migrations")?;
     connection.close().await.context("close the file")?;
-    Ok(report(Kind::Sqlite, pending))
+    Ok(report)
 }
 
 /// The migrations that a PostgreSQL database lacks. Changes nothing, and needs no more rights than the relay has.
 ///
 /// # Errors
-/// When the server can't be reached or refuses to show what was applied.
+/// When the server can't be reached or does not show what was applied, or that is not what this program knows.
 pub async fn pending_postgres(options: PgConnectOptions) -> anyhow::Result<Vec<Version>> {
-    let options = options
-        .statement_cache_capacity(0)
-        .disable_statement_logging();
-    let mut connection = postgres::connect(&options).await?;
-    let mut transaction = connection
-        .begin()
-        .await
-        .context("begin to look at the migrations")?;
-    let pending = pending_in_postgres(&mut transaction).await?;
-    transaction.rollback().await.context("end the look")?;
+    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
+    let applied = applied_in_postgres(&mut connection).await?;
     connection.close().await.context("close the connection")?;
-    Ok(pending)
+    let pending = pending(Kind::Postgres, &applied)?;
+    Ok(pending.into_iter().map(version).collect())
 }
 
 /// The migrations that a SQLite file lacks. Changes nothing.
 ///
 /// # Errors
-/// When the file is not there or can't be read.
+/// When the file is not there or can't be read, or what was applied is not what this program knows.
 pub async fn pending_sqlite(options: SqliteConnectOptions) -> anyhow::Result<Vec<Version>> {
     let options = options.create_if_missing(false).disable_statement_logging();
     let mut connection = sqlite::connect(&options).await?;
-    let pending = pending_in_sqlite(&mut connection).await?;
+    let applied = applied_in_sqlite(&mut connection).await?;
     connection.close().await.context("close the file")?;
-    Ok(pending)
+    let pending = pending(Kind::Sqlite, &applied)?;
+    Ok(pending.into_iter().map(version).collect())
 }
 
 /// All migrations as one script for `psql` or `sqlite3`, for those who let no program change their tables. It writes
-/// down what it applied, so that [`postgres`] and [`sqlite`] find nothing left to do. For a database without any.
+/// down what it applied, so that [`postgres`](fn@postgres) and [`sqlite`](fn@sqlite) find nothing left to do. For a database that has
+/// none of them.
 #[must_use]
 pub fn print(kind: Kind) -> String {
     let mut script = String::new();
@@ -163,138 +157,141 @@ pub fn print(kind: Kind) -> String {
         script.push_str("pragma journal_mode = wal;\n\n");
     }
     script.push_str("begin;\n\n");
-    for migration in migrator(kind).iter() {
-        script.push_str(migration.sql.as_str());
+    let all: Vec<&Migration> = migrator(kind).iter().collect();
+    for (_, statements) in steps(kind, &all) {
+        script.push_str(&statements);
         script.push('\n');
     }
-    script.push_str(books(kind));
-    for migration in migrator(kind).iter() {
-        let _ = writeln!(
-            script,
-            "insert into {} (version, description, success, checksum, execution_time)\nvalues ({}, '{}', true, {}, -1);",
-            table(kind),
-            migration.version,
-            migration.description.replace('\'', "''"),
-            blob(kind, &migration.checksum),
-        );
-    }
-    script.push_str("\ncommit;\n");
+    script.push_str("commit;\n");
     script
 }
 
-/// The table that sqlx would create, with the same columns.
-fn books(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Postgres => {
-            "-- What was applied.\n\
-             create table outbox.migrations (\n    \
-                 version        bigint      primary key,\n    \
-                 description    text        not null,\n    \
-                 installed_on   timestamptz not null default now(),\n    \
-                 success        boolean     not null,\n    \
-                 checksum       bytea       not null,\n    \
-                 execution_time bigint      not null\n\
-             );\n\
-             grant select on outbox.migrations to outbox_relay;\n"
-        }
-        Kind::Sqlite => {
-            "-- What was applied.\n\
-             create table outbox_migrations (\n    \
-                 version        bigint    primary key,\n    \
-                 description    text      not null,\n    \
-                 installed_on   timestamp not null default current_timestamp,\n    \
-                 success        boolean   not null,\n    \
-                 checksum       blob      not null,\n    \
-                 execution_time bigint    not null\n\
-             );\n"
-        }
-    }
-}
+/// What was applied is written down beside the tables, under a name that no other program's migrations use.
+const POSTGRES_BOOKS: &str = "
+create table if not exists outbox.migrations (
+    version     bigint      primary key,
+    description text        not null,
+    checksum    text        not null,
+    applied_at  timestamptz not null default clock_timestamp()
+);
+grant select on outbox.migrations to outbox_relay;
+";
 
-fn table(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Postgres => POSTGRES_TABLE,
-        Kind::Sqlite => SQLITE_TABLE,
-    }
-}
+const SQLITE_BOOKS: &str = "
+create table if not exists outbox_migrations (
+    version     integer primary key,
+    description text    not null,
+    checksum    text    not null,
+    applied_at  text    not null default current_timestamp
+);
+";
 
-fn blob(kind: Kind, bytes: &[u8]) -> String {
-    let mut hex = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        let _ = write!(hex, "{byte:02x}");
-    }
-    match kind {
-        Kind::Postgres => format!("'\\x{hex}'"),
-        Kind::Sqlite => format!("x'{hex}'"),
-    }
-}
-
-fn migrator(kind: Kind) -> Migrator {
-    let mut migrator = match kind {
-        Kind::Postgres => sqlx::migrate!("migrations/postgres"),
-        Kind::Sqlite => sqlx::migrate!("migrations/sqlite"),
+/// The statements of each migration, which also write it down.
+fn steps<'m>(
+    kind: Kind,
+    migrations: &[&'m Migration],
+) -> impl Iterator<Item = (&'m Migration, String)> {
+    let (books, table) = match kind {
+        Kind::Postgres => (POSTGRES_BOOKS, "outbox.migrations"),
+        Kind::Sqlite => (SQLITE_BOOKS, "outbox_migrations"),
     };
-    if kind == Kind::Postgres {
-        migrator.create_schema("outbox");
-    }
-    migrator.dangerous_set_table_name(table(kind));
-    migrator.set_locking(false);
-    migrator
+    migrations.iter().map(move |migration| {
+        let statements = format!(
+            "{}{books}insert into {table} (version, description, checksum)\nvalues ({}, '{}', '{}');\n",
+            migration.sql.as_str(),
+            migration.version,
+            migration.description.replace('\'', "''"),
+            checksum(migration)
+        );
+        (*migration, statements)
+    })
 }
 
-fn versions(kind: Kind) -> Vec<Version> {
-    let version = |migration: &sqlx::migrate::Migration| Version {
+fn migrator(kind: Kind) -> &'static Migrator {
+    match kind {
+        Kind::Postgres => &POSTGRES,
+        Kind::Sqlite => &SQLITE,
+    }
+}
+
+fn version(migration: &Migration) -> Version {
+    Version {
         number: migration.version,
         description: migration.description.to_string(),
-    };
-    migrator(kind).iter().map(version).collect()
+    }
 }
 
-fn lacking(kind: Kind, applied: Vec<i64>) -> Vec<Version> {
-    let applied: BTreeSet<i64> = applied.into_iter().collect();
-    let mut versions = versions(kind);
-    versions.retain(|version| !applied.contains(&version.number));
-    versions
+fn checksum(migration: &Migration) -> String {
+    let mut hex = String::new();
+    for byte in &*migration.checksum {
+        let _ = write!(hex, "{byte:02x}");
+    }
+    hex
 }
 
-fn report(kind: Kind, applied: Vec<Version>) -> Report {
-    let mut present = versions(kind);
+/// A migration that was written down: its number and checksum.
+type Applied = (i64, String);
+
+fn pending(kind: Kind, applied: &[Applied]) -> anyhow::Result<Vec<&'static Migration>> {
+    let known = migrator(kind);
+    for (number, found) in applied {
+        let migration = known.iter().find(|migration| migration.version == *number);
+        let migration = migration.with_context(|| {
+            format!("the database has migration {number}, which this program does not know: it is too old")
+        })?;
+        ensure!(
+            checksum(migration) == *found,
+            "migration {} was applied with another text than the one that this program has",
+            version(migration)
+        );
+    }
+    let lacking = |migration: &&Migration| applied.iter().all(|(n, _)| *n != migration.version);
+    Ok(known.iter().filter(lacking).collect())
+}
+
+fn report(kind: Kind, applied: &[&Migration]) -> Report {
+    let applied: Vec<Version> = applied.iter().copied().map(version).collect();
+    let mut present: Vec<Version> = migrator(kind).iter().map(version).collect();
     present.retain(|version| !applied.contains(version));
     Report { applied, present }
 }
 
-async fn pending_in_postgres(connection: &mut PgConnection) -> anyhow::Result<Vec<Version>> {
-    let there: bool = sqlx::query_scalar("select to_regclass('outbox.migrations') is not null")
-        .fetch_one(&mut *connection)
+async fn applied_in_postgres(connection: &mut PgConnection) -> anyhow::Result<Vec<Applied>> {
+    // By the simple protocol: a pooler would give the next transaction somebody else's prepared statements.
+    let there = connection
+        .fetch_one(sqlx::raw_sql(
+            "select to_regclass('outbox.migrations') is not null",
+        ))
         .await
         .context("look for the applied migrations")?;
-    let applied = if there {
-        sqlx::query_scalar("select version from outbox.migrations where success")
-            .fetch_all(connection)
-            .await
-            .context("read the applied migrations")?
-    } else {
-        Vec::new()
-    };
-    Ok(lacking(Kind::Postgres, applied))
+    if !there.try_get_unchecked::<bool, _>(0)? {
+        return Ok(Vec::new());
+    }
+    let rows = connection
+        .fetch_all(sqlx::raw_sql(
+            "select version, checksum from outbox.migrations",
+        ))
+        .await
+        .context("read the applied migrations")?;
+    rows.iter()
+        .map(|row| Ok((row.try_get_unchecked(0)?, row.try_get_unchecked(1)?)))
+        .collect()
 }
 
-async fn pending_in_sqlite(connection: &mut SqliteConnection) -> anyhow::Result<Vec<Version>> {
+async fn applied_in_sqlite(connection: &mut SqliteConnection) -> anyhow::Result<Vec<Applied>> {
     let there: bool = sqlx::query_scalar(
         "select count(*) > 0 from sqlite_schema where type = 'table' and name = 'outbox_migrations'",
     )
     .fetch_one(&mut *connection)
     .await
     .context("look for the applied migrations")?;
-    let applied = if there {
-        sqlx::query_scalar("select version from outbox_migrations where success")
-            .fetch_all(connection)
-            .await
-            .context("read the applied migrations")?
-    } else {
-        Vec::new()
-    };
-    Ok(lacking(Kind::Sqlite, applied))
+    if !there {
+        return Ok(Vec::new());
+    }
+    sqlx::query_as("select version, checksum from outbox_migrations")
+        .fetch_all(connection)
+        .await
+        .context("read the applied migrations")
 }
 
 /// Changing the journal needs the file for itself for a moment, and SQLite does not wait for that.
@@ -321,7 +318,9 @@ async fn use_write_ahead_log(connection: &mut SqliteConnection) -> anyhow::Resul
 }
 
 fn busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
+    let code = error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code);
     let code = code.and_then(|code| code.parse::<u32>().ok());
     code.is_some_and(|code| code & 0xff == 5)
 }
@@ -335,20 +334,39 @@ mod tests {
         for (kind, folder) in [(Kind::Postgres, "postgres"), (Kind::Sqlite, "sqlite")] {
             let folder = format!("{}/migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
             let files = std::fs::read_dir(folder).unwrap().count();
-            assert_eq!(
-                versions(kind).len(),
-                files,
-                "{kind:?}: touch src/migrate.rs"
-            );
+            let known = migrator(kind).iter().count();
+            assert_eq!(known, files, "{kind:?}: touch src/migrate.rs");
         }
+    }
+
+    fn applied(kind: Kind) -> Vec<Applied> {
+        let one = |migration: &Migration| (migration.version, checksum(migration));
+        migrator(kind).iter().map(one).collect()
     }
 
     #[test]
     fn what_was_applied_is_not_pending() {
-        let all = versions(Kind::Sqlite);
-        assert_eq!(lacking(Kind::Sqlite, Vec::new()), all);
-        let numbers = all.iter().map(|version| version.number).collect();
-        assert_eq!(lacking(Kind::Sqlite, numbers), []);
-        assert_eq!(all[0].to_string(), "0001 outbox");
+        let all = pending(Kind::Sqlite, &[]).unwrap();
+        assert_eq!(version(all[0]).to_string(), "0001 outbox");
+        assert_eq!(
+            pending(Kind::Sqlite, &applied(Kind::Sqlite)).unwrap().len(),
+            0
+        );
+    }
+
+    #[test]
+    fn a_newer_database_is_refused() {
+        let mut applied = applied(Kind::Postgres);
+        applied.push((9999, String::new()));
+        let refused = pending(Kind::Postgres, &applied).unwrap_err().to_string();
+        assert!(refused.contains("9999"), "{refused}");
+    }
+
+    #[test]
+    fn a_changed_migration_is_refused() {
+        let mut applied = applied(Kind::Postgres);
+        applied[0].1.push('0');
+        let refused = pending(Kind::Postgres, &applied).unwrap_err().to_string();
+        assert!(refused.contains("0001 outbox"), "{refused}");
     }
 }

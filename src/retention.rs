@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use crate::source::postgres::connect;
 
 /// Partitions are looked after this often; each holds millions of events and several are ahead.
-const EVERY: Duration = Duration::from_secs(600);
+const EVERY: Duration = Duration::from_mins(10);
 
 /// Makes partitions now and then, for ever. Trouble is logged and tried again: nothing depends on the time.
 pub async fn keep(options: PgConnectOptions) {
@@ -21,7 +21,7 @@ pub async fn keep(options: PgConnectOptions) {
             Ok(0) => {}
             Ok(made) => tracing::info!(made, "made partitions of outbox.events ahead"),
             Err(error) => {
-                tracing::warn!(error = %format!("{error:#}"), "could not make partitions, inserts go on")
+                tracing::warn!(error = %format!("{error:#}"), "could not make partitions, inserts go on");
             }
         }
         sleep(EVERY).await;

@@ -36,9 +36,10 @@ use crate::telemetry;
 /// # Errors
 /// When the admin port can't be opened, or a task panicked.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), anyhow::Error> {
-    let listener = match config.admin.enabled {
-        true => Some(admin::bind(config.admin.listen).await?),
-        false => None,
+    let listener = if config.admin.enabled {
+        Some(admin::bind(config.admin.listen).await?)
+    } else {
+        None
     };
     let metrics = install_metrics()?;
     let holder = holder();
@@ -47,7 +48,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
     let mut others = JoinSet::new();
     let mut shown = Vec::new();
     for pipeline in &config.pipelines {
-        let (relay, status) = assemble(&config, pipeline, &holder)?;
+        let (relay, status) = assemble(&config, pipeline, &holder);
         shown.push((relay.pipeline.name.clone(), status));
         pipelines.spawn(relay.run(stopping.clone()));
     }
@@ -88,14 +89,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
 type Production = Relay<AnySource, AnySink, AnyLedger>;
 
 /// Puts one pipeline together; nothing connects before it runs.
-///
-/// # Errors
-/// When the ends can't be set up.
 fn assemble(
     config: &Config,
     pipeline: &PipelineConfig,
     holder: &str,
-) -> Result<(Production, watch::Receiver<Status>), anyhow::Error> {
+) -> (Production, watch::Receiver<Status>) {
     let books = ledger::Settings {
         pipeline: pipeline.pipeline.name.clone(),
         holder: holder.to_owned(),
@@ -104,7 +102,7 @@ fn assemble(
     };
     let (source, ledger) = match &config.source {
         Source::Postgres(settings) => (
-            AnySource::Postgres(Box::new(PostgresSource::new(settings.clone()))),
+            AnySource::Postgres(Box::new(PostgresSource::new((**settings).clone()))),
             AnyLedger::Postgres(Box::new(PostgresLedger::new(
                 settings.options.clone(),
                 books,
@@ -135,7 +133,7 @@ fn assemble(
         status,
         now_us: wall_clock_us,
     };
-    Ok((relay, seen))
+    (relay, seen)
 }
 
 /// How the relay opens a SQLite outbox; the file is made if it does not exist.
@@ -193,11 +191,9 @@ async fn keep_metrics_small(metrics: PrometheusHandle) {
 
 /// Completes when a task ends that should not.
 async fn first_panic(pipelines: &mut JoinSet<()>, others: &mut JoinSet<()>) -> anyhow::Error {
-    loop {
-        tokio::select! {
-            Some(Err(error)) = pipelines.join_next() => return anyhow!(error).context("a pipeline panicked"),
-            Some(Err(error)) = others.join_next() => return anyhow!(error).context("a task panicked"),
-            else => return anyhow!("every pipeline ended"),
-        }
+    tokio::select! {
+        Some(Err(error)) = pipelines.join_next() => anyhow!(error).context("a pipeline panicked"),
+        Some(Err(error)) = others.join_next() => anyhow!(error).context("a task panicked"),
+        else => anyhow!("every pipeline ended"),
     }
 }

@@ -225,7 +225,6 @@ impl PipelineMetrics {
     }
 
     /// The counter of what is delivered to one topic.
-    #[must_use]
     pub fn delivered(&self, topic: &str) -> Counter {
         metrics::counter!(
             DELIVERED.name, "pipeline" => self.pipeline.clone(), "topic" => topic.to_owned()
@@ -289,6 +288,7 @@ impl PipelineMetrics {
     }
 
     /// Passes on what was tallied since the last time.
+    #[expect(clippy::cast_precision_loss, reason = "the bounds are small")]
     pub fn latencies(&self, tally: &mut LatencyTally) {
         for (bound_us, count) in BOUNDS_US.iter().zip(&mut tally.counts) {
             if *count > 0 {

@@ -4,16 +4,19 @@
 create schema if not exists outbox;
 
 -- Roles are global to the server, so another database of it may have made them already, or be making them right now.
+-- They are looked for first: whoever migrates needs no right to create roles when an administrator made them before.
 do $$
+declare
+    wanted text;
 begin
-    begin
-        create role outbox_writer nologin;
-    exception when duplicate_object or unique_violation then null;
-    end;
-    begin
-        create role outbox_relay nologin;
-    exception when duplicate_object or unique_violation then null;
-    end;
+    foreach wanted in array array['outbox_writer', 'outbox_relay'] loop
+        if not exists (select from pg_roles where rolname = wanted) then
+            begin
+                execute format('create role %I nologin', wanted);
+            exception when duplicate_object or unique_violation then null;
+            end;
+        end if;
+    end loop;
 end
 $$;
 
@@ -50,51 +53,75 @@ create index events_xid_id on outbox.events (xid, id);
 -- An insert never fails because nobody made partitions: what fits nowhere else lands here.
 create table outbox.events_default partition of outbox.events default;
 
--- Makes partitions until `ahead` of them lie wholly beyond the newest id; returns how many it made. Ranges that already
--- have rows in the default partition are left to it: attaching a partition over them would fail.
+-- Makes partitions until `ahead` of them lie wholly beyond the newest id; returns how many it made: none when there are
+-- enough, or when another session is at it. Writers go on meanwhile, however long their transactions: a partition is
+-- made as a table of its own and then attached, which locks out nobody but the users of the default partition. When
+-- those keep it from its locks it fails soon (SQLSTATE 55P03), and is to be called again later.
 create function outbox.make_partitions(ahead integer default 8, rows_per_partition bigint default 5000000)
 returns integer
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+-- A lock request that waits makes every later insert into the default partition queue behind it.
+set lock_timeout = '500ms'
 as $$
 declare
     made integer := 0;
     newest bigint;
+    used boolean;
     upper bigint;
     beyond bigint;
 begin
+    if coalesce(ahead, 0) not between 1 and 1000 or coalesce(rows_per_partition, 0) < 1 then
+        raise exception 'outbox.make_partitions expects 1 to 1000 partitions of at least 1 row, got % of %',
+            coalesce(ahead::text, 'null'), coalesce(rows_per_partition::text, 'null')
+            using errcode = 'invalid_parameter_value';
+    end if;
     -- One at a time: two relays that start together must not race for the same range.
-    perform pg_advisory_xact_lock(1868721016, 2);
-    -- A lock request that waits would make every insert queue behind it; better to try again later.
-    set local lock_timeout = '2s';
+    if not pg_try_advisory_xact_lock(1868721016, 2) then
+        return 0;
+    end if;
 
-    select last_value into newest from outbox.events_id_seq;
-    select coalesce(max((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint), 1)
+    select last_value, is_called into newest, used from outbox.events_id_seq;
+    select max((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint)
       into upper
       from pg_inherits i
       join pg_class c on c.oid = i.inhrelid
      where i.inhparent = 'outbox.events'::regclass;
 
-    if upper <= newest and exists (select 1 from outbox.events_default) then
-        -- The partitions ran out and the default one took over; leave room for what is being inserted meanwhile.
-        upper := newest + rows_per_partition;
+    beyond := newest + ahead * rows_per_partition;
+    if upper is null and not used then
+        upper := 1;
+    elsif coalesce(upper, 1) <= newest + rows_per_partition / 10 then
+        -- The partitions ran out, or are about to, and the default one takes over. What has an id there stays there;
+        -- leave room for what is being inserted meanwhile, or that would belong to neither partition and fail.
+        upper := greatest(upper, newest) + rows_per_partition;
+        beyond := upper + (ahead - 1) * rows_per_partition;
     end if;
 
-    beyond := newest + ahead * rows_per_partition;
+    if upper > beyond then
+        return 0;
+    end if;
+    -- Attaching scans the default partition for rows of the new range. With this proof at hand it is scanned once, not
+    -- once per partition.
+    execute format('alter table outbox.events_default add constraint events_default_scanned check (id < %s)', upper);
     while upper <= beyond loop
-        execute format('create table outbox.%I partition of outbox.events for values from (%s) to (%s)',
+        execute format('create table outbox.%I (like outbox.events including all excluding indexes)',
+                       'events_' || upper);
+        execute format('alter table outbox.events attach partition outbox.%I for values from (%s) to (%s)',
                        'events_' || upper, upper, upper + rows_per_partition);
         upper := upper + rows_per_partition;
         made := made + 1;
     end loop;
+    alter table outbox.events_default drop constraint events_default_scanned;
     return made;
 end
 $$;
 
 select outbox.make_partitions();
 
--- Headers for every event of the current transaction: tenant, user, traceparent.
+-- Headers for every event of the current transaction: tenant, user, traceparent. A later call replaces an earlier one, and
+-- null takes it back.
 create function outbox.context(headers json)
 returns void
 language plpgsql
@@ -184,13 +211,16 @@ $$;
 -- Wakes relays that listen. The lock is held to the end of the transaction, so that of many open transactions one
 -- notifies: committing a notification takes a lock of the whole server, and with one in every transaction commits come
 -- one after the other. A hint that is not sent costs latency only.
+-- PostgreSQL refuses PREPARE TRANSACTION after a notification: whoever commits in two phases turns it off before, for the
+-- transaction (set local outbox.notify = off) or for good (alter role ... set outbox.notify = off).
 create function outbox.notify_relay()
 returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if pg_try_advisory_xact_lock(1868721016, 1) then
+    if current_setting('outbox.notify', true) is distinct from 'off'
+       and pg_try_advisory_xact_lock(1868721016, 1) then
         perform pg_notify('outbox_events', '');
     end if;
     return null;
@@ -218,6 +248,14 @@ create table outbox.cursors (
     updated_at        timestamptz not null default clock_timestamp(),
     primary key (pipeline, shard)
 ) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
+
+-- Which life of the server this is. Unlogged, so a crash empties it, and a standby that is promoted begins without it:
+-- either may have lost the newest transactions and use their ids again. A row that is still there says that every
+-- transaction id that was seen since it was made means what it meant.
+create unlogged table outbox.incarnation (
+    one boolean primary key default true check (one),
+    id  uuid    not null default gen_random_uuid()
+);
 
 create table outbox.leases (
     pipeline   text        not null,
@@ -259,6 +297,7 @@ grant usage on sequence outbox.events_id_seq to outbox_writer;
 grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
+grant select, insert on outbox.incarnation to outbox_relay;
 
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),

@@ -65,11 +65,7 @@ fn describe(kind: &Kind, path: &str) -> String {
             )
         }
         Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
-            format!(
-                "{path} = {}: has to be {}",
-                show(actual),
-                plain(&expected.to_string())
-            )
+            format!("{path} = {}: has to be {}", show(actual), plain(expected))
         }
         Kind::Message(reason) if path.is_empty() => {
             reason.split_whitespace().collect::<Vec<_>>().join(" ")

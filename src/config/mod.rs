@@ -54,7 +54,7 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub enum Source {
     /// PostgreSQL.
-    Postgres(crate::source::postgres::Settings),
+    Postgres(Box<crate::source::postgres::Settings>),
     /// A SQLite file.
     Sqlite {
         /// The file.
@@ -373,12 +373,14 @@ impl RawPostgres {
             Some(direct) => postgres_options("source.postgres.direct_url", direct)?,
             None => options.clone(),
         };
-        Ok(Source::Postgres(crate::source::postgres::Settings {
-            options,
-            direct_options,
-            mode: capture,
-            poll_interval,
-        }))
+        Ok(Source::Postgres(Box::new(
+            crate::source::postgres::Settings {
+                options,
+                direct_options,
+                mode: capture,
+                poll_interval,
+            },
+        )))
     }
 }
 

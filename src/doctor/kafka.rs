@@ -142,7 +142,7 @@ async fn cluster(settings: &Settings) -> Result<Cluster, Unreached> {
     let settings = settings.clone();
     // librdkafka waits in the call.
     let asked = spawn_blocking(move || {
-        let mut config = settings.client_config();
+        let mut config = settings.client();
         config
             // Why a broker hung up is what is wanted here: TLS on one side only is known by that.
             .set("log.connection.close", "true")
@@ -175,6 +175,11 @@ async fn cluster(settings: &Settings) -> Result<Cluster, Unreached> {
     }
     match asked {
         Ok(Ok(cluster)) => Ok(cluster),
+        // Without the value of the property, which may be a secret.
+        Ok(Err(KafkaError::ClientConfig(_, reason, name, _))) => Err(Unreached {
+            said: format!("{reason} ({name})"),
+            troubles,
+        }),
         Ok(Err(error)) => Err(Unreached {
             said: error.to_string(),
             troubles,

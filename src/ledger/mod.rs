@@ -53,7 +53,8 @@ pub struct Tenure {
 pub enum Fenced {
     /// Written; the lease is still ours.
     Written,
-    /// Not written: the lease has passed to somebody else.
+    /// Not written: the lease has passed to somebody else, or the database has lost transactions since it was taken (a
+    /// crash or a failover behind a pooler). What was read in this tenure must be read again from the next one's position.
     Lost,
 }
 

@@ -10,18 +10,40 @@ use anyhow::{Context, anyhow, ensure};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
 use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
-use crate::source::postgres::connect;
+use crate::source::postgres::{NEWEST_ID, connect};
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
     options: PgConnectOptions,
     settings: Settings,
     connection: Option<PgConnection>,
+    fence: Fence,
+}
+
+/// What every write of a tenure depends on.
+///
+/// The incarnation is for who reaches the server through a pooler: it hides a crash and a failover, after which the ids of
+/// transactions that were lost are given to new ones. What was read then, from a position of before, has holes.
+#[derive(Clone, Debug, Default)]
+struct Fence {
     epoch: i64,
+    incarnation: Uuid,
+}
+
+impl Fence {
+    /// A condition that holds while the lease is ours and the server has not lost a transaction.
+    fn holds(&self, settings: &Settings) -> String {
+        let Self { epoch, incarnation } = self;
+        format!(
+            "{} and epoch = {epoch} and '{incarnation}' = (select id from outbox.incarnation)",
+            of_pipeline(settings)
+        )
+    }
 }
 
 impl PostgresLedger {
@@ -32,7 +54,7 @@ impl PostgresLedger {
             options: options.disable_statement_logging(),
             settings,
             connection: None,
-            epoch: 0,
+            fence: Fence::default(),
         }
     }
 
@@ -40,14 +62,14 @@ impl PostgresLedger {
     /// state an unread answer left behind.
     async fn with<T>(
         &mut self,
-        work: impl AsyncFnOnce(&mut PgConnection, &Settings, i64) -> Result<T, anyhow::Error>,
+        work: impl AsyncFnOnce(&mut PgConnection, &Settings, &Fence) -> Result<T, anyhow::Error>,
     ) -> Result<T, LedgerError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => connect(&self.options).await?,
         };
         let limit = self.settings.lease_ttl;
-        let done = timeout(limit, work(&mut connection, &self.settings, self.epoch))
+        let done = timeout(limit, work(&mut connection, &self.settings, &self.fence))
             .await
             .map_err(|_| {
                 anyhow!(
@@ -66,8 +88,8 @@ impl Ledger for PostgresLedger {
             .with(async |connection, settings, _| acquire(connection, settings).await)
             .await?;
         Ok(match acquired {
-            Ok((epoch, tenure)) => {
-                self.epoch = epoch;
+            Ok((fence, tenure)) => {
+                self.fence = fence;
                 Acquired::Ours(tenure)
             }
             Err((holder, expires_in)) => Acquired::Held { holder, expires_in },
@@ -75,13 +97,13 @@ impl Ledger for PostgresLedger {
     }
 
     async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        self.with(async |connection, settings, epoch| {
+        self.with(async |connection, settings, fence| {
             let renewed = execute(
                 connection,
                 format!(
-                    "update outbox.leases set expires_at = {} where {} and epoch = {epoch}",
+                    "update outbox.leases set expires_at = {} where {}",
                     expiry(settings),
-                    of_pipeline(settings)
+                    fence.holds(settings)
                 ),
             )
             .await
@@ -93,15 +115,15 @@ impl Ledger for PostgresLedger {
 
     async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
         let update = set_position(position);
-        self.with(async |connection, settings, epoch| {
+        self.with(async |connection, settings, fence| {
             // A cursor that is lost with the server's last moments is a few duplicates, not worth a flush each time.
             let moved = execute(
                 connection,
                 format!(
                     "begin; set local synchronous_commit = off; \
-                     update outbox.cursors set {update}, updated_at = clock_timestamp() where {} and epoch = {epoch}; \
+                     update outbox.cursors set {update}, updated_at = clock_timestamp() where {}; \
                      commit",
-                    of_pipeline(settings)
+                    fence.holds(settings)
                 ),
             )
             .await
@@ -112,14 +134,14 @@ impl Ledger for PostgresLedger {
     }
 
     async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
-        self.with(async |connection, settings, epoch| {
-            park(connection, settings, epoch, parked).await
+        self.with(async |connection, settings, fence| {
+            park(connection, settings, fence, parked).await
         })
         .await
     }
 
     async fn release(&mut self) -> Result<(), LedgerError> {
-        self.with(async |connection, settings, epoch| {
+        self.with(async |connection, settings, Fence { epoch, .. }| {
             execute(
                 connection,
                 format!(
@@ -131,6 +153,8 @@ impl Ledger for PostgresLedger {
             .context("release the lease")
         })
         .await?;
+        // No lease has this epoch: what is written from now on is refused, also before somebody else takes over.
+        self.fence.epoch = 0;
         if let Some(connection) = self.connection.take() {
             // The lease is released; a connection that does not close politely is closed all the same.
             connection.close().await.context("close the connection")?;
@@ -144,10 +168,12 @@ type HeldBy = (String, Duration);
 async fn acquire(
     connection: &mut PgConnection,
     settings: &Settings,
-) -> Result<Result<(i64, Tenure), HeldBy>, anyhow::Error> {
+) -> Result<Result<(Fence, Tenure), HeldBy>, anyhow::Error> {
     if let Some(held) = held_by(connection, settings).await? {
         return Ok(Err(held));
     }
+    // Before everything that is read from here on, so that a crash in between fences us.
+    let incarnation = incarnation(connection).await?;
     // Read before the lease is taken, which is a write: the floor of a pipeline that starts here (see Window::floor).
     let newest = newest_id(connection).await?;
     let Some(epoch) = take_lease(connection, settings).await? else {
@@ -156,6 +182,7 @@ async fn acquire(
             ("another relay".to_owned(), settings.lease_ttl)
         })));
     };
+    let fence = Fence { epoch, incarnation };
     let (identity, timeline) = identity(connection).await?;
     let row = fetch_one(
         connection,
@@ -185,9 +212,9 @@ async fn acquire(
                 connection,
                 format!(
                     "update outbox.cursors set {}, system_identifier = {identity}, timeline = {timeline} \
-                      where {} and epoch = {epoch}",
+                      where {}",
                     set_position(&position),
-                    of_pipeline(settings)
+                    fence.holds(settings)
                 ),
             )
             .await
@@ -200,7 +227,7 @@ async fn acquire(
         }
     };
     let parked = parked_entities(connection, settings).await?;
-    Ok(Ok((epoch, Tenure { position, parked })))
+    Ok(Ok((fence, Tenure { position, parked })))
 }
 
 /// Asked before anything is written, so that a standby costs the database nothing but a look.
@@ -255,6 +282,27 @@ async fn take_lease(
     row.map(|row| get(&row, 0)).transpose()
 }
 
+/// Which life of the server this is; begins it if nobody has.
+async fn incarnation(connection: &mut PgConnection) -> Result<Uuid, anyhow::Error> {
+    execute(
+        connection,
+        "insert into outbox.incarnation select where not exists (select from outbox.incarnation) \
+         on conflict do nothing"
+            .to_owned(),
+    )
+    .await
+    .context("mark the incarnation of the server")?;
+    let row = fetch_one(
+        connection,
+        "select id::text from outbox.incarnation".to_owned(),
+    )
+    .await
+    .context("read the incarnation of the server")?;
+    get::<String>(&row, 0)?
+        .parse()
+        .context("decode the incarnation of the server")
+}
+
 /// Which database this is: its transaction ids mean something only within one system identifier and timeline.
 async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::Error> {
     let row = fetch_one(
@@ -270,54 +318,45 @@ async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::E
 }
 
 async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
-    let row = fetch_one(
-        connection,
-        "select last_value from outbox.events_id_seq".to_owned(),
-    )
-    .await
-    .context("read the newest id")?;
+    let row = fetch_one(connection, format!("select {NEWEST_ID}"))
+        .await
+        .context("read the newest id")?;
     Ok(EventId(get(&row, 0)?))
 }
 
+/// A pipeline that does not start at the beginning starts inside of a window that ends now, so that what is in progress
+/// now lies in the windows after it, however low its ids are.
 async fn starting_position(
     connection: &mut PgConnection,
     start: Start,
     newest_before_lease: EventId,
 ) -> Result<Position, anyhow::Error> {
-    let mut window = Window::beginning();
-    match start {
-        Start::Earliest => {}
-        Start::Latest => {
-            let row = fetch_one(
-                connection,
-                "select pg_current_snapshot()::text, last_value from outbox.events_id_seq"
-                    .to_owned(),
-            )
-            .await
-            .context("read the newest position")?;
-            window.cur = get::<String>(&row, 0)?.parse()?;
-            window.ceiling = EventId(get(&row, 1)?);
-            window.next_floor = newest_before_lease;
-        }
-        Start::Time(us) => {
-            // Read once in a pipeline's life; there is no index on the time.
-            let row = fetch_one(
-                connection,
-                format!(
-                    "select coalesce(min(id) - 1, (select last_value from outbox.events_id_seq)) from outbox.events \
-                      where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'"
-                ),
-            )
-            .await
-            .context("find the event to start from")?;
-            window.ceiling = EventId(get(&row, 0)?);
-            window.next_floor = window.ceiling;
-        }
-    }
-    let last_id = window.ceiling;
+    let before_first = match start {
+        Start::Earliest => return Ok(Position::beginning()),
+        Start::Latest => NEWEST_ID.to_owned(),
+        // Read once in a pipeline's life; there is no index on the time.
+        Start::Time(us) => format!(
+            "coalesce((select min(id) - 1 from outbox.events \
+                        where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'), {NEWEST_ID})"
+        ),
+    };
+    let row = fetch_one(
+        connection,
+        format!("select pg_current_snapshot()::text, {NEWEST_ID}, {before_first}"),
+    )
+    .await
+    .context("find where to start")?;
+    let before_first = EventId(get(&row, 2)?);
+    let window = Window {
+        cur: get::<String>(&row, 0)?.parse()?,
+        floor: before_first,
+        ceiling: EventId(get(&row, 1)?),
+        next_floor: newest_before_lease,
+        ..Window::beginning()
+    };
     Ok(Position {
         window: Arc::new(window),
-        last_id,
+        last_id: before_first,
     })
 }
 
@@ -340,15 +379,15 @@ async fn parked_entities(
 async fn park(
     connection: &mut PgConnection,
     settings: &Settings,
-    epoch: i64,
+    fence: &Fence,
     parked: &[Parked],
 ) -> Result<Fenced, anyhow::Error> {
     // Payloads need bound parameters. Prepared and used inside one transaction, which a pooler keeps on one server.
     let mut transaction = connection.begin().await.context("begin to park")?;
     let ours = transaction
         .execute(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select 1 from outbox.cursors where {} and epoch = {epoch} for update",
-            of_pipeline(settings)
+            "select 1 from outbox.cursors where {} for update",
+            fence.holds(settings)
         ))))
         .await
         .context("check the lease")?;

@@ -177,13 +177,13 @@ proptest! {
                 break;
             }
             let seq = unsettled.swap_remove(index.index(unsettled.len()));
-            prop_assert_eq!(in_flight.settle(Seq(seq as u64)), Settled::Now { tag: 7, occurred_at_us: seq as i64 + 1 });
+            prop_assert_eq!(in_flight.settle(Seq(seq as u64)), Settled::Now { tag: 7, occurred_at_us: i64::try_from(seq).unwrap() + 1 });
             settled[seq] = true;
             let prefix = settled.iter().take_while(|settled| **settled).count();
             let advance = in_flight.advance();
             prop_assert_eq!(advance.is_some(), prefix > released);
             if let Some(advance) = advance {
-                prop_assert_eq!(advance.events as usize, prefix - released);
+                prop_assert_eq!(usize::try_from(advance.events).unwrap(), prefix - released);
                 let last = i64::try_from(prefix).unwrap();
                 let expected = ends.iter().find(|(id, _)| *id == last).map_or(last, |(_, end)| *end);
                 prop_assert_eq!(advance.position.last_id, EventId(expected));

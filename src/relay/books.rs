@@ -47,7 +47,12 @@ pub(super) struct Pace {
 /// Runs until the pipeline drops its ends of the channels, or the lease is lost.
 pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace) -> Closed {
     let renew_interval = pace.lease_ttl / 3;
-    let mut renew_at = Instant::now() + renew_interval;
+    // A third of the lease after it was asked for.
+    let mut renew_at = desk
+        .lease_until
+        .borrow()
+        .checked_sub(2 * renew_interval)
+        .unwrap_or_else(Instant::now);
     let mut acknowledge_at = Instant::now();
     loop {
         let durable = desk.durable.borrow().clone();
@@ -114,6 +119,7 @@ async fn moved_from(
     tokio::pin!(due);
     loop {
         tokio::select! {
+            biased;
             () = &mut due => break,
             moved = settled.changed() => if moved.is_err() { break },
         }

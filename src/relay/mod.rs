@@ -31,7 +31,7 @@ use crate::ledger::{Acquired, Ledger, Tenure};
 use crate::order::Waiting;
 use crate::position::Position;
 use crate::route::{Filter, Route};
-use crate::sink::Sink;
+use crate::sink::{NotPrepared, Sink, SinkError};
 use crate::source::{Page, PageLimits, Source, SourceError};
 use crate::telemetry::PipelineMetrics;
 
@@ -59,6 +59,22 @@ pub struct Pipeline {
     pub encoding: Encoding,
     /// What happens to events that can't be published.
     pub on_rejected: Policy,
+}
+
+impl Pipeline {
+    /// The topics that can be told without an event: one for all, or one for each aggregate type of the filter.
+    #[must_use]
+    pub fn known_topics(&self) -> Vec<String> {
+        let topic = &self.route.topic;
+        if topic.is_fixed() {
+            return topic.render_for_type("").into_iter().collect();
+        }
+        self.filter
+            .aggregate_types
+            .iter()
+            .filter_map(|name| topic.render_for_type(name))
+            .collect()
+    }
 }
 
 /// The bounds of one pipeline.
@@ -111,17 +127,15 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
         let mut backoff = backoff();
-        while let Some(tenure) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, asked_at)) = self.stand_by(&stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
-            let over = self.tenure(tenure, &metrics, &stop).await;
+            let over = self.tenure(tenure, asked_at, &metrics, &stop).await;
             metrics.owner(false);
             match over {
                 Over::Stopped => break,
                 Over::LeaseLost => {
                     tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
-                    // What is queued must not leave any more: somebody else publishes now.
-                    self.reopen_sink().await;
                 }
                 Over::Trouble(reason) => {
                     metrics.restarted();
@@ -137,23 +151,25 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         self.set_state(State::Stopped);
     }
 
-    /// Waits for the lease; none when asked to stop.
+    /// Waits for the lease, and says when it was asked for; none when asked to stop.
     async fn stand_by(
         &mut self,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
-    ) -> Option<Tenure> {
+    ) -> Option<(Tenure, Instant)> {
         loop {
+            let asked_at = Instant::now();
             let acquired = tokio::select! {
                 biased;
                 () = stop.cancelled() => return None,
                 acquired = self.ledger.acquire() => acquired,
             };
             match acquired {
-                Ok(Acquired::Ours(tenure)) => return Some(tenure),
+                Ok(Acquired::Ours(tenure)) => return Some((tenure, asked_at)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     tokio::select! {
+                        biased;
                         () = stop.cancelled() => return None,
                         () = sleep(expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK)) => {}
                     }
@@ -167,18 +183,44 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
-    /// As long as the lease lasts: books on one side, life after life on the other.
+    /// From taking the lease to giving it back.
     async fn tenure(
         &mut self,
         tenure: Tenure,
+        asked_at: Instant,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
+        let (over, books_open) = self.publish(tenure, asked_at, metrics, stop).await;
+        let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
+        if !drained {
+            // What is queued must not leave any more: from here on somebody else may publish.
+            self.reopen_sink().await;
+        }
+        if !books_open {
+            return over;
+        }
+        if let Err(error) = self.ledger.release().await {
+            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        }
+        over
+    }
+
+    /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended, and whether the
+    /// books were still open then.
+    async fn publish(
+        &mut self,
+        tenure: Tenure,
+        asked_at: Instant,
+        metrics: &PipelineMetrics,
+        stop: &CancellationToken,
+    ) -> (Over, bool) {
         let Tenure { position, parked } = tenure;
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
-        let (lease_until, lease_seen) = watch::channel(Instant::now() + self.settings.lease_ttl);
+        // The answer may have been long on its way: the lease began at the earliest when it was asked for.
+        let (lease_until, lease_seen) = watch::channel(asked_at + self.settings.lease_ttl);
         let mut desk = Desk {
             settled: settled_seen,
             durable,
@@ -203,25 +245,18 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             orders,
             lease_until: lease_seen,
         };
-        let ledger = &mut self.ledger;
-        let over = {
-            let mut books = std::pin::pin!(books::keep(ledger, &mut desk, &pace));
-            let over = tokio::select! {
-                biased;
-                closed = &mut books => return over_by(closed),
-                over = lives.run(&settled, stop) => over,
-            };
-            // Lets the books write the last position and close.
-            drop((settled, lives));
-            match books.await {
-                Closed::Done => over,
-                closed => over_by(closed),
-            }
+        let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
+        let over = tokio::select! {
+            biased;
+            closed = &mut books => return (over_by(closed), false),
+            over = lives.run(&settled, stop) => over,
         };
-        if let Err(error) = ledger.release().await {
-            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
+        // Lets the books write the last position and close.
+        drop((settled, lives));
+        match books.await {
+            Closed::Done => (over, true),
+            closed => (over_by(closed), true),
         }
-        over
     }
 
     /// Says what is wrong and waits a little; false when asked to stop meanwhile.
@@ -233,6 +268,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     ) -> bool {
         self.set_state(State::Stalled { reason });
         tokio::select! {
+            biased;
             () = stop.cancelled() => false,
             () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => true,
         }
@@ -313,6 +349,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             }
             self.set_state(State::Stalled { reason });
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return Over::Stopped,
                 () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
             }
@@ -326,10 +363,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         }
         tokio::select! {
             biased;
-            checked = self.sink.check() => if let Err(error) = checked {
+            () = stop.cancelled() => return Ended::Stopped,
+            ready = self.make_ready() => if let Err(error) = ready {
                 return Ended::Sink(error);
             },
-            () = stop.cancelled() => return Ended::Stopped,
         }
         self.source.seek(settled.borrow().clone());
         let (pages, pages_read) = mpsc::channel(1);
@@ -353,6 +390,19 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Source(error)
             }
         }
+    }
+
+    /// Before anything is published: does the sink answer, and are the topics there that are known beforehand?
+    async fn make_ready(&mut self) -> Result<(), SinkError> {
+        self.sink.check().await?;
+        for topic in self.pipeline.known_topics() {
+            match self.sink.prepare(&topic).await {
+                Ok(()) => {}
+                Err(NotPrepared::Unknown(error)) => return Err(error),
+                Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
@@ -383,6 +433,8 @@ async fn read_ahead<S: Source>(
         let began = Instant::now();
         let page = match source.capture(limits, &acknowledged).await {
             Ok(page) => page,
+            // Nothing more is wanted of the source: its trouble must not cut the drain short.
+            Err(_) if stop.is_cancelled() => break,
             Err(error) => return error,
         };
         metrics.captured(page.events.len(), began.elapsed());

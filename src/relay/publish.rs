@@ -96,7 +96,7 @@ impl<K: Sink> Publisher<'_, K> {
     ) -> Ended {
         let mut life = Life::new(self.settings);
         let ended = self.take_turns(&mut life, pages, stop).await;
-        self.report(&mut life, State::Running);
+        self.report(&mut life, None);
         ended
     }
 
@@ -119,14 +119,13 @@ impl<K: Sink> Publisher<'_, K> {
                 return Ended::Stopped;
             }
             let paused_at = Instant::now();
+            let mut lost = None;
             // In this order: receipts make room; a request to stop waits for nobody; a page is taken only when the last
             // one is handed over.
             tokio::select! {
                 biased;
                 received = self.sink.receipts(&mut receipts), if life.in_flight.rows() > 0 => {
-                    if let Err(error) = received {
-                        return Ended::Sink(error);
-                    }
+                    lost = received.err();
                 }
                 () = stop.cancelled(), if drain_until.is_none() => {
                     drain_until = Some(Instant::now() + self.settings.drain_timeout);
@@ -144,7 +143,9 @@ impl<K: Sink> Publisher<'_, K> {
                 Pause::Blocked => self.metrics.blocked(paused_at.elapsed()),
                 Pause::Turn | Pause::Prepare(_) => {}
             }
-            if let Some(ended) = self.settle(life, &mut receipts) {
+            // The receipts that came before the sink lost its place count, above all one that says why it did.
+            let ended = self.settle(life, &mut receipts);
+            if let Some(ended) = ended.or(lost.map(Ended::Sink)) {
                 return ended;
             }
         }
@@ -173,20 +174,23 @@ impl<K: Sink> Publisher<'_, K> {
         if Instant::now() >= *self.lease_until.borrow() {
             return Err(Ended::LeaseLost);
         }
-        let mut pause = self.hand_over_some(life)?;
+        let paused = self.hand_over_some(life);
+        // Before anything can end the life: the next one must not find an entity waiting for an event that nobody stored.
+        self.park(life).await;
+        self.advance(life);
+        let mut pause = paused?;
         if let Pause::Prepare(topic) = &pause {
             tokio::select! {
+                biased;
+                () = stop.cancelled() => life.pending.clear(),
                 prepared = self.sink.prepare(topic) => match prepared {
                     Ok(()) => {}
                     Err(NotPrepared::Rejected(rejection)) => life.topics.refuse(topic, rejection),
                     Err(NotPrepared::Unknown(error)) => return Err(Ended::Sink(error)),
                 },
-                () = stop.cancelled() => life.pending.clear(),
             }
             pause = Pause::Turn;
         }
-        self.park(life).await;
-        self.advance(life);
         Ok(pause)
     }
 
@@ -364,17 +368,19 @@ impl<K: Sink> Publisher<'_, K> {
                 };
             }
         }
-        self.report(life, state);
+        self.report(life, Some(state));
     }
 
-    /// Metrics and status.
-    fn report(&mut self, life: &mut Life, state: State) {
+    /// Metrics and status; whoever ends a life says its state.
+    fn report(&mut self, life: &mut Life, state: Option<State>) {
         let delivered = life.topics.flush();
         self.metrics.filtered(std::mem::take(&mut life.filtered));
         self.metrics.latencies(&mut life.latencies);
         let last_id = self.settled.borrow().last_id.0;
         self.status.send_modify(|status| {
-            status.set_state(&self.pipeline.name, state);
+            if let Some(state) = state {
+                status.set_state(&self.pipeline.name, state);
+            }
             status.last_id = last_id;
             status.in_flight_events = life.in_flight.rows();
             status.in_flight_bytes = life.in_flight.bytes();

@@ -69,7 +69,7 @@ impl Status {
         }
         match &state {
             State::Stalled { reason } => {
-                tracing::warn!(%pipeline, %reason, "stalled, trying again")
+                tracing::warn!(%pipeline, %reason, "stalled, trying again");
             }
             State::Halted { reason } => tracing::error!(%pipeline, %reason, "halted"),
             State::Standby { holder } => tracing::info!(%pipeline, %holder, "standing by"),

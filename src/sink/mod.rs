@@ -82,7 +82,7 @@ pub trait Sink: Send {
     /// Safe: no receipt is lost.
     ///
     /// # Errors
-    /// When records that were handed over will get no receipt.
+    /// When records that were handed over will get no receipt; those that were appended before count.
     fn receipts(
         &mut self,
         into: &mut Vec<Receipt>,

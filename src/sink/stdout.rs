@@ -2,6 +2,7 @@
 //!
 //! A record counts as delivered when the line has been flushed.
 
+use std::collections::HashSet;
 use std::io::Write;
 
 use base64::Engine;
@@ -19,6 +20,7 @@ pub struct StdoutSink {
     out: Box<dyn Write + Send + Sync>,
     buffer: Vec<u8>,
     handed_over: Vec<Seq>,
+    prepared: HashSet<String>,
 }
 
 impl StdoutSink {
@@ -34,6 +36,7 @@ impl StdoutSink {
             out: Box::new(out),
             buffer: Vec::new(),
             handed_over: Vec::new(),
+            prepared: HashSet::new(),
         }
     }
 }
@@ -48,6 +51,7 @@ impl Sink for StdoutSink {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.buffer.clear();
         self.handed_over.clear();
+        self.prepared.clear();
         Ok(())
     }
 
@@ -55,11 +59,15 @@ impl Sink for StdoutSink {
         Ok(())
     }
 
-    async fn prepare(&mut self, _topic: &str) -> Result<(), NotPrepared> {
+    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
+        self.prepared.insert(topic.to_owned());
         Ok(())
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+        if !self.prepared.contains(&*record.topic) {
+            return Err(Refused::Unprepared);
+        }
         if self.buffer.len() >= BUFFER_BYTES {
             return Err(Refused::Full);
         }

@@ -1,1 +1,34 @@
+//! The tiers that need more than the library alone. Where a service is missing a test says `SKIPPED` and ends, or fails
+//! when `RELAY_TEST_REQUIRE=1`.
 
+#![allow(
+    unreachable_pub,
+    missing_docs,
+    clippy::pedantic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
+)]
+mod contract {
+    mod ledger;
+    mod sink;
+    mod source;
+}
+mod examples;
+mod fake;
+mod fresh;
+mod harness {
+    pub mod books;
+    pub mod log;
+    pub mod postgres;
+    pub mod sqlite;
+}
+mod kafka;
+mod layering;
+mod migrate;
+mod oracle;
+mod partitions;
+mod rights;
+mod sim;
+mod stories;
+mod windows;

@@ -75,7 +75,8 @@ maven() {
 free_port() {
     local port
     mkdir -p "$cache/ports"
-    find "$cache/ports" -type f -mmin +60 -delete
+    # Others may be deleting the same ones.
+    find "$cache/ports" -type f -mmin +60 -delete 2>/dev/null || true
     while true; do
         port=$((15000 + RANDOM % 16000))
         if ! port_answers "$port" && (set -o noclobber && : >"$cache/ports/$port") 2>/dev/null; then

@@ -26,6 +26,7 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
     select r.privilege || ' on outbox.' || r.name, has_table_privilege(c.oid, r.privilege),
            has_table_privilege(g.oid, c.oid, r.privilege), g.oid
       from (values ('events', 'select'), ('events_id_seq', 'select'), ('migrations', 'select'),
+                   ('incarnation', 'select'), ('incarnation', 'insert'),
                    ('cursors', 'select'), ('cursors', 'insert'), ('cursors', 'update'), ('cursors', 'delete'),
                    ('leases', 'select'), ('leases', 'insert'), ('leases', 'update'), ('leases', 'delete'),
                    ('parked', 'select'), ('parked', 'insert'), ('parked', 'update'), ('parked', 'delete'))

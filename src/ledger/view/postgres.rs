@@ -10,7 +10,7 @@ use super::{Books, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, b
 use crate::event::PipelineName;
 use crate::position::Snapshot;
 use crate::reason::reason;
-use crate::source::postgres::ask;
+use crate::source::postgres::{NEWEST_ID, ask};
 
 /// Cursors and leases, one row per pipeline and shard. A few rows in all: no index matters.
 const PIPELINES: &str = "
@@ -33,10 +33,6 @@ select coalesce(c.pipeline, l.pipeline) as pipeline,
                 then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
       from pg_control_system()) i
  order by 1, 2";
-
-/// A sequence that was never used says 1 all the same.
-const NEWEST: &str =
-    "select case when is_called then last_value else 0 end as newest_id from outbox.events_id_seq";
 
 /// What others have open. `pg_stat_activity` hides times from those who may not see them.
 const SERVER: &str = "
@@ -100,7 +96,7 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     let rows: Vec<PipelineRow> = ask::all(connection, PIPELINES)
         .await
         .context("read cursors and leases")?;
-    let Newest { newest_id } = ask::one(connection, NEWEST)
+    let Newest { newest_id } = ask::one(connection, &format!("select {NEWEST_ID} as newest_id"))
         .await
         .context("read the newest id")?;
     let mut pipelines = Vec::with_capacity(rows.len());

@@ -17,6 +17,10 @@ const FIELDS: i16 = 10;
 /// PostgreSQL counts time from 2000-01-01, Unix from 1970-01-01.
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every row is an event; a box each would cost more"
+)]
 pub(super) enum Row {
     Event(Event),
     Head { cur: Snapshot, ceiling: EventId },

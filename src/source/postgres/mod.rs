@@ -1,13 +1,14 @@
 //! Captures from PostgreSQL by snapshot windows. (*source* → order → route → encode → sink)
 //!
 //! Keeps no transaction, snapshot or cursor open between statements, uses no session feature in poll mode (so it works
-//! through a transaction-mode pooler), and never writes.
+//! through a transaction-mode pooler), and never writes; behind a backlog it ends an empty transaction to raise its floor.
 
 pub(crate) mod ask;
 mod copy;
 mod hint;
 mod statement;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +16,13 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use futures_util::StreamExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
 use self::copy::Row;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
+pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};
 use crate::event::{Event, EventId};
 use crate::position::{Position, Snapshot, Window};
@@ -30,6 +32,15 @@ const FIRST_PAGE_ROWS: usize = 500;
 
 /// The server may be silent for this long within a statement before the connection is given up as half-open.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// A statement looks at this many ids at least, and at twice the rows that it may return: what a wrong plan sorts.
+const IDS_MIN: i64 = 2_000;
+
+/// Where there are no rows for this window it looks further and further, up to this many ids in one statement.
+const IDS_MAX: i64 = 1_000_000;
+
+/// When the floor of the next window would lie this far below the newest id, it is raised before the window opens.
+const FLOOR_LAG_MAX: i64 = 100_000;
 
 /// How the source reaches the database.
 #[derive(Clone)]
@@ -65,6 +76,8 @@ pub struct PostgresSource {
     /// ids after the ceiling was read.
     safe_floor: EventId,
     page_rows: usize,
+    /// How often in a row a stretch of the window had no rows.
+    empty_stretches: u32,
 }
 
 impl PostgresSource {
@@ -88,42 +101,47 @@ impl PostgresSource {
             at: Position::beginning(),
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
+            empty_stretches: 0,
         }
     }
 
-    async fn read(&mut self, limits: PageLimits) -> Result<Page, anyhow::Error> {
-        let rows_max = self.page_rows.min(limits.rows).max(1);
-        let opens = self.at.at_end_of_window();
-        let statement = if opens {
-            statement::open_window(&self.at.window, rows_max)
+    /// The statement that the next capture sends; for the tests of its plan.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn statement(&self, limits: PageLimits) -> String {
+        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
+        if self.at.at_end_of_window() {
+            statement::open_window(&self.at.window, rows_max, ids_max)
         } else {
-            statement::next_page(&self.at, rows_max)
-        };
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => connect(&self.options).await?,
-        };
-        let read = fetch(&mut connection, &statement, limits.bytes).await?;
-        if read.complete {
-            self.connection = Some(connection);
-        } else {
-            // The rest of the answer is on its way and not wanted; reading it would cost its whole size.
-            drop(connection);
+            statement::next_page(&self.at, rows_max, ids_max)
         }
-        let window = if opens {
-            let (cur, ceiling) = read
-                .head
-                .context("open a window: the server sent no snapshot")?;
-            Arc::new(Window {
-                prev: self.at.window.cur.clone(),
-                cur,
-                floor: self.at.window.next_floor,
-                ceiling: ceiling.max(self.at.window.next_floor),
-                next_floor: self.safe_floor.max(self.at.window.next_floor),
-            })
-        } else {
-            self.at.window.clone()
-        };
+    }
+
+    fn rows_max(&self, limits: PageLimits) -> usize {
+        self.page_rows.min(limits.rows).max(1)
+    }
+
+    fn ids_max(&self, limits: PageLimits) -> i64 {
+        let enough = i64::try_from(self.rows_max(limits)).map_or(IDS_MAX, |rows| rows * 2);
+        let base = enough.clamp(IDS_MIN, IDS_MAX);
+        (base << self.empty_stretches.min(16)).min(IDS_MAX)
+    }
+
+    /// Reads one stretch of the log: a page of it, or nothing, which is not the end unless the page says so.
+    async fn read(&mut self, limits: PageLimits) -> Result<Page, anyhow::Error> {
+        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
+        let opens = self.at.at_end_of_window();
+        let mut read = self.fetch(limits).await?;
+        let mut window = self.at.window.clone();
+        if opens {
+            window = self.opened(&read)?;
+            if window.ceiling.0 - window.next_floor.0 > FLOOR_LAG_MAX {
+                // The window after this one would look at all the rows of this one again.
+                self.raise_floor(window.ceiling).await?;
+                read = self.fetch(limits).await?;
+                window = self.opened(&read)?;
+            }
+        }
         // Everything after relies on the order: better no page than a wrong one.
         ensure!(
             read.events.is_sorted_by(|a, b| a.id < b.id),
@@ -133,17 +151,81 @@ impl PostgresSource {
         );
         let full = !read.complete || read.events.len() >= rows_max;
         self.adapt_page_rows(read.events.len(), read.bytes, limits, full);
+        let after = if opens {
+            window.floor
+        } else {
+            self.at.last_id.max(window.floor)
+        };
         let last_id = match read.events.last() {
             Some(event) if full => event.id,
-            _ => window.ceiling,
+            _ => EventId(after.0.saturating_add(ids_max)).min(window.ceiling),
+        };
+        self.empty_stretches = if read.events.is_empty() {
+            self.empty_stretches.saturating_add(1)
+        } else {
+            0
         };
         let end = Position { window, last_id };
+        // An older window does not know what came after it.
+        let more = !opens || !end.at_end_of_window();
         self.at = end.clone();
         Ok(Page {
             events: read.events,
             end,
-            more: full,
+            more,
         })
+    }
+
+    async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {
+        let statement = self.statement(limits);
+        let mut connection = self.connected().await?;
+        let read = fetch(&mut connection, &statement, limits.bytes).await?;
+        if read.complete {
+            self.connection = Some(connection);
+        } else {
+            // The rest of the answer is on its way and not wanted; reading it would cost its whole size.
+            drop(connection);
+        }
+        Ok(read)
+    }
+
+    async fn connected(&mut self) -> Result<PgConnection, anyhow::Error> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => connect(&self.options).await,
+        }
+    }
+
+    /// The window that follows the one that is done with.
+    fn opened(&self, read: &Read) -> Result<Arc<Window>, anyhow::Error> {
+        let before = &self.at.window;
+        let (cur, ceiling) = read
+            .head
+            .as_ref()
+            .context("open a window: the server sent no snapshot")?;
+        Ok(Arc::new(Window {
+            prev: before.cur.clone(),
+            cur: cur.clone(),
+            floor: before.next_floor,
+            ceiling: (*ceiling).max(before.next_floor),
+            next_floor: self.safe_floor.max(before.next_floor),
+        }))
+    }
+
+    /// Ends a transaction that has an id, which is what makes a ceiling that was read before a floor for snapshots that
+    /// are taken after. Otherwise the cursor's write does.
+    async fn raise_floor(&mut self, ceiling: EventId) -> Result<(), anyhow::Error> {
+        let mut connection = self.connected().await?;
+        timeout(
+            SILENCE_MAX,
+            connection.execute(sqlx::raw_sql("select pg_current_xact_id()")),
+        )
+        .await
+        .map_err(|_| silent())?
+        .context("take a transaction id")?;
+        self.connection = Some(connection);
+        self.safe_floor = self.safe_floor.max(ceiling);
+        Ok(())
     }
 
     /// Grows while pages stay well under the byte limit, shrinks to what would have fitted when they don't.
@@ -158,7 +240,10 @@ impl PostgresSource {
 impl Source for PostgresSource {
     fn seek(&mut self, position: Position) {
         self.at = position;
+        // The position may be that of a database that was restored, where the ids that were seen are still to come.
+        self.safe_floor = EventId(0);
         self.page_rows = FIRST_PAGE_ROWS;
+        self.empty_stretches = 0;
     }
 
     async fn capture(
@@ -169,9 +254,13 @@ impl Source for PostgresSource {
         // Whatever is missed while reading, a hint that came before is answered by this read.
         self.hints.looked();
         self.safe_floor = self.safe_floor.max(acknowledged.window.ceiling);
-        let page = self.read(limits).await.map_err(classify)?;
-        self.hints.found(page.events.len());
-        Ok(page)
+        loop {
+            let page = self.read(limits).await.map_err(classify)?;
+            if !page.events.is_empty() || !page.more {
+                self.hints.found(page.events.len());
+                return Ok(page);
+            }
+        }
     }
 
     async fn wake(&mut self) {
@@ -187,6 +276,10 @@ struct Read {
     complete: bool,
 }
 
+fn silent() -> anyhow::Error {
+    anyhow!("the database sent nothing for {} s", SILENCE_MAX.as_secs())
+}
+
 async fn fetch(
     connection: &mut PgConnection,
     statement: &str,
@@ -198,7 +291,6 @@ async fn fetch(
         bytes: 0,
         complete: false,
     };
-    let silent = || anyhow!("the database sent nothing for {} s", SILENCE_MAX.as_secs());
     let mut answer = timeout(SILENCE_MAX, connection.copy_out_raw(statement))
         .await
         .map_err(|_| silent())?
@@ -210,9 +302,14 @@ async fn fetch(
     {
         match decoder.decode(chunk.context("read the outbox")?)? {
             Some(Row::Event(event)) => {
-                read.bytes += event.size_bytes();
+                let bytes = read.bytes + event.size_bytes();
+                // One too many is left for the next page; it is read again then.
+                if bytes > bytes_max && !read.events.is_empty() {
+                    return Ok(read);
+                }
+                read.bytes = bytes;
                 read.events.push(event);
-                if read.bytes >= bytes_max {
+                if bytes >= bytes_max {
                     return Ok(read);
                 }
             }
@@ -254,7 +351,7 @@ pub(crate) fn classify(error: anyhow::Error) -> SourceError {
     let code = error
         .chain()
         .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-            Some(sqlx::Error::Database(error)) => error.code().map(|code| code.into_owned()),
+            Some(sqlx::Error::Database(error)) => error.code().map(Cow::into_owned),
             _ => None,
         });
     match code.as_deref().and_then(|code| code.get(..2)) {

@@ -1,0 +1,320 @@
+//! One producer, from its creation to its end.
+//!
+//! librdkafka forgets nothing by itself and never forgives a fatal error, so that a new life needs a new producer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::{
+    BaseRecord, NoCustomPartitioner, Producer, ProducerContext, PurgeConfig, ThreadedProducer,
+};
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
+
+use super::{Receipt, Refused, SinkError, log_librdkafka, not_set_up};
+use crate::event::{Rejection, Seq};
+
+/// How long a dying producer may take to say what became of the rest.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A producer and what it says.
+pub(super) struct Life {
+    pub(super) producer: ThreadedProducer<Context, NoCustomPartitioner>,
+    pub(super) trouble: Arc<watch::Sender<Option<String>>>,
+    news: mpsc::UnboundedReceiver<News>,
+    received: Vec<News>,
+    /// Records handed over about which nothing has been said.
+    outstanding: usize,
+    /// Set once a record has failed, or everything.
+    dying: Option<Dying>,
+    /// So many records are still to be sent one by one, each a batch of its own; `None` is the usual way.
+    one_by_one: Option<usize>,
+    /// So many records has the next life to send one by one, to find the one that the broker refuses.
+    pub(super) suspects: Option<usize>,
+}
+
+/// What is known while a producer dies.
+struct Dying {
+    reason: String,
+    failed: Vec<(Seq, Code)>,
+    until: Instant,
+}
+
+/// What librdkafka says.
+enum News {
+    Delivered(Seq),
+    Failed(Seq, Code),
+    /// Something else is wrong, perhaps for good.
+    Trouble,
+}
+
+/// Runs on librdkafka's polling thread; only passes on what happened.
+pub(super) struct Context {
+    news: mpsc::UnboundedSender<News>,
+    trouble: Arc<watch::Sender<Option<String>>>,
+}
+
+impl Context {
+    fn tell(&self, news: News) {
+        // The receiver is gone when a life has ended: nobody waits for this.
+        let _ = self.news.send(news);
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_librdkafka(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        let code = error.rdkafka_error_code();
+        let text = match code {
+            Some(code) => format!("{code}: {reason}"),
+            None => reason.to_owned(),
+        };
+        self.trouble.send_if_modified(|trouble| {
+            // That all of them are down says less than why the last one is.
+            let known = code == Some(Code::AllBrokersDown) && trouble.is_some();
+            if !known {
+                *trouble = Some(text);
+            }
+            !known
+        });
+        self.tell(News::Trouble);
+    }
+}
+
+impl ProducerContext for Context {
+    /// A sequence number, carried as a pointer's bits: nothing is allocated per record.
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, opaque: usize) {
+        let seq = Seq(opaque as u64);
+        self.tell(match result {
+            Ok(_) => News::Delivered(seq),
+            Err((KafkaError::MessageProduction(code), _)) => News::Failed(seq, *code),
+            Err(_) => News::Failed(seq, Code::Unknown),
+        });
+    }
+}
+
+impl Life {
+    /// A life whose first records are sent one by one, if so many are given.
+    pub(super) fn begin(
+        config: &ClientConfig,
+        one_by_one: Option<usize>,
+    ) -> Result<Self, SinkError> {
+        let (sender, news) = mpsc::unbounded_channel();
+        let trouble = Arc::new(watch::Sender::new(None));
+        let context = Context {
+            news: sender,
+            trouble: trouble.clone(),
+        };
+        let producer = config.create_with_context(context).map_err(not_set_up)?;
+        Ok(Self {
+            producer,
+            trouble,
+            news,
+            received: Vec::new(),
+            outstanding: 0,
+            dying: None,
+            one_by_one,
+            suspects: None,
+        })
+    }
+
+    /// Returns when nothing that is queued will be sent any more.
+    pub(super) async fn end(self) {
+        let producer = self.producer;
+        // Both wait for librdkafka's threads, which may be looking a name up.
+        let purged = spawn_blocking(move || {
+            purge(&producer);
+            producer
+        });
+        if let Ok(producer) = purged.await {
+            spawn_blocking(move || drop(producer));
+        }
+    }
+
+    pub(super) fn hand_over(
+        &mut self,
+        record: BaseRecord<'_, [u8], [u8], usize>,
+    ) -> Result<(), Refused> {
+        match self.producer.send(record) {
+            Ok(()) => {
+                self.outstanding += 1;
+                Ok(())
+            }
+            Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),
+            // The receipts say why.
+            Err((KafkaError::MessageProduction(Code::Fatal), _)) if self.owes_receipts() => {
+                Err(Refused::Full)
+            }
+            Err((KafkaError::MessageProduction(code), _)) if refused_for_good(code) => {
+                Err(Refused::Rejected(Rejection::new(code.to_string())))
+            }
+            Err((error, _)) => Err(Refused::Broken(SinkError(
+                self.with_trouble(error.to_string()),
+            ))),
+        }
+    }
+
+    fn owes_receipts(&self) -> bool {
+        let failed = |dying: &Dying| !dying.failed.is_empty();
+        self.outstanding > 0 || self.dying.as_ref().is_some_and(failed)
+    }
+
+    /// As [`Sink::receipts`](super::Sink::receipts).
+    pub(super) async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        const AT_ONCE: usize = 8192;
+        let known = into.len();
+        loop {
+            if let Some(dying) = &self.dying {
+                let over = self.outstanding == 0 || Instant::now() >= dying.until;
+                if over && into.len() > known {
+                    return Ok(());
+                } else if over {
+                    return self.last_receipts(into);
+                }
+            }
+            let until = self.dying.as_ref().map(|dying| dying.until);
+            let received = self.news.recv_many(&mut self.received, AT_ONCE);
+            match until {
+                None => drop(received.await),
+                Some(until) => drop(timeout_at(until, received).await),
+            }
+            self.note(into);
+            if self.dying.is_none() && into.len() > known {
+                self.trouble
+                    .send_if_modified(|trouble| trouble.take().is_some());
+                self.acquit(into.len() - known);
+                return Ok(());
+            }
+        }
+    }
+
+    fn note(&mut self, into: &mut Vec<Receipt>) {
+        for news in self.received.drain(..) {
+            let (reason, failed) = match news {
+                News::Delivered(seq) => {
+                    self.outstanding -= 1;
+                    into.push(Receipt::Delivered(seq));
+                    continue;
+                }
+                News::Failed(seq, code) => {
+                    self.outstanding -= 1;
+                    (code.to_string(), Some((seq, code)))
+                }
+                // After a fatal error nothing is sent any more, and without a message timeout nothing is said about it.
+                News::Trouble => match self.producer.client().fatal_error() {
+                    Some((code, reason)) => (format!("{code}: {reason}"), None),
+                    None => continue,
+                },
+            };
+            let dying = self.dying.get_or_insert_with(|| {
+                // Makes it say what became of the rest.
+                let producer = self.producer.clone();
+                spawn_blocking(move || purge(&producer));
+                Dying {
+                    reason,
+                    failed: Vec::new(),
+                    until: Instant::now() + LAST_WORDS,
+                }
+            });
+            dying.failed.extend(failed);
+        }
+    }
+
+    /// Which records are to blame for the end, if any.
+    fn last_receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        let lost = || SinkError("the Kafka producer is dead".to_owned());
+        let Dying { reason, failed, .. } = self.dying.as_mut().ok_or_else(lost)?;
+        let failed = std::mem::take(failed);
+        let refused: Vec<(Seq, Code)> = failed
+            .iter()
+            .copied()
+            .filter(|(_, code)| refused_for_good(*code))
+            .collect();
+        // A broker refuses a batch as a whole. With several culprits it names them, and librdkafka tells them from the
+        // rest; with one, librdkafka blames all of the batch (2.12.1), so that only a record alone is surely to blame.
+        let others_named = failed
+            .iter()
+            .any(|(_, code)| *code == Code::InvalidDifferentRecord);
+        let alone = self.one_by_one.is_some() || refused.len() == 1;
+        let blamed: Vec<Receipt> = refused
+            .iter()
+            .filter(|(_, code)| {
+                alone || of_the_topic(*code) || (others_named && *code == Code::InvalidRecord)
+            })
+            .map(|(seq, code)| Receipt::Rejected(*seq, Rejection::new(code.to_string())))
+            .collect();
+        if !blamed.is_empty() {
+            into.extend(blamed);
+            return Ok(());
+        }
+        let mut reason = std::mem::take(reason);
+        if let Some((_, code)) = refused.first() {
+            let seqs = failed.iter().map(|(seq, _)| seq.0);
+            self.suspects = seqs.clone().max().zip(seqs.min()).map(|(last, first)| {
+                usize::try_from(last - first + 1).expect("64-bit platforms only")
+            });
+            reason = format!(
+                "{code}: one of {} records, which are sent one by one now",
+                refused.len()
+            );
+        }
+        Err(SinkError(self.with_trouble(reason)))
+    }
+
+    /// Once all suspects have been delivered, one by one, there is no reason any more to be slow.
+    fn acquit(&mut self, delivered: usize) {
+        let Some(left) = &mut self.one_by_one else {
+            return;
+        };
+        *left = left.saturating_sub(delivered);
+        if *left == 0 {
+            self.dying = Some(Dying {
+                reason: "every record was accepted alone, sending in batches again".to_owned(),
+                failed: Vec::new(),
+                until: Instant::now(),
+            });
+        }
+    }
+
+    /// Adds what librdkafka last complained about.
+    pub(super) fn with_trouble(&self, reason: String) -> String {
+        match &*self.trouble.borrow() {
+            Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
+            _ => reason,
+        }
+    }
+}
+
+fn purge(producer: &ThreadedProducer<Context, NoCustomPartitioner>) {
+    producer.purge(PurgeConfig::default().queue().inflight());
+}
+
+/// Whether the broker refuses a record itself, now and for ever; everything else may pass.
+fn refused_for_good(code: Code) -> bool {
+    of_the_topic(code)
+        || matches!(
+            code,
+            Code::MessageSizeTooLarge
+                | Code::InvalidMessageSize
+                | Code::InvalidRecord
+                | Code::InvalidTimestamp
+        )
+}
+
+/// Whether it refuses every record of the topic.
+fn of_the_topic(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidTopic | Code::PolicyViolation | Code::TopicAuthorizationFailed
+    )
+}

@@ -1,0 +1,190 @@
+//! Publishes to Apache Kafka through librdkafka. (source → order → route → encode → *sink*)
+//!
+//! Never retries a record behind the loop's back, never waits in the hand-over, and never turns an outage into a
+//! rejection: with no message timeout librdkafka itself retries for ever, in order.
+
+mod life;
+mod settings;
+mod topic;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, Producer};
+use tokio::task::spawn_blocking;
+
+use self::life::Life;
+pub use self::settings::{Sasl, Settings, Tls, Topics};
+use self::topic::{MESSAGE_BYTES_DEFAULT, Topic};
+use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use crate::event::{Record, Rejection, Seq};
+
+/// For the question whether anybody answers.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A Kafka cluster.
+pub struct KafkaSink {
+    settings: Settings,
+    life: Option<Life>,
+    topics: HashMap<String, Topic>,
+    /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
+    batch_bytes: usize,
+}
+
+impl fmt::Debug for KafkaSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KafkaSink")
+            .field("brokers", &self.settings.brokers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl KafkaSink {
+    /// A sink that connects when it is opened.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            life: None,
+            topics: HashMap::new(),
+            batch_bytes: MESSAGE_BYTES_DEFAULT,
+        }
+    }
+}
+
+impl Sink for KafkaSink {
+    async fn open(&mut self) -> Result<(), SinkError> {
+        self.topics.clear();
+        let mut one_by_one = None;
+        if let Some(life) = self.life.take() {
+            one_by_one = life.suspects;
+            life.end().await;
+        }
+        let config = match one_by_one {
+            None => self.settings.producer(self.batch_bytes),
+            Some(_) => self.settings.producer_one_by_one(),
+        };
+        self.life = Some(Life::begin(&config, one_by_one)?);
+        Ok(())
+    }
+
+    async fn check(&mut self) -> Result<(), SinkError> {
+        let life = self.life.as_ref().ok_or_else(not_open)?;
+        let producer = life.producer.clone();
+        // librdkafka waits in the call; the answer comes from any broker that it reaches.
+        let asked = spawn_blocking(move || {
+            producer
+                .client()
+                .fetch_metadata(None, CHECK_TIMEOUT)
+                .map(drop)
+        });
+        match asked.await {
+            Ok(Err(error)) => Err(SinkError(life.with_trouble(format!(
+                "no answer from Kafka at {}: {error}",
+                self.settings.brokers
+            )))),
+            Ok(Ok(())) => {
+                life.trouble.send_replace(None);
+                Ok(())
+            }
+            Err(_) => Err(not_open()),
+        }
+    }
+
+    async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
+        let life = self.life.as_ref().ok_or_else(not_open);
+        let life = life.map_err(NotPrepared::Unknown)?;
+        let found = topic::find_or_create(&self.settings, name).await;
+        let topic = found.map_err(|error| match error {
+            NotPrepared::Unknown(SinkError(why)) => {
+                NotPrepared::Unknown(SinkError(life.with_trouble(why)))
+            }
+            rejected @ NotPrepared::Rejected(_) => rejected,
+        })?;
+        if topic.message_bytes_max < self.batch_bytes {
+            self.batch_bytes = topic.message_bytes_max;
+            return Err(NotPrepared::Unknown(SinkError(format!(
+                "topic {name} takes {} bytes at most: starting again with smaller batches",
+                topic.message_bytes_max
+            ))));
+        }
+        self.topics.insert(name.to_owned(), topic);
+        Ok(())
+    }
+
+    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
+        let Some(topic) = self.topics.get_mut(&*record.topic) else {
+            return Err(Refused::Unprepared);
+        };
+        let bytes = record.size_bytes();
+        topic.admit(record, bytes).map_err(Refused::Rejected)?;
+        let queue_bytes = self.settings.queue_bytes.as_u64();
+        if bytes as u64 > queue_bytes {
+            return Err(Refused::Rejected(Rejection::new(format!(
+                "the record has {bytes} bytes, the queue takes {queue_bytes} (sink.kafka.queue_bytes)"
+            ))));
+        }
+        let Some(life) = &mut self.life else {
+            return Err(Refused::Broken(not_open()));
+        };
+        let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
+        for (key, value) in &record.headers {
+            headers = headers.insert(Header {
+                key,
+                value: value.as_deref(),
+            });
+        }
+        let message = BaseRecord::<[u8], [u8], usize> {
+            topic: &record.topic,
+            partition: None,
+            payload: record.value.as_deref(),
+            key: record.key.as_deref(),
+            // Librdkafka takes 0 for "not set" and puts in the present.
+            timestamp: Some(record.timestamp_ms.max(1)),
+            headers: Some(headers),
+            delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
+        };
+        life.hand_over(message)
+    }
+
+    async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
+        match &mut self.life {
+            Some(life) => life.receipts(into).await,
+            None => Err(not_open()),
+        }
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.life.as_ref()?.trouble.borrow().clone()
+    }
+}
+
+fn not_open() -> SinkError {
+    SinkError("the Kafka producer is not open".to_owned())
+}
+
+/// Leaves out the value of a property, which may be a secret.
+fn not_set_up(error: KafkaError) -> SinkError {
+    let reason = match error {
+        KafkaError::ClientConfig(_, reason, name, _) => format!("{reason} ({name})"),
+        error => error.to_string(),
+    };
+    SinkError(format!("set up the Kafka client: {reason}"))
+}
+
+fn log_librdkafka(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        // What librdkafka calls an error, such as a refused connection, mends itself: the pipeline's state is what counts.
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            tracing::warn!(facility, "librdkafka: {message}");
+        }
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
+            tracing::info!(facility, "librdkafka: {message}");
+        }
+        _ => tracing::debug!(facility, "librdkafka: {message}"),
+    }
+}

@@ -1,0 +1,220 @@
+//! What can be set about Kafka, and what librdkafka is told.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+/// The widest that librdkafka can be set to; the topic's own limit is checked before.
+const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
+
+/// How the sink reaches Kafka and what its topics look like.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `host:port`, separated by commas.
+    pub brokers: String,
+    /// How this client names itself to the brokers.
+    pub client_id: String,
+    /// `none`, `lz4`, `zstd`, `snappy` or `gzip`.
+    pub compression: String,
+    /// How long a record waits for others to share its batch.
+    #[serde(with = "humantime_serde")]
+    pub linger: Duration,
+    /// Records that librdkafka queues at most.
+    pub queue_records: usize,
+    /// Bytes that librdkafka queues at most.
+    pub queue_bytes: bytesize::ByteSize,
+    /// Topics that do not exist.
+    pub topics: Topics,
+    /// Encryption of the connection.
+    pub tls: Tls,
+    /// Authentication.
+    pub sasl: Sasl,
+    /// Any librdkafka property; wins over everything above.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// What happens to topics that do not exist.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Topics {
+    /// Whether they are created.
+    pub create: bool,
+    /// With how many partitions.
+    pub partitions: i32,
+    /// On how many brokers each.
+    pub replication_factor: i32,
+    /// Topic settings such as `cleanup.policy`.
+    pub config: BTreeMap<String, String>,
+}
+
+/// TLS to the brokers; the brokers' certificates are always verified.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// Whether to use it.
+    pub enabled: bool,
+    /// PEM file with the authorities to trust; the system's when absent.
+    pub ca_file: Option<PathBuf>,
+    /// PEM file with this client's certificate.
+    pub certificate_file: Option<PathBuf>,
+    /// PEM file with this client's key.
+    pub key_file: Option<PathBuf>,
+    /// The password of the key.
+    pub key_password: Option<SecretString>,
+}
+
+/// SASL authentication.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sasl {
+    /// `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512` or `OAUTHBEARER`; none when absent.
+    pub mechanism: Option<String>,
+    /// The user.
+    pub username: Option<String>,
+    /// Its password.
+    pub password: Option<SecretString>,
+    /// A file with the password, instead of `password`.
+    pub password_file: Option<PathBuf>,
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            brokers,
+            client_id,
+            compression,
+            linger,
+            queue_records,
+            queue_bytes,
+            topics,
+            tls,
+            sasl,
+            properties,
+        } = self;
+        f.debug_struct("Settings")
+            .field("brokers", brokers)
+            .field("client_id", client_id)
+            .field("compression", compression)
+            .field("linger", linger)
+            .field("queue_records", queue_records)
+            .field("queue_bytes", queue_bytes)
+            .field("topics", topics)
+            .field("tls", tls)
+            .field("sasl", sasl)
+            // Some of the values are secrets, such as sasl.password.
+            .field("properties", &properties.keys().collect::<Vec<_>>())
+            .finish()
+    }
+}
+
+impl Settings {
+    /// For questions.
+    pub(crate) fn client(&self) -> ClientConfig {
+        self.with_properties(self.connection())
+    }
+
+    fn connection(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &self.brokers)
+            .set("client.id", &self.client_id)
+            // A lost broker is looked for often at first, and never less than once a second.
+            .set("reconnect.backoff.ms", "100")
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("log.connection.close", "false")
+            // A broker would choose the number of partitions: topics are created on purpose or not at all.
+            .set("allow.auto.create.topics", "false")
+            .set_log_level(RDKafkaLogLevel::Info);
+        let (tls, sasl) = (&self.tls, &self.sasl);
+        let protocol = match (tls.enabled, sasl.mechanism.is_some()) {
+            (false, false) => "plaintext",
+            (true, false) => "ssl",
+            (false, true) => "sasl_plaintext",
+            (true, true) => "sasl_ssl",
+        };
+        config.set("security.protocol", protocol);
+        let mut set = |name: &str, value: Option<&str>| {
+            if let Some(value) = value {
+                config.set(name, value);
+            }
+        };
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.to_string_lossy().into_owned());
+        if tls.enabled {
+            let ca_file = path(&tls.ca_file);
+            // The built-in OpenSSL does not know where this system keeps its authorities.
+            set("ssl.ca.location", ca_file.as_deref().or(Some("probe")));
+        }
+        set(
+            "ssl.certificate.location",
+            path(&tls.certificate_file).as_deref(),
+        );
+        set("ssl.key.location", path(&tls.key_file).as_deref());
+        set(
+            "ssl.key.password",
+            tls.key_password.as_ref().map(ExposeSecret::expose_secret),
+        );
+        set("sasl.mechanism", sasl.mechanism.as_deref());
+        set("sasl.username", sasl.username.as_deref());
+        set(
+            "sasl.password",
+            sasl.password.as_ref().map(ExposeSecret::expose_secret),
+        );
+        config
+    }
+
+    /// For records, in batches of at most so many bytes.
+    pub(super) fn producer(&self, batch_bytes: usize) -> ClientConfig {
+        let mut config = self.connection();
+        config
+            .set("acks", "all")
+            .set("enable.idempotence", "true")
+            // A record that fails for good must not be followed by later ones of its partition.
+            .set("enable.gapless.guarantee", "true")
+            // The partition that a Java producer picks for the same key; librdkafka's own default is another.
+            .set("partitioner", "murmur2_random")
+            .set("compression.type", &self.compression)
+            .set(
+                "linger.ms",
+                (self.linger.as_secs_f64() * 1000.0).to_string(),
+            )
+            .set(
+                "queue.buffering.max.messages",
+                self.queue_records.to_string(),
+            )
+            .set(
+                "queue.buffering.max.kbytes",
+                self.queue_bytes.as_u64().div_ceil(1024).to_string(),
+            )
+            .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
+            .set("batch.size", batch_bytes.to_string())
+            .set("batch.num.messages", "10000")
+            // An outage never rejects an event: no limit.
+            .set("message.timeout.ms", "0")
+            // A topic is used only once its existence is known, so that a missing one has been deleted.
+            .set("topic.metadata.propagation.max.ms", "2000")
+            .set("topic.metadata.refresh.interval.ms", "30000");
+        self.with_properties(config)
+    }
+
+    /// For records, each in a batch of its own and no two at once: when one is refused, nothing else is.
+    pub(super) fn producer_one_by_one(&self) -> ClientConfig {
+        let mut config = self.producer(MESSAGE_BYTES_MAX);
+        config
+            .set("batch.num.messages", "1")
+            .set("max.in.flight.requests.per.connection", "1");
+        config
+    }
+
+    fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {
+        for (name, value) in &self.properties {
+            config.set(name, value);
+        }
+        config
+    }
+}

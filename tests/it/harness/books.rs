@@ -1,0 +1,60 @@
+//! Logs with books beside them.
+
+use outbox_relay::ledger::postgres::PostgresLedger;
+use outbox_relay::ledger::sqlite::SqliteLedger;
+use outbox_relay::ledger::{Ledger, Settings};
+
+use super::log::{Log, PolledPostgres, SqliteLog};
+
+/// A log with books beside it.
+pub trait Books: Log {
+    type Ledger: Ledger + 'static;
+
+    fn ledger(&self, settings: Settings) -> Self::Ledger;
+
+    /// The parked events of the pipeline in the order of their ids: payload, encoded payload, headers and error.
+    async fn parked(&mut self) -> Vec<ParkedRow>;
+}
+
+pub type ParkedRow = (
+    i64,
+    Option<String>,
+    Option<Vec<u8>>,
+    Option<String>,
+    Option<String>,
+);
+
+impl Books for SqliteLog {
+    type Ledger = SqliteLedger;
+
+    fn ledger(&self, settings: Settings) -> SqliteLedger {
+        SqliteLedger::new(self.file.options.clone(), settings)
+    }
+
+    async fn parked(&mut self) -> Vec<ParkedRow> {
+        let mut connection = self.file.connect().await;
+        sqlx::query_as(
+            "select id, payload, payload_bytes, headers, error from outbox_parked order by id",
+        )
+        .fetch_all(&mut connection)
+        .await
+        .unwrap()
+    }
+}
+
+impl Books for PolledPostgres {
+    type Ledger = PostgresLedger;
+
+    fn ledger(&self, settings: Settings) -> PostgresLedger {
+        PostgresLedger::new(self.database.options.clone(), settings)
+    }
+
+    async fn parked(&mut self) -> Vec<ParkedRow> {
+        sqlx::query_as(
+            "select id, payload::text, payload_bytes, headers::text, error from outbox.parked order by id",
+        )
+        .fetch_all(&self.database.pool)
+        .await
+        .unwrap()
+    }
+}

@@ -1,0 +1,254 @@
+//! A broker that goes away and comes back: nothing is lost, reordered or rejected, and nobody has to help.
+
+use std::time::{Duration, Instant};
+
+use outbox_relay::event::{Record, Seq};
+use outbox_relay::sink::kafka::KafkaSink;
+use outbox_relay::sink::{Receipt, Refused, Sink};
+use tokio::time::{sleep, timeout};
+
+use super::cluster::{
+    LONG, OwnBroker, assert_complete_and_in_order, consume, delivered, open, opened, publish,
+    record, settings, topic,
+};
+
+const RECORDS: u64 = 20_000;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_killed_in_the_middle_costs_nothing_but_time() {
+    const TEST: &str = "kafka::outage::a_broker_killed_in_the_middle_costs_nothing_but_time";
+    let Some(mut broker) = OwnBroker::start(TEST).await else {
+        return;
+    };
+    let brokers = broker.brokers().to_owned();
+    let topic = topic("killed");
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    let mut receipts = Vec::new();
+    let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, RECORDS / 4).await;
+    broker.signal("KILL");
+    // More is handed over, as far as there is room; nothing is refused and nothing gives up.
+    let down = Instant::now();
+    let mut seq = handed_over;
+    while down.elapsed() < Duration::from_secs(3) {
+        match sink.hand_over(Seq(seq), &numbered(&topic, seq)) {
+            Ok(()) => seq += 1,
+            Err(Refused::Full) => {
+                let wait = Duration::from_millis(50);
+                if let Ok(received) = timeout(wait, sink.receipts(&mut receipts)).await {
+                    received.expect("an outage is not the end");
+                }
+            }
+            Err(refused) => panic!("{refused:?}"),
+        }
+        if seq == RECORDS {
+            sleep(Duration::from_millis(50)).await;
+            break;
+        }
+    }
+    let trouble = wait_for_trouble(&sink).await;
+    println!("{} of {seq} confirmed, trouble: {trouble}", receipts.len());
+    assert!(
+        receipts.len() < usize::try_from(RECORDS).expect("few"),
+        "it was quicker than the kill"
+    );
+    broker.start_again();
+    let up = Instant::now();
+    hand_over_until(&mut sink, &topic, seq, &mut receipts, RECORDS).await;
+    println!(
+        "first receipt {:?} after the broker is back",
+        first_receipt(&mut sink, &mut receipts, up).await
+    );
+    delivered(
+        &mut sink,
+        &mut receipts,
+        usize::try_from(RECORDS).expect("few"),
+    )
+    .await;
+    println!("all receipts {:?} after the broker is back", up.elapsed());
+    assert!(up.elapsed() < Duration::from_secs(15), "{:?}", up.elapsed());
+    assert_eq!(sink.trouble(), None);
+    let arrived = consume(&brokers, &topic).await;
+    assert_eq!(
+        arrived.len(),
+        usize::try_from(RECORDS).expect("few"),
+        "each of them once"
+    );
+    assert_complete_and_in_order(&arrived, RECORDS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_hangs_costs_nothing_but_time() {
+    const TEST: &str = "kafka::outage::a_broker_that_hangs_costs_nothing_but_time";
+    let Some(broker) = OwnBroker::start(TEST).await else {
+        return;
+    };
+    let brokers = broker.brokers().to_owned();
+    let topic = topic("hangs");
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    let mut receipts = Vec::new();
+    let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, 5_000).await;
+    broker.signal("STOP");
+    let began = Instant::now();
+    let error = sink.check().await.expect_err("nobody answers");
+    println!("check() after {:?}: {error}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(4), "{error}");
+    let late = timeout(
+        Duration::from_secs(8).saturating_sub(began.elapsed()),
+        async {
+            loop {
+                sink.receipts(&mut receipts)
+                    .await
+                    .expect("an outage is not the end");
+            }
+        },
+    );
+    late.await.expect_err("a loop");
+    broker.signal("CONT");
+    let up = Instant::now();
+    hand_over_until(&mut sink, &topic, handed_over, &mut receipts, RECORDS).await;
+    delivered(
+        &mut sink,
+        &mut receipts,
+        usize::try_from(RECORDS).expect("few"),
+    )
+    .await;
+    println!("all receipts {:?} after the broker goes on", up.elapsed());
+    sink.check().await.expect("somebody answers");
+    let arrived = consume(&brokers, &topic).await;
+    assert_eq!(
+        arrived.len(),
+        usize::try_from(RECORDS).expect("few"),
+        "each of them once"
+    );
+    assert_complete_and_in_order(&arrived, RECORDS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_is_down_at_first_is_found_when_it_comes() {
+    const TEST: &str = "kafka::outage::a_broker_that_is_down_at_first_is_found_when_it_comes";
+    let Some(mut broker) = OwnBroker::start(TEST).await else {
+        return;
+    };
+    let brokers = broker.brokers().to_owned();
+    broker.stop();
+    let mut sink = KafkaSink::new(settings(&brokers));
+    sink.open().await.expect("opening needs nobody");
+    let began = Instant::now();
+    let error = sink.check().await.expect_err("nobody answers").to_string();
+    println!("check() after {:?}: {error}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(4), "{error}");
+    assert!(error.contains("Connection refused"), "{error}");
+    broker.start_again();
+    let up = Instant::now();
+    while sink.check().await.is_err() {}
+    println!("check() works {:?} after the broker is there", up.elapsed());
+    assert!(up.elapsed() < Duration::from_secs(4), "{:?}", up.elapsed());
+    let topic = topic("late");
+    open(&mut sink, &[&topic]).await;
+    publish(&mut sink, &[record(&topic, b"a", b"1")]).await;
+    assert_eq!(sink.trouble(), None);
+}
+
+/// Opening, closing and dropping must not hold up the thread that runs the loop, whether a broker answers or not.
+#[tokio::test]
+async fn beginning_and_ending_a_life_takes_no_time() {
+    const TEST: &str = "kafka::outage::beginning_and_ending_a_life_takes_no_time";
+    let Some(brokers) = super::cluster::brokers(TEST) else {
+        return;
+    };
+    for brokers in [brokers.as_str(), "127.0.0.1:1"] {
+        let mut sink = KafkaSink::new(settings(brokers));
+        for life in 0..4 {
+            let began = Instant::now();
+            sink.open().await.expect("open");
+            println!("open {life} at {brokers}: {:?}", began.elapsed());
+            assert!(
+                began.elapsed() < Duration::from_millis(100),
+                "{:?}",
+                began.elapsed()
+            );
+            let _ = sink.check().await;
+        }
+        let began = Instant::now();
+        drop(sink);
+        println!("drop: {:?}", began.elapsed());
+        assert!(
+            began.elapsed() < Duration::from_millis(500),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+    let topic = topic("quick");
+    let mut sink = KafkaSink::new(settings(&brokers));
+    for life in 0..3 {
+        let began = Instant::now();
+        sink.open().await.expect("open");
+        sink.check().await.expect("somebody answers");
+        println!("life {life}: checked {:?}", began.elapsed());
+        sink.prepare(&topic).await.expect("prepared");
+        println!("life {life}: prepared {:?}", began.elapsed());
+        publish(&mut sink, &[record(&topic, b"a", b"1")]).await;
+        println!("life {life}: delivered {:?}", began.elapsed());
+    }
+}
+
+/// Hands records over, from this one on, until so many are confirmed, or all are handed over.
+async fn hand_over_until(
+    sink: &mut KafkaSink,
+    topic: &str,
+    from: u64,
+    receipts: &mut Vec<Receipt>,
+    confirmed: u64,
+) -> u64 {
+    timeout(LONG, async {
+        let mut seq = from;
+        while seq < RECORDS && u64::try_from(receipts.len()).expect("few") < confirmed {
+            match sink.hand_over(Seq(seq), &numbered(topic, seq)) {
+                Ok(()) => seq += 1,
+                Err(Refused::Full) => sink.receipts(receipts).await.expect("receipts"),
+                Err(refused) => panic!("{refused:?}"),
+            }
+            if seq.is_multiple_of(1_000) {
+                let _ = timeout(Duration::from_millis(5), sink.receipts(receipts)).await;
+            }
+        }
+        seq
+    })
+    .await
+    .expect("in time")
+}
+
+async fn first_receipt(
+    sink: &mut KafkaSink,
+    receipts: &mut Vec<Receipt>,
+    since: Instant,
+) -> Duration {
+    if receipts.len() < usize::try_from(RECORDS).expect("few") {
+        timeout(LONG, sink.receipts(receipts))
+            .await
+            .expect("in time")
+            .expect("receipts");
+    }
+    since.elapsed()
+}
+
+async fn wait_for_trouble(sink: &KafkaSink) -> String {
+    timeout(LONG, async {
+        loop {
+            if let Some(trouble) = sink.trouble() {
+                return trouble;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("trouble")
+}
+
+fn numbered(topic: &str, number: u64) -> Record<'_> {
+    Record {
+        key: Some(format!("key-{}", number % 101).into_bytes().into()),
+        value: Some(number.to_string().into_bytes().into()),
+        ..record(topic, b"", b"")
+    }
+}

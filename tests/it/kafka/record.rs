@@ -1,0 +1,321 @@
+//! What the broker keeps of a record, and which records it refuses.
+
+use std::time::Duration;
+
+use outbox_relay::event::{Record, Seq};
+use outbox_relay::sink::kafka::{KafkaSink, Settings};
+use outbox_relay::sink::{Receipt, Refused, Sink, SinkError};
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::mocking::MockCluster;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use tokio::time::{sleep, timeout};
+
+use super::cluster::{
+    LONG, admin, brokers, consume, now_ms, open, opened, publish, record, settings, topic,
+    topic_config,
+};
+
+const YEAR_MS: i64 = 31_556_952_000;
+
+#[tokio::test]
+async fn every_compression_can_be_read() {
+    let Some(brokers) = brokers("kafka::record::every_compression_can_be_read") else {
+        return;
+    };
+    for compression in ["none", "lz4", "zstd", "snappy", "gzip"] {
+        let topic = topic(compression);
+        let settings = Settings {
+            compression: compression.to_owned(),
+            ..settings(&brokers)
+        };
+        let mut sink = opened(settings, &[&topic]).await;
+        let values: Vec<String> = (0..500).map(|n| format!("{n} {n:0>200}")).collect();
+        let records: Vec<Record<'_>> = values
+            .iter()
+            .map(|value| record(&topic, b"a", value.as_bytes()))
+            .collect();
+        publish(&mut sink, &records).await;
+        let arrived = consume(&brokers, &topic).await;
+        let arrived: Vec<&str> = arrived.iter().map(|record| record.text()).collect();
+        assert_eq!(arrived, values, "{compression}");
+    }
+}
+
+#[tokio::test]
+async fn the_beginning_of_time_is_not_now() {
+    let Some(brokers) = brokers("kafka::record::the_beginning_of_time_is_not_now") else {
+        return;
+    };
+    let topic = topic("epoch");
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    let old = Record {
+        timestamp_ms: 0,
+        ..record(&topic, b"a", b"1")
+    };
+    publish(&mut sink, &[old]).await;
+    let arrived = consume(&brokers, &topic).await;
+    // Librdkafka takes 0 for "not set"; a millisecond later is as close as it gets.
+    assert_eq!(arrived[0].timestamp_ms, Some(1));
+}
+
+#[tokio::test]
+async fn a_time_that_the_broker_would_refuse_is_refused_before_the_hand_over() {
+    let Some(brokers) = brokers(
+        "kafka::record::a_time_that_the_broker_would_refuse_is_refused_before_the_hand_over",
+    ) else {
+        return;
+    };
+    let topic = topic("future");
+    let mut settings = settings(&brokers);
+    let two_years = (2 * YEAR_MS).to_string();
+    settings.topics.config = [("message.timestamp.before.max.ms".to_owned(), two_years)].into();
+    let mut sink = opened(settings, &[&topic]).await;
+    for timestamp_ms in [now_ms() + 1_000 * YEAR_MS, now_ms() - 3 * YEAR_MS, i64::MAX] {
+        let refused = sink.hand_over(
+            Seq(0),
+            &Record {
+                timestamp_ms,
+                ..record(&topic, b"a", b"1")
+            },
+        );
+        let Err(Refused::Rejected(rejection)) = refused else {
+            panic!("{timestamp_ms}: {refused:?}");
+        };
+        assert!(
+            rejection.to_string().contains("message.timestamp."),
+            "{rejection}"
+        );
+    }
+    // By default an hour ahead is the most.
+    let times = [-YEAR_MS, 0, 3_500_000].map(|offset_ms| Record {
+        timestamp_ms: now_ms() + offset_ms,
+        ..record(&topic, b"a", b"1")
+    });
+    publish(&mut sink, &times).await;
+}
+
+#[tokio::test]
+async fn a_record_that_the_broker_refuses_is_told_from_its_batch() {
+    let Some(brokers) =
+        brokers("kafka::record::a_record_that_the_broker_refuses_is_told_from_its_batch")
+    else {
+        return;
+    };
+    let topic = topic("refused");
+    let mut settings = settings(&brokers);
+    settings.topics.partitions = 1;
+    let mut sink = opened(settings, &[&topic]).await;
+    // The sink does not hear of this, and finds nothing wrong with old records.
+    alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
+    for refused in [0, 50, 99] {
+        let records: Vec<Record<'_>> = (0..100)
+            .map(|number| Record {
+                timestamp_ms: now_ms() - if number == refused { YEAR_MS } else { 0 },
+                ..record(&topic, b"a", b"1")
+            })
+            .collect();
+        // The first life may only find out that one of them is refused; the second one has to know which.
+        let rejected = match until_rejected(&mut sink, &records).await {
+            Ok(rejected) => rejected,
+            Err(error) => {
+                println!("{error}");
+                open_with_old_times(&mut sink, &brokers, &topic).await;
+                until_rejected(&mut sink, &records)
+                    .await
+                    .expect("a rejection")
+            }
+        };
+        assert_eq!(rejected, [Seq(refused)]);
+        open_with_old_times(&mut sink, &brokers, &topic).await;
+        publish(&mut sink, &vec![record(&topic, b"a", b"after"); 100]).await;
+    }
+    let arrived = consume(&brokers, &topic).await;
+    assert!(arrived.len() >= 300 + 149);
+}
+
+/// Opens while old times are allowed, so that the sink lets them pass.
+async fn open_with_old_times(sink: &mut KafkaSink, brokers: &str, topic: &str) {
+    const NAME: &str = "message.timestamp.before.max.ms";
+    alter(brokers, topic, NAME, "9223372036854775807").await;
+    open(sink, &[topic]).await;
+    alter(brokers, topic, NAME, "60000").await;
+}
+
+#[tokio::test]
+async fn when_all_are_accepted_alone_batches_come_back() {
+    let Some(brokers) = brokers("kafka::record::when_all_are_accepted_alone_batches_come_back")
+    else {
+        return;
+    };
+    let topic = topic("acquitted");
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
+    let mut records = vec![record(&topic, b"a", b"1"); 100];
+    records[50].timestamp_ms -= YEAR_MS;
+    let error = until_rejected(&mut sink, &records).await;
+    println!("{error:?}");
+    // Whatever was wrong has passed.
+    alter(
+        &brokers,
+        &topic,
+        "message.timestamp.before.max.ms",
+        "9223372036854775807",
+    )
+    .await;
+    open(&mut sink, &[&topic]).await;
+    publish(&mut sink, &records).await;
+    publish(&mut sink, &[]).await;
+    assert_eq!(sink.hand_over(Seq(100), &records[0]), Ok(()));
+    let mut receipts = Vec::new();
+    let error = timeout(LONG, async {
+        loop {
+            if let Err(error) = sink.receipts(&mut receipts).await {
+                return error;
+            }
+        }
+    });
+    let error = error.await.expect("the end of the slow life").to_string();
+    assert!(error.contains("sending in batches again"), "{error}");
+    open(&mut sink, &[&topic]).await;
+    publish(&mut sink, &records).await;
+    publish(&mut sink, &records).await;
+}
+
+#[tokio::test]
+async fn nothing_is_appended_after_a_refused_record() {
+    let Some(brokers) = brokers("kafka::record::nothing_is_appended_after_a_refused_record") else {
+        return;
+    };
+    // The broker knows the producer already, or has never heard of it.
+    for before in [1, 0] {
+        let topic = topic("gap");
+        let mut settings = settings(&brokers);
+        settings.topics.partitions = 1;
+        settings.properties = [("batch.num.messages".to_owned(), "100".to_owned())].into();
+        let mut sink = opened(settings, &[&topic]).await;
+        alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
+        publish(&mut sink, &vec![record(&topic, b"a", b"0"); before]).await;
+        let mut records = vec![record(&topic, b"a", b"1"); 5_000];
+        records[0].timestamp_ms -= YEAR_MS;
+        let rejected = until_rejected(&mut sink, &records).await;
+        assert!(matches!(rejected.as_deref(), Err(_) | Ok([Seq(0)])));
+        sink.open().await.expect("open");
+        assert_eq!(consume(&brokers, &topic).await.len(), before);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_record_is_told_while_others_are_handed_over() {
+    let Some(brokers) =
+        brokers("kafka::record::a_refused_record_is_told_while_others_are_handed_over")
+    else {
+        return;
+    };
+    let topic = topic("busy");
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
+    publish(&mut sink, &[record(&topic, b"a", b"before")]).await;
+    // As in the loop: records are handed over for as long as that works, then receipts are taken.
+    let records: Vec<Record<'_>> = (0..30_000)
+        .map(|number| Record {
+            key: Some(format!("key-{}", number % 100).into_bytes().into()),
+            timestamp_ms: now_ms() - if number == 3_000 { YEAR_MS } else { 0 },
+            ..record(&topic, b"", b"1")
+        })
+        .collect();
+    let rejected = match until_rejected(&mut sink, &records).await {
+        Ok(rejected) => rejected,
+        Err(error) => {
+            println!("{error}");
+            open_with_old_times(&mut sink, &brokers, &topic).await;
+            let found = until_rejected(&mut sink, &records).await;
+            found.expect("a rejection")
+        }
+    };
+    assert_eq!(rejected, [Seq(3_000)]);
+}
+
+#[tokio::test]
+async fn after_a_fatal_error_a_new_life_works() {
+    let cluster = MockCluster::new(1).expect("a cluster");
+    let topic = topic("fatal");
+    cluster.create_topic(&topic, 4, 1).expect("a topic");
+    let brokers = cluster.bootstrap_servers();
+    let mut sink = opened(settings(&brokers), &[&topic]).await;
+    publish(&mut sink, &[record(&topic, b"a", b"before")]).await;
+    let out_of_order = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[out_of_order]);
+    let mut receipts = Vec::new();
+    for seq in 0..1_000 {
+        let key = format!("key-{}", seq % 100);
+        match sink.hand_over(Seq(seq), &record(&topic, key.as_bytes(), b"lost")) {
+            Ok(()) => {}
+            Err(Refused::Full | Refused::Broken(_)) => break,
+            Err(refused) => panic!("{refused:?}"),
+        }
+    }
+    // Without a message timeout librdkafka itself would keep silent about what it still holds.
+    let ended = timeout(Duration::from_secs(10), async {
+        loop {
+            if let Err(error) = sink.receipts(&mut receipts).await {
+                return error;
+            }
+        }
+    });
+    let error = ended.await.expect("a dead producer is noticed");
+    assert!(error.to_string().contains("sequence"), "{error}");
+    let refused = sink.hand_over(Seq(1_000), &record(&topic, b"a", b"lost"));
+    assert!(matches!(refused, Err(Refused::Broken(_))), "{refused:?}");
+    open(&mut sink, &[&topic]).await;
+    publish(&mut sink, &[record(&topic, b"a", b"after")]).await;
+    let arrived = consume(&brokers, &topic).await;
+    assert!(arrived.iter().any(|record| record.text() == "after"));
+}
+
+/// Hands records over until one is rejected, and says which were.
+async fn until_rejected(
+    sink: &mut KafkaSink,
+    records: &[Record<'_>],
+) -> Result<Vec<Seq>, SinkError> {
+    let mut receipts = Vec::new();
+    for (seq, record) in (0..).zip(records) {
+        while let Err(refused) = sink.hand_over(Seq(seq), record) {
+            assert_eq!(refused, Refused::Full);
+            sink.receipts(&mut receipts).await?;
+            let rejected: Vec<Seq> = receipts.iter().filter_map(rejected_seq).collect();
+            if !rejected.is_empty() {
+                return Ok(rejected);
+            }
+        }
+    }
+    timeout(LONG, async {
+        loop {
+            let rejected: Vec<Seq> = receipts.iter().filter_map(rejected_seq).collect();
+            if !rejected.is_empty() {
+                return Ok(rejected);
+            }
+            sink.receipts(&mut receipts).await?;
+        }
+    })
+    .await
+    .expect("in time")
+}
+
+fn rejected_seq(receipt: &Receipt) -> Option<Seq> {
+    match receipt {
+        Receipt::Rejected(seq, _) => Some(*seq),
+        Receipt::Delivered(_) => None,
+    }
+}
+
+/// Sets one setting of a topic, and no other.
+async fn alter(brokers: &str, topic: &str, name: &str, value: &str) {
+    let alter = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value);
+    let altered = admin(brokers)
+        .alter_configs([&alter], &AdminOptions::new())
+        .await;
+    altered.expect("an answer")[0].as_ref().expect("altered");
+    while topic_config(brokers, topic).await[name] != value {
+        sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,169 @@
+//! Encryption and authentication: verified, named when they fail, and quiet about secrets.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use outbox_relay::sink::Sink;
+use outbox_relay::sink::kafka::{KafkaSink, Settings};
+use tokio::time::sleep;
+
+use super::cluster::{consume, opened, publish, record, settings, topic, variable};
+
+#[tokio::test]
+async fn tls_works_with_the_right_authority() {
+    const TEST: &str = "kafka::security::tls_works_with_the_right_authority";
+    let (Some(plain), Some(settings)) = (variable(TEST, "KAFKA_BROKERS"), tls(TEST)) else {
+        return;
+    };
+    publish_one(settings, &plain).await;
+}
+
+#[tokio::test]
+async fn tls_without_the_authority_says_that_the_certificate_is_not_trusted() {
+    const TEST: &str =
+        "kafka::security::tls_without_the_authority_says_that_the_certificate_is_not_trusted";
+    let Some(mut settings) = tls(TEST) else {
+        return;
+    };
+    settings.tls.ca_file = None;
+    let error = refused(settings).await;
+    assert!(
+        error.to_lowercase().contains("certificate verify failed"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn scram_over_tls_works() {
+    const TEST: &str = "kafka::security::scram_over_tls_works";
+    let (Some(plain), Some(settings)) = (variable(TEST, "KAFKA_BROKERS"), sasl(TEST)) else {
+        return;
+    };
+    let secret = variable(TEST, "KAFKA_SASL_PASSWORD").expect("set, as sasl() has it");
+    assert!(!format!("{settings:?}").contains(&secret));
+    let mut plain_mechanism = settings.clone();
+    plain_mechanism.sasl.mechanism = Some("PLAIN".to_owned());
+    publish_one(settings, &plain).await;
+    publish_one(plain_mechanism, &plain).await;
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_named_and_not_shown() {
+    const TEST: &str = "kafka::security::a_wrong_password_is_named_and_not_shown";
+    let Some(mut settings) = sasl(TEST) else {
+        return;
+    };
+    settings.sasl.password = Some("hunter2".to_owned().into());
+    let error = refused(settings).await;
+    assert!(error.contains("Authentication"), "{error}");
+    assert!(!error.contains("hunter2"), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_password_costs_next_to_nothing() {
+    const TEST: &str = "kafka::security::a_wrong_password_costs_next_to_nothing";
+    // Measured in a process of its own: this one runs other tests at the same time.
+    if env::var_os("RELAY_TEST_CHILD").is_none() {
+        if sasl(TEST).is_none() {
+            return;
+        }
+        let child = Command::new(env::current_exe().expect("a path"))
+            .args(["--exact", TEST, "--nocapture"])
+            .env("RELAY_TEST_CHILD", "1")
+            .output()
+            .expect("run the test again");
+        print!("{}", String::from_utf8_lossy(&child.stdout));
+        assert!(
+            child.status.success(),
+            "{}",
+            String::from_utf8_lossy(&child.stderr)
+        );
+        return;
+    }
+    let mut settings = sasl(TEST).expect("set by the parent");
+    settings.sasl.password = Some("hunter2".to_owned().into());
+    let mut sink = KafkaSink::new(settings);
+    sink.open().await.expect("open");
+    sink.check().await.expect_err("a wrong password");
+    let (began, before) = (Instant::now(), processor_time());
+    while began.elapsed() < Duration::from_secs(3) {
+        assert!(sink.trouble().is_some());
+        sleep(Duration::from_millis(100)).await;
+    }
+    let used = processor_time() - before;
+    println!("{used:?} of processor time in 3 s");
+    assert!(used < Duration::from_millis(300), "{used:?}");
+}
+
+#[tokio::test]
+async fn secrets_among_the_properties_are_not_shown() {
+    let mut settings = settings("127.0.0.1:1");
+    let property = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    settings.properties = BTreeMap::from([property("sasl.password", "hunter2")]);
+    settings.sasl.password = Some("hunter2".to_owned().into());
+    settings.tls.key_password = Some("hunter2".to_owned().into());
+    assert!(!format!("{settings:?}").contains("hunter2"), "{settings:?}");
+    assert!(format!("{settings:?}").contains("sasl.password"));
+    // A misspelt name must not give the value away either.
+    settings.properties = BTreeMap::from([property("sasl.pasword", "hunter2")]);
+    let mut sink = KafkaSink::new(settings);
+    let error = sink.open().await.expect_err("no such property").to_string();
+    assert!(error.contains("sasl.pasword"), "{error}");
+    assert!(!error.contains("hunter2"), "{error}");
+}
+
+/// Settings for TLS.
+fn tls(test: &str) -> Option<Settings> {
+    let mut settings = settings(&variable(test, "KAFKA_SSL_BROKERS")?);
+    settings.tls.enabled = true;
+    settings.tls.ca_file = Some(variable(test, "KAFKA_CA_FILE")?.into());
+    Some(settings)
+}
+
+/// Settings for SCRAM over TLS.
+fn sasl(test: &str) -> Option<Settings> {
+    let mut settings = tls(test)?;
+    settings.brokers = variable(test, "KAFKA_SASL_BROKERS")?;
+    settings.sasl.mechanism = Some("SCRAM-SHA-512".to_owned());
+    settings.sasl.username = variable(test, "KAFKA_SASL_USERNAME");
+    settings.sasl.password = Some(variable(test, "KAFKA_SASL_PASSWORD")?.into());
+    Some(settings)
+}
+
+async fn publish_one(settings: Settings, plain: &str) {
+    let topic = topic("secure");
+    let mut sink = opened(settings, &[&topic]).await;
+    sink.check().await.expect("somebody answers");
+    publish(&mut sink, &[record(&topic, b"a", b"1")]).await;
+    assert_eq!(consume(plain, &topic).await.len(), 1);
+}
+
+/// The words of a sink that can't connect; they come soon, and as trouble as well.
+async fn refused(settings: Settings) -> String {
+    let mut sink = KafkaSink::new(settings);
+    sink.open().await.expect("opening needs nobody");
+    let began = Instant::now();
+    let error = sink.check().await.expect_err("no connection").to_string();
+    assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+    let trouble = sink.trouble().expect("trouble");
+    assert!(error.contains(&trouble), "{error} does not tell {trouble}");
+    sink.prepare(&topic("refused"))
+        .await
+        .expect_err("no connection");
+    error
+}
+
+/// What this process has used of the processors.
+fn processor_time() -> Duration {
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = fs::read_to_string("/proc/self/stat").expect("Linux");
+    let fields = stat.rsplit(") ").next().expect("the name in brackets");
+    let ticks = fields.split(' ').skip(11).take(2);
+    let ticks: u32 = ticks
+        .map(|ticks| ticks.parse::<u32>().expect("ticks"))
+        .sum();
+    TICK * ticks
+}

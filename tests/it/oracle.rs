@@ -1,0 +1,644 @@
+//! One judge over a history: did what happened keep the promises I1 to I8?
+//!
+//! Knows plain facts only and shares no code with the relay, so that the two can't be wrong in the same way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// The promises of the design.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Promise {
+    /// Only committed rows leave, as they were written.
+    I1,
+    /// First deliveries of an entity follow its commit order.
+    I2,
+    /// Progress passes only what is confirmed or parked, and never goes back.
+    I3,
+    /// Everything committed is delivered or parked.
+    I4,
+    /// What is in memory is bounded.
+    I5,
+    /// A rejected event stops its own entity and nobody else.
+    I6,
+    /// Losing hints costs latency only.
+    I7,
+    /// One owner at a time, and a former owner publishes nothing new.
+    I8,
+}
+
+/// Something that happened. Events go by their id; `owner` is one life of a process, `life` one opening of its sink.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// A transaction with this event committed; the order of these facts is the commit order.
+    Committed(Committed),
+    /// A reader was told to begin again from its last position.
+    Sought { owner: u32 },
+    /// A page came out of the log.
+    Captured { owner: u32, ids: Vec<i64> },
+    /// The sink of an owner began anew.
+    Opened { owner: u32, life: u32 },
+    /// The sink took a record over.
+    HandedOver { owner: u32, life: u32, id: i64 },
+    /// A record left the process.
+    Sent { owner: u32, id: i64 },
+    /// A record is in the broker's log for consumers to see; `intact` if it says what was committed.
+    Appended { id: i64, intact: bool },
+    /// The relay was told that a record is delivered.
+    Confirmed { life: u32, id: i64 },
+    /// An event is durably set aside; `reason` if it says why.
+    Parked { owner: u32, id: i64, reason: bool },
+    /// The cursor was written: it passed these events, and went back before those.
+    Moved {
+        passed: Vec<i64>,
+        regained: Vec<i64>,
+    },
+    /// The lease was granted or extended.
+    Leased { owner: u32, until_ms: u64 },
+    /// The lease was given back.
+    Released { owner: u32 },
+    /// A process died.
+    Crashed { owner: u32 },
+    /// Faults are over, and nothing moves any more (or should have come to rest long ago).
+    Quiet,
+}
+
+/// A committed event as the judge has to know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    pub id: i64,
+    pub entity: String,
+    /// Whether the pipeline's filter admits it.
+    pub wanted: bool,
+    /// Whether it will be rejected, by whomever.
+    pub poison: bool,
+    /// At least this much memory.
+    pub bytes: usize,
+    /// Whether anybody was told that it is there.
+    pub hinted: bool,
+}
+
+/// What is configured.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub in_flight_rows: usize,
+    pub in_flight_bytes: usize,
+    pub page_rows: usize,
+}
+
+/// Facts in the order of their times, in milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    pub facts: Vec<(u64, Fact)>,
+}
+
+/// A promise that was broken.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Violation {
+    pub promise: Promise,
+    pub at_ms: u64,
+    pub what: String,
+}
+
+impl fmt::Debug for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            promise,
+            at_ms,
+            what,
+        } = self;
+        write!(f, "{promise:?} at {at_ms} ms: {what}")
+    }
+}
+
+/// All broken promises of a history, in the order in which they broke.
+pub fn judge(history: &History, bounds: &Bounds) -> Vec<Violation> {
+    let mut judge = Judge::new(*bounds);
+    for (at_ms, fact) in &history.facts {
+        judge.at_ms = *at_ms;
+        judge.hear(fact);
+    }
+    judge.violations
+}
+
+struct Judge {
+    bounds: Bounds,
+    at_ms: u64,
+    violations: Vec<Violation>,
+    committed: BTreeMap<i64, Committed>,
+    /// Wanted events per entity in commit order.
+    entities: BTreeMap<String, Vec<i64>>,
+    appended: BTreeSet<i64>,
+    confirmed: BTreeSet<i64>,
+    parked: BTreeSet<i64>,
+    past: BTreeSet<i64>,
+    /// Per life: handed over and not confirmed.
+    unconfirmed: BTreeMap<u32, BTreeSet<i64>>,
+    /// Per life and entity: the place in commit order of the last hand-over.
+    handed_over: BTreeMap<(u32, String), usize>,
+    /// Per owner: read, and neither handed over nor parked.
+    read: BTreeMap<u32, BTreeSet<i64>>,
+    leases: BTreeMap<u32, u64>,
+}
+
+impl Judge {
+    fn new(bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            at_ms: 0,
+            violations: Vec::new(),
+            committed: BTreeMap::new(),
+            entities: BTreeMap::new(),
+            appended: BTreeSet::new(),
+            confirmed: BTreeSet::new(),
+            parked: BTreeSet::new(),
+            past: BTreeSet::new(),
+            unconfirmed: BTreeMap::new(),
+            handed_over: BTreeMap::new(),
+            read: BTreeMap::new(),
+            leases: BTreeMap::new(),
+        }
+    }
+
+    fn broken(&mut self, promise: Promise, what: String) {
+        self.violations.push(Violation {
+            promise,
+            at_ms: self.at_ms,
+            what,
+        });
+    }
+
+    fn hear(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Committed(event) => self.commit(event),
+            Fact::Sought { owner } => {
+                self.read.insert(*owner, BTreeSet::new());
+            }
+            Fact::Captured { owner, ids } => self.capture(*owner, ids),
+            Fact::HandedOver { owner, life, id } => self.hand_over(*owner, *life, *id),
+            Fact::Sent { owner, id } => {
+                if self
+                    .leases
+                    .get(owner)
+                    .is_none_or(|until| *until < self.at_ms)
+                {
+                    self.broken(
+                        Promise::I8,
+                        format!("event {id} left owner {owner} after its lease"),
+                    );
+                }
+            }
+            Fact::Appended { id, intact } => self.append(*id, *intact),
+            Fact::Confirmed { life, id } => {
+                if !self.appended.contains(id) {
+                    self.broken(
+                        Promise::I3,
+                        format!("event {id} is confirmed and not in the log"),
+                    );
+                }
+                self.confirmed.insert(*id);
+                self.unconfirmed.entry(*life).or_default().remove(id);
+            }
+            Fact::Parked { owner, id, reason } => self.park(*owner, *id, *reason),
+            Fact::Moved { passed, regained } => self.advance(passed, regained),
+            Fact::Leased { owner, until_ms } => {
+                let other = self
+                    .leases
+                    .iter()
+                    .find(|(other, until)| *other != owner && **until > self.at_ms);
+                if let Some((other, until)) = other {
+                    let what = format!("owner {owner} has a lease, {other} has one to {until}");
+                    self.broken(Promise::I8, what);
+                }
+                self.leases.insert(*owner, *until_ms);
+            }
+            Fact::Released { owner } => {
+                // Over at this very moment, where a lease that runs out still holds for the whole millisecond.
+                let until = self.at_ms.saturating_sub(1);
+                self.leases.insert(*owner, until);
+            }
+            Fact::Opened { .. } | Fact::Crashed { .. } => {}
+            Fact::Quiet => self.rest(),
+        }
+    }
+
+    fn commit(&mut self, event: &Committed) {
+        if event.wanted {
+            let entity = self.entities.entry(event.entity.clone()).or_default();
+            entity.push(event.id);
+        }
+        self.committed.insert(event.id, event.clone());
+    }
+
+    /// Entity and place in its commit order.
+    fn place(&self, id: i64) -> Option<(String, usize)> {
+        let entity = &self.committed.get(&id)?.entity;
+        let events = self.entities.get(entity)?;
+        let place = events.iter().position(|other| *other == id)?;
+        Some((entity.clone(), place))
+    }
+
+    fn capture(&mut self, owner: u32, ids: &[i64]) {
+        let wanted = |id: &&i64| self.committed.get(id).is_some_and(|event| event.wanted);
+        let ids: Vec<i64> = ids.iter().filter(wanted).copied().collect();
+        let read = self.read.entry(owner).or_default();
+        read.extend(ids);
+        let (rows, most) = (read.len(), 3 * self.bounds.page_rows);
+        if rows > most {
+            self.broken(
+                Promise::I5,
+                format!("{rows} events are read ahead, three pages have {most}"),
+            );
+        }
+    }
+
+    fn hand_over(&mut self, owner: u32, life: u32, id: i64) {
+        if self
+            .leases
+            .get(&owner)
+            .is_none_or(|until| *until <= self.at_ms)
+        {
+            self.broken(
+                Promise::I8,
+                format!("owner {owner} without a lease handed over event {id}"),
+            );
+        }
+        let Some((entity, place)) = self.place(id) else {
+            self.broken(
+                Promise::I1,
+                format!("event {id} was handed over: not committed, or not wanted"),
+            );
+            return;
+        };
+        let last = self.handed_over.insert((life, entity.clone()), place);
+        if last.is_some_and(|last| last >= place) {
+            self.broken(
+                Promise::I2,
+                format!("life {life} handed event {id} of {entity} over twice or too late"),
+            );
+        }
+        self.read.entry(owner).or_default().remove(&id);
+        let unconfirmed = self.unconfirmed.entry(life).or_default();
+        unconfirmed.insert(id);
+        let rows = unconfirmed.len();
+        let bytes: usize = unconfirmed
+            .iter()
+            .filter_map(|id| Some(self.committed.get(id)?.bytes))
+            .sum();
+        let Bounds {
+            in_flight_rows,
+            in_flight_bytes,
+            ..
+        } = self.bounds;
+        if rows > in_flight_rows || (rows > 1 && bytes > in_flight_bytes) {
+            self.broken(
+                Promise::I5,
+                format!("{rows} events, {bytes} bytes in flight; {in_flight_rows}, {in_flight_bytes} allowed"),
+            );
+        }
+    }
+
+    fn append(&mut self, id: i64, intact: bool) {
+        let Some((entity, place)) = self.place(id) else {
+            self.broken(
+                Promise::I1,
+                format!("event {id} is in the log: not committed, or not wanted"),
+            );
+            return;
+        };
+        if !intact {
+            self.broken(
+                Promise::I1,
+                format!("event {id} is not in the log as it was written"),
+            );
+        }
+        if self.appended.insert(id) {
+            let before = &self.entities[&entity][..place];
+            if let Some(missing) = before.iter().find(|id| !self.appended.contains(id)) {
+                let what = format!("event {id} of {entity} is in the log before event {missing}");
+                self.broken(Promise::I2, what);
+            }
+        }
+    }
+
+    /// Whether an event is poison or comes after one of its entity.
+    fn is_held_up(&self, id: i64) -> bool {
+        self.place(id).is_some_and(|(entity, place)| {
+            let events = &self.entities[&entity][..=place];
+            events.iter().any(|id| self.committed[id].poison)
+        })
+    }
+
+    /// Whether nothing but the event itself stops its entity.
+    fn is_first_poison(&self, id: i64) -> bool {
+        self.place(id).is_some_and(|(entity, place)| {
+            let events = &self.entities[&entity][..=place];
+            events.iter().find(|id| self.committed[id].poison) == Some(&id)
+        })
+    }
+
+    fn park(&mut self, owner: u32, id: i64, reason: bool) {
+        self.read.entry(owner).or_default().remove(&id);
+        let first_word = self.parked.insert(id);
+        if first_word && !reason && self.is_first_poison(id) {
+            let what = format!("event {id} was rejected and is parked without a reason");
+            self.broken(Promise::I6, what);
+        }
+        if !self.is_held_up(id) {
+            self.broken(
+                Promise::I6,
+                format!("event {id} is parked: nothing of its entity was rejected"),
+            );
+        }
+    }
+
+    fn advance(&mut self, passed: &[i64], regained: &[i64]) {
+        if let Some(id) = regained.first() {
+            let what = format!("the cursor went back before event {id}");
+            self.broken(Promise::I3, what);
+        }
+        let unsettled = passed.iter().find(|id| {
+            self.committed.get(id).is_none_or(|event| event.wanted)
+                && !self.confirmed.contains(id)
+                && !self.parked.contains(id)
+        });
+        if let Some(id) = unsettled {
+            let what = format!("the cursor passed event {id}: neither confirmed nor parked");
+            self.broken(Promise::I3, what);
+        }
+        self.past.retain(|id| !regained.contains(id));
+        self.past.extend(passed);
+    }
+
+    fn rest(&mut self) {
+        for event in self.committed.clone().values().filter(|event| event.wanted) {
+            let id = event.id;
+            let (appended, parked) = (self.appended.contains(&id), self.parked.contains(&id));
+            let lost = if event.hinted {
+                Promise::I4
+            } else {
+                Promise::I7
+            };
+            if !appended && !parked {
+                self.broken(lost, format!("event {id} is neither delivered nor parked"));
+            } else if appended && self.is_held_up(id) {
+                let what = format!("event {id} is delivered past a rejected one");
+                self.broken(Promise::I6, what);
+            }
+            if !self.past.contains(&id) {
+                self.broken(lost, format!("event {id} was never passed by the cursor"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds {
+        in_flight_rows: 2,
+        in_flight_bytes: 100,
+        page_rows: 2,
+    };
+
+    fn committed(id: i64, entity: &str) -> Fact {
+        Fact::Committed(event(id, entity))
+    }
+
+    fn event(id: i64, entity: &str) -> Committed {
+        Committed {
+            id,
+            entity: entity.to_owned(),
+            wanted: true,
+            poison: false,
+            bytes: 10,
+            hinted: true,
+        }
+    }
+
+    fn leased() -> Fact {
+        Fact::Leased {
+            owner: 1,
+            until_ms: 1000,
+        }
+    }
+
+    fn handed_over(id: i64) -> Fact {
+        Fact::HandedOver {
+            owner: 1,
+            life: 1,
+            id,
+        }
+    }
+
+    fn appended(id: i64) -> Fact {
+        Fact::Appended { id, intact: true }
+    }
+
+    fn confirmed(id: i64) -> Fact {
+        Fact::Confirmed { life: 1, id }
+    }
+
+    /// From the hand-over to the confirmation.
+    fn delivered(id: i64) -> [Fact; 4] {
+        let sent = Fact::Sent { owner: 1, id };
+        [handed_over(id), sent, appended(id), confirmed(id)]
+    }
+
+    fn moved(passed: &[i64]) -> Fact {
+        Fact::Moved {
+            passed: passed.to_vec(),
+            regained: Vec::new(),
+        }
+    }
+
+    fn parked(id: i64) -> Fact {
+        Fact::Parked {
+            owner: 1,
+            id,
+            reason: true,
+        }
+    }
+
+    fn broken(facts: impl IntoIterator<Item = Fact>) -> Vec<Promise> {
+        let facts = facts.into_iter().zip(10..);
+        let history = History {
+            facts: facts.map(|(fact, at_ms)| (at_ms, fact)).collect(),
+        };
+        let mut broken: Vec<Promise> = judge(&history, &BOUNDS)
+            .into_iter()
+            .map(|violation| violation.promise)
+            .collect();
+        broken.dedup();
+        broken
+    }
+
+    /// Two events of one entity and one of another, and what happens to them.
+    fn story(rest: impl IntoIterator<Item = Fact>) -> Vec<Fact> {
+        let mut facts = vec![
+            leased(),
+            committed(1, "a"),
+            committed(2, "b"),
+            committed(3, "a"),
+        ];
+        facts.extend(rest);
+        facts
+    }
+
+    #[test]
+    fn a_good_history_is_accepted() {
+        let good = [delivered(1), delivered(2), delivered(3)].concat();
+        let zombie = [appended(1)];
+        let end = [moved(&[1, 2]), moved(&[3]), Fact::Quiet];
+        assert_eq!(broken(story([&good[..], &zombie, &end].concat())), []);
+    }
+
+    #[test]
+    fn a_good_history_with_a_rejected_event_is_accepted() {
+        let mut facts = story([]);
+        facts[1] = Fact::Committed(Committed {
+            poison: true,
+            ..event(1, "a")
+        });
+        facts.extend([&delivered(2)[..], &[parked(1), parked(3)]].concat());
+        facts.extend([moved(&[1, 2, 3]), Fact::Quiet]);
+        assert_eq!(broken(facts), []);
+    }
+
+    #[test]
+    fn i1_refuses_what_was_not_committed_or_not_written_so() {
+        assert_eq!(broken(story([handed_over(4)])), [Promise::I1]);
+        assert_eq!(broken(story([appended(4)])), [Promise::I1]);
+        let changed = Fact::Appended {
+            id: 1,
+            intact: false,
+        };
+        assert_eq!(broken(story([changed])), [Promise::I1]);
+    }
+
+    #[test]
+    fn i2_refuses_another_order_than_that_of_the_commits() {
+        assert_eq!(broken(story([appended(3), appended(1)])), [Promise::I2]);
+        assert_eq!(
+            broken(story([handed_over(3), handed_over(1)])),
+            [Promise::I2]
+        );
+        let twice = [delivered(1), delivered(1)].concat();
+        assert_eq!(broken(story(twice)), [Promise::I2]);
+    }
+
+    #[test]
+    fn i2_takes_the_order_of_commits_and_not_of_ids() {
+        let late = [leased(), committed(2, "a"), committed(1, "a")];
+        let good = [&late[..], &[appended(2), appended(1)]].concat();
+        assert_eq!(broken(good), []);
+        let bad = [&late[..], &[appended(1), appended(2)]].concat();
+        assert_eq!(broken(bad), [Promise::I2]);
+    }
+
+    #[test]
+    fn i3_refuses_progress_past_what_is_not_confirmed() {
+        assert_eq!(broken(story([appended(1), moved(&[1])])), [Promise::I3]);
+        assert_eq!(broken(story([confirmed(1)])), [Promise::I3]);
+    }
+
+    #[test]
+    fn i3_refuses_a_cursor_that_goes_back() {
+        let back = Fact::Moved {
+            passed: Vec::new(),
+            regained: vec![1],
+        };
+        let facts = [&delivered(1)[..], &[moved(&[1]), back]].concat();
+        assert_eq!(broken(story(facts)), [Promise::I3]);
+    }
+
+    #[test]
+    fn i4_refuses_an_event_that_is_left_over() {
+        let facts = [&delivered(1)[..], &delivered(2), &[moved(&[1, 2])]].concat();
+        let facts = [&facts[..], &[Fact::Quiet]].concat();
+        assert_eq!(broken(story(facts)), [Promise::I4]);
+    }
+
+    #[test]
+    fn i5_refuses_more_than_the_bounds() {
+        let mut rows = story([committed(4, "c")]);
+        rows.extend([handed_over(1), handed_over(2), handed_over(3)]);
+        assert_eq!(broken(rows), [Promise::I5]);
+
+        let mut bytes = story([]);
+        bytes[1] = Fact::Committed(Committed {
+            bytes: 95,
+            ..event(1, "a")
+        });
+        bytes.extend([handed_over(1), handed_over(2)]);
+        assert_eq!(broken(bytes), [Promise::I5]);
+
+        let ahead = Fact::Captured {
+            owner: 1,
+            ids: (1..=7).collect(),
+        };
+        let facts = (1..=7).map(|id| committed(id, "a")).chain([ahead]);
+        assert_eq!(broken(facts), [Promise::I5]);
+    }
+
+    #[test]
+    fn i6_refuses_that_others_wait_or_that_the_entity_does_not() {
+        assert_eq!(broken(story([parked(2)])), [Promise::I6]);
+        let mut facts = story([]);
+        facts[1] = Fact::Committed(Committed {
+            poison: true,
+            ..event(1, "a")
+        });
+        facts.extend([appended(1), parked(1), appended(2), parked(2)]);
+        facts.extend([appended(3), parked(3), moved(&[1, 2, 3]), Fact::Quiet]);
+        assert_eq!(broken(facts), [Promise::I6]);
+    }
+
+    #[test]
+    fn i6_refuses_that_nobody_knows_why_an_entity_waits() {
+        let mut facts = story([]);
+        facts[1] = Fact::Committed(Committed {
+            poison: true,
+            ..event(1, "a")
+        });
+        facts.push(Fact::Parked {
+            owner: 1,
+            id: 1,
+            reason: false,
+        });
+        assert_eq!(broken(facts), [Promise::I6]);
+    }
+
+    #[test]
+    fn i7_refuses_that_a_lost_hint_loses_the_event() {
+        let silent = Fact::Committed(Committed {
+            hinted: false,
+            ..event(1, "a")
+        });
+        assert_eq!(broken([silent, Fact::Quiet]), [Promise::I7]);
+    }
+
+    #[test]
+    fn i8_refuses_two_owners_and_late_hand_overs() {
+        let second = Fact::Leased {
+            owner: 2,
+            until_ms: 1000,
+        };
+        assert_eq!(broken([leased(), second]), [Promise::I8]);
+        let released = Fact::Released { owner: 1 };
+        assert_eq!(
+            broken(story([released.clone(), handed_over(1)])),
+            [Promise::I8]
+        );
+        let sent = Fact::Sent { owner: 1, id: 1 };
+        assert_eq!(
+            broken(story([handed_over(1), released, sent])),
+            [Promise::I8]
+        );
+        let short = Fact::Leased {
+            owner: 1,
+            until_ms: 14,
+        };
+        assert_eq!(broken(story([short, handed_over(1)])), [Promise::I8]);
+    }
+}

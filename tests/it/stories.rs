@@ -1,0 +1,291 @@
+//! The loop in situations that are too narrow to wait for: the fakes of the simulation, each time with one turn of events.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+use outbox_relay::ledger::{Acquired, Fenced, Ledger, LedgerError, Parked};
+use outbox_relay::position::Position;
+use outbox_relay::relay::status::Status;
+use outbox_relay::relay::{Relay, Settings};
+use outbox_relay::sink::Sink;
+use outbox_relay::source::{Page, PageLimits, Source, SourceError};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::fake::Shared;
+use crate::fake::books::FakeLedger;
+use crate::fake::broker::FakeSink;
+use crate::fake::log::{FakeSource, Poison};
+use crate::oracle::{Bounds, Fact, judge};
+use crate::sim::{become_calm, pipeline};
+
+const LEASE: Duration = Duration::from_secs(2);
+const OWNER: u32 = 1;
+
+/// Tells a story in fair weather on a paused clock.
+fn story(tell: impl AsyncFnOnce(Shared)) {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap()
+        .block_on(async {
+            let shared = Shared::new(1, None);
+            shared.with(|world| {
+                become_calm(world);
+                world.books.lease_ttl = LEASE;
+                world.poll_interval = Duration::from_millis(10);
+            });
+            tell(shared).await;
+        });
+}
+
+fn settings() -> Settings {
+    Settings {
+        page: PageLimits {
+            rows: 10,
+            bytes: 100_000,
+        },
+        in_flight_rows: 10,
+        in_flight_bytes: 100_000,
+        lease_ttl: LEASE,
+        drain_timeout: Duration::from_secs(5),
+        acknowledge_interval: Duration::from_millis(10),
+    }
+}
+
+fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<S, K, L> {
+    Relay {
+        pipeline: pipeline(),
+        settings: settings(),
+        source,
+        sink,
+        ledger,
+        status: watch::channel(Status::starting()).0,
+        now_us: || 0,
+    }
+}
+
+fn source(shared: &Shared) -> FakeSource {
+    FakeSource::new(shared, OWNER)
+}
+
+fn sink(shared: &Shared) -> FakeSink {
+    FakeSink::new(shared, 0, OWNER)
+}
+
+fn ledger(shared: &Shared) -> FakeLedger {
+    FakeLedger::new(shared, OWNER)
+}
+
+/// One transaction with one event for each of these.
+fn commit(shared: &Shared, events: &[(&str, &str, Option<Poison>)]) {
+    let xid = shared.with(|world| {
+        let xid = world.log.begin();
+        for (aggregate_type, aggregate_id, poison) in events {
+            world
+                .log
+                .emit(xid, aggregate_type, aggregate_id, 10, *poison);
+        }
+        xid
+    });
+    shared.commit(xid);
+}
+
+/// Runs for a while, then asks it to stop and waits until it has.
+async fn run_for<S: Source, K: Sink, L: Ledger>(time: Duration, relay: Relay<S, K, L>) {
+    let stop = CancellationToken::new();
+    let stopper = async {
+        sleep(time).await;
+        stop.cancel();
+    };
+    let both = async { tokio::join!(relay.run(stop.clone()), stopper) };
+    let ended = timeout(time + Duration::from_secs(30), both).await;
+    assert!(ended.is_ok(), "it did not stop");
+}
+
+/// Everything that was promised was kept, and nothing is left to do.
+fn is_well(shared: &Shared) {
+    shared.with(|world| {
+        let quiet = world.is_quiet();
+        world.note(Fact::Quiet);
+        let Settings {
+            page,
+            in_flight_rows,
+            in_flight_bytes,
+            ..
+        } = settings();
+        let bounds = Bounds {
+            in_flight_rows,
+            in_flight_bytes,
+            page_rows: page.rows,
+        };
+        let violations = judge(&world.history, &bounds);
+        let facts = &world.history.facts;
+        assert!(
+            quiet && violations.is_empty(),
+            "{facts:#?}\n{violations:#?}"
+        );
+    });
+}
+
+/// Grants the lease at once, and says so late the first time.
+struct LateAnswer {
+    ledger: FakeLedger,
+    late_by: Duration,
+}
+
+impl Ledger for LateAnswer {
+    async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
+        let acquired = self.ledger.acquire().await;
+        sleep(std::mem::take(&mut self.late_by)).await;
+        acquired
+    }
+
+    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+        self.ledger.renew().await
+    }
+
+    async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
+        self.ledger.acknowledge(position).await
+    }
+
+    async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
+        self.ledger.park(parked).await
+    }
+
+    async fn release(&mut self) -> Result<(), LedgerError> {
+        self.ledger.release().await
+    }
+}
+
+/// Asks somebody else before every read once the first event is delivered, so that its topic is known.
+struct Meddled<F> {
+    shared: Shared,
+    source: FakeSource,
+    reads: usize,
+    meddle: F,
+}
+
+impl<F> Meddled<F> {
+    fn new(shared: &Shared, meddle: F) -> Self {
+        Self {
+            shared: shared.clone(),
+            source: source(shared),
+            reads: 0,
+            meddle,
+        }
+    }
+}
+
+impl<F: FnMut(usize) -> Result<(), SourceError> + Send> Source for Meddled<F> {
+    fn seek(&mut self, position: Position) {
+        self.source.seek(position);
+    }
+
+    async fn capture(&mut self, limits: PageLimits, at: &Position) -> Result<Page, SourceError> {
+        if self.shared.with(|world| world.books.position.last_id.0 > 0) {
+            self.reads += 1;
+            (self.meddle)(self.reads)?;
+        }
+        self.source.capture(limits, at).await
+    }
+
+    async fn wake(&mut self) {
+        self.source.wake().await;
+    }
+}
+
+fn broken_off() -> Result<(), SourceError> {
+    Err(SourceError::Transient(anyhow!("the connection was lost")))
+}
+
+/// The broker can't be reached for a moment, shorter than any pause of the loop.
+fn goes_down(shared: &Shared) {
+    let until = Instant::now() + Duration::from_millis(80);
+    shared.with(|world| world.broker.down_until = Some(until));
+}
+
+#[test]
+fn what_is_queued_stays_when_the_lease_is_given_back() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let meddled = Meddled::new(&shared, |read| match read {
+            1 => {
+                goes_down(&shared);
+                commit(&shared, &[("order", "1", None)]);
+                Ok(())
+            }
+            2 => broken_off(),
+            _ => Ok(()),
+        });
+        run_for(LEASE * 10, relay(meddled, sink(&shared), ledger(&shared))).await;
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn a_lease_whose_answer_comes_late_is_over_when_the_database_says_so() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let late = LateAnswer {
+            ledger: ledger(&shared),
+            late_by: LEASE * 3 / 2,
+        };
+        run_for(LEASE * 10, relay(source(&shared), sink(&shared), late)).await;
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn a_rejection_counts_although_the_sink_is_lost_with_it() {
+    story(async |shared| {
+        shared.with(|world| world.broker.last_words = Some(true));
+        commit(
+            &shared,
+            &[("order", "1", Some(Poison::Rejected)), ("order", "1", None)],
+        );
+        let relay = relay(source(&shared), sink(&shared), ledger(&shared));
+        run_for(LEASE * 10, relay).await;
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn what_is_set_aside_keeps_its_reason_when_the_life_ends_in_the_same_turn() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        // The topic of the last event is the first to be asked for while the broker is away.
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
+                goes_down(&shared);
+                let refused = Some(Poison::Refused);
+                commit(&shared, &[("order", "1", refused), ("customer", "1", None)]);
+            }
+            Ok(())
+        });
+        run_for(LEASE * 10, relay(meddled, sink(&shared), ledger(&shared))).await;
+        is_well(&shared);
+    });
+}
+
+#[test]
+fn trouble_with_the_source_does_not_cut_the_drain_short() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let stop = CancellationToken::new();
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
+                goes_down(&shared);
+                commit(&shared, &[("order", "1", None)]);
+                return Ok(());
+            }
+            stop.cancel();
+            broken_off()
+        });
+        let relay = relay(meddled, sink(&shared), ledger(&shared));
+        relay.run(stop.clone()).await;
+        is_well(&shared);
+    });
+}

@@ -1,0 +1,17 @@
+//! Tries to break the capture from PostgreSQL: random writers against an oracle of its own, schedules that were thought
+//! up to hurt, readers that are known to be wrong, and the plans of the statements.
+
+#![expect(
+    clippy::print_stdout,
+    reason = "seeds and figures, shown for tests that fail and with --nocapture"
+)]
+
+mod crash;
+mod database;
+mod oracle;
+mod plans;
+mod reader;
+mod sabotage;
+mod schedules;
+mod storm;
+mod writers;
