@@ -1,20 +1,34 @@
 //! The HTTP interface: metrics, health, readiness, status. Nothing here changes anything.
+//!
+//! Both ends of `/status` are here: the daemon that serves it and [`ask`], with which the commands look at a daemon.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow, ensure};
 use axum::extract::State as Shared;
 use axum::http::StatusCode;
 use axum::routing::get;
 use axum::{Json, Router};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::{Request, header};
+use hyper_util::rt::TokioIo;
 use metrics_exporter_prometheus::PrometheusHandle;
-use serde::Serialize;
-use tokio::net::TcpListener;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::event::PipelineName;
 use crate::relay::status::Status;
+
+/// For the answer of a daemon; it is usually on the same machine.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// No daemon has that much to say; whatever else listens there is not read to its end.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
 
 /// What the interface shows.
 pub struct Shown {
@@ -26,19 +40,27 @@ pub struct Shown {
     pub metrics: PrometheusHandle,
 }
 
-#[derive(Serialize)]
-struct Overview {
-    version: &'static str,
-    holder: String,
-    ready: bool,
-    pipelines: Vec<PipelineView>,
+/// The answer to `/status` and `/readyz`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Overview {
+    /// Of the program.
+    pub version: String,
+    /// The process, as leases name it.
+    pub holder: String,
+    /// Whether every pipeline is.
+    pub ready: bool,
+    /// Those of the configuration.
+    pub pipelines: Vec<PipelineView>,
 }
 
-#[derive(Serialize)]
-struct PipelineView {
-    pipeline: String,
+/// One pipeline in the answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PipelineView {
+    /// Its name.
+    pub pipeline: String,
+    /// What it says about itself.
     #[serde(flatten)]
-    status: Status,
+    pub status: Status,
 }
 
 impl Shown {
@@ -52,7 +74,7 @@ impl Shown {
             })
             .collect();
         Overview {
-            version: env!("CARGO_PKG_VERSION"),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             holder: self.holder.clone(),
             ready: pipelines.iter().all(|view| view.status.state.is_ready()),
             pipelines,
@@ -100,4 +122,56 @@ async fn ready(Shared(shown): Shared<Arc<Shown>>) -> (StatusCode, Json<Overview>
         StatusCode::SERVICE_UNAVAILABLE
     };
     (code, Json(overview))
+}
+
+/// Asks the daemon that listens on `address` what it is doing.
+///
+/// # Errors
+/// When nobody answers there, or somebody else does.
+pub async fn ask(address: SocketAddr) -> Result<Overview, anyhow::Error> {
+    let address = reachable(address);
+    timeout(ANSWER_MAX, get_status(address))
+        .await
+        .map_err(|_| anyhow!("no answer within {} s", ANSWER_MAX.as_secs()))
+        .flatten()
+        .with_context(|| format!("no daemon answers at http://{address}/status"))
+}
+
+/// An address to listen on everywhere is no address to connect to.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => {
+            address.set_ip(Ipv6Addr::LOCALHOST.into());
+        }
+        _ => {}
+    }
+    address
+}
+
+async fn get_status(address: SocketAddr) -> Result<Overview, anyhow::Error> {
+    let stream = TcpStream::connect(address).await?;
+    let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let request = Request::get("/status")
+        .header(header::HOST, address.to_string())
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())?;
+    let answer = async move {
+        let response = requests.send_request(request).await?;
+        ensure!(
+            response.status().is_success(),
+            "the answer is {}",
+            response.status()
+        );
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
+            .collect()
+            .await
+            .map_err(|error| anyhow!(error))?;
+        serde_json::from_slice(&body.to_bytes()).context("it is not an outbox-relay of this kind")
+    };
+    // The connection has to be driven while the answer is awaited; whether it ends well does not matter.
+    let (answer, _) = tokio::join!(answer, connection);
+    answer
 }

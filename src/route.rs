@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::str::FromStr;
 
 use leon::Item;
@@ -124,6 +125,24 @@ impl Template {
     }
 }
 
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in &self.parts {
+            match part {
+                Part::Text(text) => f.write_str(text)?,
+                Part::Field(field) => {
+                    let (name, _) = Field::NAMES
+                        .iter()
+                        .find(|(_, named)| named == field)
+                        .expect("every field has a name");
+                    write!(f, "{{{name}}}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl FromStr for Template {
     type Err = String;
 
@@ -235,6 +254,7 @@ mod tests {
                 template.parse::<Template>().unwrap().render(&event()),
                 expected
             );
+            assert_eq!(template.parse::<Template>().unwrap().to_string(), template);
         }
     }
 

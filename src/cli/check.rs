@@ -1,10 +1,13 @@
-//! `outbox-relay check`: is the configuration right?
+//! `outbox-relay check`: is the configuration right, and what does it mean?
 
 use clap::Args;
 
 use super::{ConfigArgs, Outcome};
+use crate::config::{Config, PipelineConfig, Sink, Source};
+use crate::relay::Policy;
+use crate::source::postgres::CaptureMode;
 
-/// Read the configuration and say what is wrong with it.
+/// Read the configuration, and say what is wrong with it or what it means.
 #[derive(Debug, Args)]
 pub(super) struct Check {
     #[command(flatten)]
@@ -14,15 +17,87 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn run(self) -> Result<Outcome, anyhow::Error> {
         let config = self.config.load()?;
-        let names: Vec<&str> = config
-            .pipelines
-            .iter()
-            .map(|p| p.pipeline.name.as_str())
-            .collect();
-        anstream::println!(
-            "the configuration is right; pipelines: {}",
-            names.join(", ")
-        );
+        anstream::println!("the configuration is right");
+        anstream::println!("  from      {}", source(&config));
+        anstream::println!("  to        {}", sink(&config));
+        for pipeline in &config.pipelines {
+            anstream::println!("  pipeline  {}", describe(pipeline));
+        }
         Ok(Outcome::Done)
     }
+}
+
+/// Host and database, never the password.
+fn source(config: &Config) -> String {
+    match &config.source {
+        Source::Postgres(settings) => {
+            let options = &settings.options;
+            let user = options.get_username();
+            format!(
+                "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}",
+                options.get_host(),
+                options.get_port(),
+                options.get_database().unwrap_or(user),
+                match settings.mode {
+                    CaptureMode::Listen => "woken by notifications",
+                    CaptureMode::Poll => "polling",
+                }
+            )
+        }
+        Source::Sqlite { path, .. } => format!("the SQLite file {}", path.display()),
+    }
+}
+
+fn sink(config: &Config) -> String {
+    match &config.sink {
+        Sink::Kafka(settings) => {
+            let tls = if settings.tls.enabled {
+                "TLS"
+            } else {
+                "no TLS"
+            };
+            let sasl = settings
+                .sasl
+                .mechanism
+                .as_ref()
+                .map_or("no login".to_owned(), |mechanism| {
+                    format!("login by {mechanism}")
+                });
+            let topics = if settings.topics.create {
+                "topics are created"
+            } else {
+                "topics have to be there"
+            };
+            format!("Kafka at {}, {tls}, {sasl}, {topics}", settings.brokers)
+        }
+        Sink::Stdout => "the standard output".to_owned(),
+    }
+}
+
+fn describe(config: &PipelineConfig) -> String {
+    let pipeline = &config.pipeline;
+    let filter = &pipeline.filter;
+    let mut takes = Vec::new();
+    if !filter.aggregate_types.is_empty() {
+        takes.push(filter.aggregate_types.join(", "));
+    }
+    if !filter.event_types.is_empty() {
+        takes.push(format!("events {}", filter.event_types.join(", ")));
+    }
+    for (name, value) in &filter.headers {
+        takes.push(format!("header {name} = {value}"));
+    }
+    let takes = if takes.is_empty() {
+        "everything".to_owned()
+    } else {
+        takes.join("; ")
+    };
+    let rejected = match pipeline.on_rejected {
+        Policy::Park => "parked",
+        Policy::Halt => "a reason to stop",
+    };
+    format!(
+        "{}: {takes} to topic {}, key {}; what is rejected is {rejected}",
+        pipeline.name, pipeline.route.topic, pipeline.route.key
+    )
 }

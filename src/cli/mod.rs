@@ -1,8 +1,13 @@
 //! The commands. They print; nothing below them does.
 
+mod books;
 mod check;
+mod doctor;
 mod migrate;
+mod parked;
 mod run;
+mod show;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,6 +16,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::config::{Config, ConfigError};
+use crate::reason::reason;
 
 /// What the exit codes mean; part of the help.
 const EXIT_CODES: &str = "\
@@ -18,7 +24,7 @@ Exit codes:
   0  done, or nothing wrong
   1  failed: the message says at what
   2  the command line or the configuration is wrong
-  3  something was found: `doctor`, `check` and `demo` say what";
+  3  something was found: `doctor` and `demo` say what";
 
 /// Publishes the committed rows of a transactional outbox to Kafka, in order per entity.
 #[derive(Debug, Parser)]
@@ -34,8 +40,14 @@ enum Command {
     Run(run::Run),
     /// Make or update the outbox tables.
     Migrate(migrate::Migrate),
-    /// Read the configuration and say what is wrong with it.
+    /// Read the configuration, and say what is wrong with it or what it means.
     Check(check::Check),
+    /// Look for what keeps the relay from working, or will.
+    Doctor(doctor::Doctor),
+    /// Show where every pipeline stands.
+    Status(status::StatusArgs),
+    /// Look at events that were rejected, and those that wait behind them.
+    Parked(parked::Parked),
     /// Print a completion script.
     Completions {
         /// For this shell.
@@ -71,6 +83,9 @@ pub async fn main() -> ExitCode {
         Command::Run(run) => run.run().await,
         Command::Migrate(migrate) => migrate.run().await,
         Command::Check(check) => check.run(),
+        Command::Doctor(doctor) => doctor.run().await,
+        Command::Status(status) => status.run().await,
+        Command::Parked(parked) => parked.run().await,
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
@@ -85,7 +100,7 @@ pub async fn main() -> ExitCode {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Findings) => ExitCode::from(3),
         Err(error) => {
-            anstream::eprintln!("outbox-relay: {error:#}");
+            anstream::eprintln!("outbox-relay: {}", reason(&error));
             ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
         }
     }

@@ -4,6 +4,7 @@
 
 pub mod postgres;
 pub mod sqlite;
+pub mod view;
 
 use std::future::Future;
 use std::time::Duration;

@@ -1,11 +1,11 @@
 //! What a pipeline says about itself: read by readiness, `/status` and metrics.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::event::PipelineName;
 
 /// What a pipeline is doing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum State {
     /// Not yet connected.
@@ -40,7 +40,7 @@ impl State {
 }
 
 /// A pipeline at a glance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// What it is doing, and why if it is not moving.
     #[serde(flatten)]

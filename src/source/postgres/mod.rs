@@ -3,6 +3,7 @@
 //! Keeps no transaction, snapshot or cursor open between statements, uses no session feature in poll mode (so it works
 //! through a transaction-mode pooler), and never writes; behind a backlog it ends an empty transaction to raise its floor.
 
+pub(crate) mod ask;
 mod copy;
 mod hint;
 mod statement;

@@ -1,0 +1,352 @@
+//! `outbox-relay status`: where every pipeline stands.
+//!
+//! From the database's books, so it works while no daemon runs; and from the daemon itself, where one answers.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::Error;
+use clap::Args;
+use comfy_table::Cell;
+use serde::Serialize;
+use tokio::time::sleep;
+
+use super::books::Database;
+use super::show::{self, BOLD, GREEN, RED, YELLOW};
+use super::{ConfigArgs, Outcome};
+use crate::admin::{self, Overview};
+use crate::config::Config;
+use crate::ledger::view::{Books, PipelineBooks, Server};
+use crate::reason::reason;
+use crate::relay::status::State;
+
+const REFRESH: Duration = Duration::from_secs(2);
+
+/// Show where every pipeline stands: position, backlog, owner, parked events.
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print JSON: one document, or one a line with --watch.
+    #[arg(long)]
+    json: bool,
+    /// Look again every 2 seconds, until ctrl-c.
+    #[arg(long, short)]
+    watch: bool,
+}
+
+/// What there is to know at one moment.
+#[derive(Serialize)]
+struct Seen {
+    /// Pipelines of the configuration.
+    configured: Vec<String>,
+    /// What the database knows.
+    books: Option<Books>,
+    /// Why it could not be asked.
+    books_trouble: Option<String>,
+    /// What the daemon at `admin.listen` says.
+    daemon: Option<Overview>,
+    /// Why it could not be asked.
+    daemon_trouble: Option<String>,
+}
+
+impl StatusArgs {
+    pub(super) async fn run(self) -> Result<Outcome, Error> {
+        let config = self.config.load()?;
+        let mut database = None;
+        if !self.watch {
+            let (seen, failed) = look(&config, &mut database).await;
+            self.show(&config, &seen);
+            return match failed {
+                None => Ok(Outcome::Done),
+                Some(error) => Err(error),
+            };
+        }
+        let watching = async {
+            loop {
+                let (seen, failed) = look(&config, &mut database).await;
+                if !self.json && std::io::stdout().is_terminal() {
+                    anstream::print!("\x1b[2J\x1b[H");
+                }
+                self.show(&config, &seen);
+                if let Some(error) = failed {
+                    anstream::println!("{RED}{}{RED:#}", reason(&error));
+                }
+                sleep(REFRESH).await;
+            }
+        };
+        tokio::select! {
+            () = watching => {}
+            interrupted = tokio::signal::ctrl_c() => interrupted?,
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn show(&self, config: &Config, seen: &Seen) {
+        if self.json {
+            let text = if self.watch {
+                serde_json::to_string(seen)
+            } else {
+                serde_json::to_string_pretty(seen)
+            };
+            anstream::println!("{}", text.expect("no map has keys other than texts"));
+            return;
+        }
+        if let Some(books) = &seen.books {
+            pipelines(seen, books);
+        }
+        troubles(seen);
+        daemon(config, seen);
+        if let Some(server) = seen.books.as_ref().and_then(|books| books.server.as_ref()) {
+            show_server(server);
+        }
+    }
+}
+
+/// Asks both; a database that fails does not hide what the daemon says, and is asked anew the next time.
+async fn look(config: &Config, database: &mut Option<Database>) -> (Seen, Option<Error>) {
+    let books = async {
+        let mut open = match database.take() {
+            Some(open) => open,
+            None => Database::open(&config.source).await?,
+        };
+        let books = open.books().await?;
+        *database = Some(open);
+        Ok::<_, Error>(books)
+    };
+    let daemon = async {
+        match config.admin.enabled {
+            true => Some(admin::ask(config.admin.listen).await),
+            false => None,
+        }
+    };
+    let (books, daemon) = tokio::join!(books, daemon);
+    let (books, failed) = match books {
+        Ok(books) => (Some(books), None),
+        Err(error) => (None, Some(error)),
+    };
+    let (daemon, daemon_trouble) = match daemon {
+        Some(Ok(daemon)) => (Some(daemon), None),
+        Some(Err(error)) => (None, Some(reason(&error))),
+        None => (None, Some("admin.enabled is false".to_owned())),
+    };
+    let seen = Seen {
+        configured: config
+            .pipelines
+            .iter()
+            .map(|p| p.pipeline.name.to_string())
+            .collect(),
+        books,
+        books_trouble: failed.as_ref().map(reason),
+        daemon,
+        daemon_trouble,
+    };
+    (seen, failed)
+}
+
+impl Seen {
+    /// What the daemon says about a pipeline.
+    fn state(&self, pipeline: &str) -> Option<&State> {
+        let views = &self.daemon.as_ref()?.pipelines;
+        let view = views.iter().find(|view| view.pipeline == pipeline)?;
+        Some(&view.status.state)
+    }
+}
+
+fn pipelines(seen: &Seen, books: &Books) {
+    let mut table = show::table(&[
+        "PIPELINE",
+        "STATE",
+        ">POSITION",
+        ">NEWEST",
+        ">BACKLOG",
+        "OLDEST WAITING",
+        "CURSOR MOVED",
+        "PARKED",
+        "LEASE",
+        "OWNER",
+    ]);
+    for row in &books.pipelines {
+        let name = match row.shard {
+            0 => row.pipeline.clone(),
+            shard => format!("{}/{shard}", row.pipeline),
+        };
+        table.add_row(vec![
+            Cell::new(name),
+            state(seen, row),
+            show::number(row.last_id),
+            show::number(Some(books.newest_id)),
+            show::number(row.backlog_ids),
+            Cell::new(oldest(row)),
+            Cell::new(
+                row.cursor_age_seconds
+                    .filter(|_| row.last_id.is_some())
+                    .map_or("never".to_owned(), |age| format!("{} ago", show::age(age))),
+            ),
+            parked(row),
+            Cell::new(
+                row.owner
+                    .as_ref()
+                    .map_or("-".to_owned(), |o| show::age(o.lease_ends_in_seconds)),
+            ),
+            Cell::new(
+                row.owner
+                    .as_ref()
+                    .map_or("nobody".to_owned(), |o| show::plain(&o.holder)),
+            ),
+        ]);
+    }
+    let known = |name: &String| books.pipelines.iter().any(|row| row.pipeline == *name);
+    for name in seen.configured.iter().filter(|name| !known(name)) {
+        table.add_row(vec![
+            Cell::new(name),
+            Cell::new("never ran"),
+            show::number(None),
+            show::number(Some(books.newest_id)),
+        ]);
+    }
+    show::print_table(&mut table);
+}
+
+fn state(seen: &Seen, row: &PipelineBooks) -> Cell {
+    use comfy_table::Color::{Green, Red, Yellow};
+    // Of a relay elsewhere nothing is known but that it renews its lease.
+    let elsewhere = match &row.owner {
+        Some(_) => ("owned", Some(Green)),
+        None => ("nobody's", Some(Red)),
+    };
+    let (text, colour) = match seen.state(&row.pipeline) {
+        Some(State::Running) => ("running", Some(Green)),
+        Some(State::Standby { .. }) => ("standby here", Some(Green)),
+        Some(State::Starting) => ("starting", Some(Yellow)),
+        Some(State::Stalled { .. }) => ("STALLED", Some(Red)),
+        Some(State::Halted { .. }) => ("HALTED", Some(Red)),
+        Some(State::Stopped) => ("stopped", Some(Yellow)),
+        None => elsewhere,
+    };
+    let cell = Cell::new(text);
+    match colour {
+        Some(colour) => cell.fg(colour),
+        None => cell,
+    }
+}
+
+fn oldest(row: &PipelineBooks) -> String {
+    match (
+        row.oldest_unpublished_seconds,
+        &row.oldest_unpublished_unknown,
+    ) {
+        (_, Some(_)) => "unknown".to_owned(),
+        (Some(seconds), None) => show::age(seconds),
+        (None, None) => "-".to_owned(),
+    }
+}
+
+fn parked(row: &PipelineBooks) -> Cell {
+    match row.parked_events {
+        0 => Cell::new("-"),
+        events => Cell::new(format!("{events} of {} entities", row.parked_entities))
+            .fg(comfy_table::Color::Yellow),
+    }
+}
+
+/// The lines that a person acts upon.
+fn troubles(seen: &Seen) {
+    for view in seen.daemon.iter().flat_map(|daemon| &daemon.pipelines) {
+        if let State::Stalled { reason } | State::Halted { reason } = &view.status.state {
+            let reason = show::plain(reason);
+            anstream::println!("{RED}{}{RED:#}: {reason}", view.pipeline);
+        }
+    }
+    let Some(books) = &seen.books else { return };
+    for row in &books.pipelines {
+        if !row.same_database {
+            anstream::println!(
+                "{RED}{}{RED:#}: its cursor was written on another server or timeline (restored, failed over): see \
+                 `outbox-relay doctor`",
+                row.pipeline
+            );
+        } else if let Some(unknown) = &row.oldest_unpublished_unknown {
+            anstream::println!("{}: age of the oldest event: {unknown}", row.pipeline);
+        }
+        if row.parked_events > 0 {
+            anstream::println!(
+                "{YELLOW}{}{YELLOW:#}: {} events are parked: see `outbox-relay parked list`",
+                row.pipeline,
+                row.parked_events
+            );
+        }
+        if row.owner.is_none() && seen.configured.contains(&row.pipeline) {
+            anstream::println!(
+                "{RED}{}{RED:#}: no relay owns it, nothing is published",
+                row.pipeline
+            );
+        }
+    }
+}
+
+fn daemon(config: &Config, seen: &Seen) {
+    match (&seen.daemon, &seen.daemon_trouble) {
+        (Some(daemon), _) => {
+            let (style, ready) = if daemon.ready {
+                (GREEN, "ready")
+            } else {
+                (RED, "not ready")
+            };
+            anstream::println!(
+                "{BOLD}daemon{BOLD:#} at {}: {style}{ready}{style:#}, version {}, {}",
+                config.admin.listen,
+                show::plain(&daemon.version),
+                show::plain(&daemon.holder)
+            );
+        }
+        (None, trouble) => anstream::println!(
+            "{BOLD}daemon{BOLD:#}: {}",
+            trouble.as_deref().unwrap_or_default()
+        ),
+    }
+}
+
+fn show_server(server: &Server) {
+    let Server {
+        version,
+        in_recovery,
+        sees_all_transactions,
+        oldest_transaction,
+        prepared_transactions,
+        oldest_prepared_seconds,
+    } = server;
+    let standby = if *in_recovery { ", a standby" } else { "" };
+    anstream::println!("{BOLD}server{BOLD:#}: PostgreSQL {version}{standby}");
+    match oldest_transaction {
+        Some(open) => anstream::println!(
+            "  oldest transaction in progress: {}, process {} of {} in {} ({}{}{})",
+            show::age(open.seconds),
+            open.pid,
+            show::plain(open.user.as_deref().unwrap_or("?")),
+            show::plain(open.database.as_deref().unwrap_or("?")),
+            open.state.as_deref().unwrap_or("?"),
+            if open.application.as_deref().unwrap_or_default().is_empty() {
+                ""
+            } else {
+                ", "
+            },
+            show::plain(open.application.as_deref().unwrap_or_default()),
+        ),
+        None if *sees_all_transactions => anstream::println!("  no other transaction in progress"),
+        None => anstream::println!(
+            "  transactions of other roles are hidden from this one (grant pg_read_all_stats)"
+        ),
+    }
+    if let Some(seconds) = oldest_prepared_seconds {
+        anstream::println!(
+            "  prepared transactions: {prepared_transactions}, the oldest for {}",
+            show::age(*seconds)
+        );
+    }
+    if oldest_transaction.is_some() || *prepared_transactions > 0 {
+        anstream::println!(
+            "  (an open transaction holds up its own events only: everybody else's are published past it)"
+        );
+    }
+}

@@ -1,0 +1,138 @@
+//! Looks at the relay's own books: who owns what, whose cursor is left over, what is parked.
+
+use anyhow::Context;
+use sqlx::postgres::PgConnection;
+
+use super::super::{Finding, parked};
+use crate::config::PipelineConfig;
+use crate::ledger::view::{self, Books, PipelineBooks};
+use crate::source::postgres::ask;
+
+pub(super) async fn examine(
+    connection: &mut PgConnection,
+    pipelines: &[PipelineConfig],
+) -> Result<Vec<Finding>, anyhow::Error> {
+    let books = view::postgres::read(connection)
+        .await
+        .context("read the books")?;
+    let configured: Vec<&str> = pipelines.iter().map(|p| p.pipeline.name.as_str()).collect();
+    Ok(judge(&books, &configured))
+}
+
+fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = books.pipelines.iter().filter_map(elsewhere).collect();
+    findings.extend(parked(
+        books
+            .pipelines
+            .iter()
+            .map(|pipeline| pipeline.parked_events)
+            .sum(),
+    ));
+    for name in configured {
+        let of_pipeline = || books.pipelines.iter().filter(|row| row.pipeline == *name);
+        findings.push(
+            match of_pipeline().find_map(|pipeline| pipeline.owner.as_ref()) {
+                Some(owner) => Finding::note(
+                    "lease",
+                    format!(
+                        "pipeline {name} is owned by {} (for {:.0} s unless renewed)",
+                        owner.holder, owner.lease_ends_in_seconds
+                    ),
+                    "other relays stand by for it",
+                ),
+                None => Finding::note(
+                    "lease",
+                    format!("nobody owns pipeline {name}"),
+                    "nothing is published until a relay runs",
+                )
+                .command("outbox-relay run"),
+            },
+        );
+    }
+    let strangers = books.pipelines.iter().filter(|pipeline| {
+        pipeline.owner.is_none() && !configured.contains(&&pipeline.pipeline[..])
+    });
+    findings.extend(strangers.map(|PipelineBooks { pipeline, .. }| {
+        let literal = ask::literal(pipeline);
+        Finding::note(
+            "strange_cursor",
+            format!("there is a cursor of pipeline {pipeline}, which the configuration does not name and nobody owns"),
+            "if it was given up, its cursor only stands in the way of dropping what was published",
+        )
+        .sql(format!(
+            "delete from outbox.cursors where pipeline = {literal}; delete from outbox.leases where pipeline = {literal}"
+        ))
+    }));
+    findings
+}
+
+fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
+    (!books.same_database).then(|| {
+        Finding::error(
+            "same_database",
+            format!(
+                "the cursor of pipeline {} was written on another server or timeline",
+                books.pipeline
+            ),
+            "the database was restored or failed over, and its transaction ids can't be compared with the cursor's: the \
+             relay does not go on from it",
+        )
+        // The cursor that is gone begins anew: with earliest, what is retained is published again, and nothing is lost.
+        .sql(format!(
+            "delete from outbox.cursors where pipeline = {}; -- begins again at pipeline.start: keep it at \"earliest\"",
+            ask::literal(&books.pipeline)
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Severity;
+    use crate::ledger::view::Owner;
+
+    #[test]
+    fn owners_strangers_and_restores_are_told_apart() {
+        let pipeline = |name: &str, owned: bool, same_database| PipelineBooks {
+            pipeline: name.to_owned(),
+            shard: 0,
+            last_id: Some(1),
+            backlog_ids: Some(0),
+            owner: owned.then(|| Owner {
+                holder: "host:1:abc".to_owned(),
+                lease_ends_in_seconds: 9.0,
+            }),
+            cursor_age_seconds: None,
+            oldest_unpublished_seconds: None,
+            oldest_unpublished_unknown: None,
+            parked_events: 0,
+            parked_entities: 0,
+            same_database,
+        };
+        let books = Books {
+            newest_id: 1,
+            pipelines: vec![
+                pipeline("main", true, true),
+                pipeline("old", false, true),
+                pipeline("restored", false, false),
+            ],
+            server: None,
+        };
+        let found: Vec<_> = judge(&books, &["main", "restored", "new"])
+            .into_iter()
+            .map(|finding| (finding.severity, finding.check, finding.what))
+            .collect();
+        assert_eq!(found[0].0, Severity::Error);
+        assert!(found[0].2.contains("restored"));
+        let notes: Vec<&str> = found[1..].iter().map(|found| &found.2[..]).collect();
+        assert_eq!(
+            notes,
+            [
+                "pipeline main is owned by host:1:abc (for 9 s unless renewed)",
+                "nobody owns pipeline restored",
+                "nobody owns pipeline new",
+                "there is a cursor of pipeline old, which the configuration does not name and nobody owns",
+            ]
+        );
+    }
+}

@@ -1,0 +1,610 @@
+//! Looks at the shape of `outbox.events`: columns and their order, indexes, sequence, trigger, partitions.
+//!
+//! Asks the catalogs only, so that it needs no rights on the table and costs the same however large it is.
+
+use anyhow::Context;
+use serde::Deserialize;
+use sqlx::postgres::PgConnection;
+
+use super::super::Finding;
+use crate::source::postgres::{CaptureMode, ask};
+
+/// Column, type, and what its default has to contain.
+const COLUMNS: [(&str, &str, Option<&str>); 11] = [
+    ("xid", "xid8", Some("pg_current_xact_id()")),
+    ("id", "bigint", Some("events_id_seq")),
+    ("event_id", "uuid", Some("gen_random_uuid()")),
+    ("aggregate_type", "text", None),
+    ("aggregate_id", "text", None),
+    ("event_type", "text", None),
+    ("payload", "json", None),
+    ("payload_bytes", "bytea", None),
+    ("content_type", "text", None),
+    ("headers", "json", None),
+    (
+        "occurred_at",
+        "timestamp with time zone",
+        Some("clock_timestamp()"),
+    ),
+];
+
+const EXISTS: &str = "
+select exists (
+    select from pg_class c join pg_namespace s on s.oid = c.relnamespace
+     where s.nspname = 'outbox' and c.relname = 'events') as answer";
+
+const FACTS: &str = "
+select c.relkind = 'p' as partitioned,
+       -- Asks for this role; owners and those that bypass row security are not held up by it.
+       row_security_active(c.oid) as row_security,
+       current_user::text as role,
+       (select coalesce(json_agg(a order by a.attnum), '[]') from (
+            select a.attname as name, format_type(a.atttypid, a.atttypmod) as type,
+                   pg_get_expr(d.adbin, d.adrelid) as \"default\", a.attnum
+              from pg_attribute a
+              left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+             where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a) as columns,
+       (select coalesce(json_agg(i), '[]') from (
+            select i.indisunique as is_unique, i.indisvalid as is_valid,
+                   (select json_agg(a.attname order by k.n)
+                      from unnest(i.indkey::int2[]) with ordinality k (attnum, n)
+                      join pg_attribute a on a.attrelid = c.oid and a.attnum = k.attnum) as columns
+              from pg_index i
+             where i.indrelid = c.oid and i.indpred is null) i) as indexes,
+       (select row_to_json(q) from (
+            select q.seqcache as cache, q.seqincrement as increment, q.seqcycle as cycle
+              from pg_sequence q
+              join pg_class qc on qc.oid = q.seqrelid and qc.relname = 'events_id_seq'
+               and qc.relnamespace = c.relnamespace) q) as sequence,
+       -- O and A fire for a service's transactions, D and R do not.
+       (select t.tgenabled in ('O', 'A') from pg_trigger t
+         where t.tgrelid = c.oid and t.tgname = 'events_notify') as notifies,
+       (select coalesce(json_agg(p), '[]') from (
+            select (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'FROM \\(''?(\\d+)''?\\)'))[1]::bigint as lower,
+                   (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'TO \\(''?(\\d+)''?\\)'))[1]::bigint as upper,
+                   pg_get_expr(pc.relpartbound, pc.oid) = 'DEFAULT' as is_default,
+                   pc.relpersistence = 'u' as unlogged,
+                   pc.oid::regclass::text as name,
+                   pg_relation_size(pc.oid) as bytes
+              from pg_inherits h
+              join pg_class pc on pc.oid = h.inhrelid
+             where h.inhparent = c.oid) p) as partitions,
+       (select case when has_sequence_privilege(qc.oid, 'select') or has_sequence_privilege(qc.oid, 'usage')
+                    then coalesce(pg_sequence_last_value(qc.oid), 0) end
+          from pg_class qc
+         where qc.relname = 'events_id_seq' and qc.relnamespace = c.relnamespace) as newest_id
+  from pg_class c
+  join pg_namespace s on s.oid = c.relnamespace
+ where s.nspname = 'outbox' and c.relname = 'events'";
+
+#[derive(Deserialize)]
+struct Answer {
+    answer: bool,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Facts {
+    partitioned: bool,
+    row_security: bool,
+    role: String,
+    columns: Vec<Column>,
+    indexes: Vec<Index>,
+    sequence: Option<Sequence>,
+    /// None when there is no such trigger.
+    notifies: Option<bool>,
+    partitions: Vec<Partition>,
+    newest_id: Option<i64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Column {
+    name: String,
+    r#type: String,
+    default: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Index {
+    is_unique: bool,
+    is_valid: bool,
+    /// None of an index on expressions alone.
+    columns: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Sequence {
+    cache: i64,
+    increment: i64,
+    cycle: bool,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Partition {
+    lower: Option<i64>,
+    upper: Option<i64>,
+    is_default: bool,
+    unlogged: bool,
+    name: String,
+    bytes: i64,
+}
+
+pub(super) async fn exists(connection: &mut PgConnection) -> Result<bool, anyhow::Error> {
+    let Answer { answer } = ask::one(connection, EXISTS)
+        .await
+        .context("look for outbox.events")?;
+    Ok(answer)
+}
+
+pub(super) async fn examine(
+    connection: &mut PgConnection,
+    mode: CaptureMode,
+) -> Result<Vec<Finding>, anyhow::Error> {
+    let facts: Facts = ask::one(connection, FACTS)
+        .await
+        .context("ask about outbox.events")?;
+    let mut findings = columns(&facts.columns);
+    findings.extend(order(&facts.columns));
+    findings.extend(indexes(&facts.indexes));
+    findings.extend(sequence(facts.sequence.as_ref()));
+    findings.extend(row_security(&facts));
+    findings.extend(trigger(facts.notifies, mode));
+    findings.extend(partitions(&facts));
+    Ok(findings)
+}
+
+fn columns(columns: &[Column]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (name, expected, default) in COLUMNS {
+        let Some(column) = columns.iter().find(|column| column.name == name) else {
+            findings.push(
+                Finding::error(
+                    "columns",
+                    format!("outbox.events has no column {name}"),
+                    "the relay reads it",
+                )
+                .sql(add_column(name, expected, default)),
+            );
+            continue;
+        };
+        let fits = column.r#type == expected
+            || (expected == "text" && column.r#type.starts_with("character varying"));
+        if !fits {
+            findings.push(
+                Finding::error(
+                    "columns",
+                    format!(
+                        "column {name} of outbox.events is {}, not {expected}",
+                        column.r#type
+                    ),
+                    "the relay reads the column as it lies on the wire, and would read something else",
+                )
+                .sql(format!(
+                    "alter table outbox.events alter column {name} type {expected} using {name}::{expected}"
+                )),
+            );
+        }
+        let has_default = |part: &str| column.default.as_ref().is_some_and(|d| d.contains(part));
+        if let Some(default) = default.filter(|default| !has_default(default)) {
+            findings.push(wrong_default(name, column.default.as_deref(), default));
+        }
+    }
+    findings
+}
+
+fn default_of(name: &str, default: &str) -> String {
+    match name {
+        "id" => "nextval('outbox.events_id_seq')".to_owned(),
+        _ => default.to_owned(),
+    }
+}
+
+fn add_column(name: &str, expected: &str, default: Option<&str>) -> String {
+    let default = default.map_or(String::new(), |default| {
+        format!(" not null default {}", default_of(name, default))
+    });
+    format!("alter table outbox.events add column {name} {expected}{default}")
+}
+
+fn wrong_default(name: &str, found: Option<&str>, expected: &str) -> Finding {
+    let what = format!(
+        "the default of column {name} of outbox.events is {}",
+        found.unwrap_or("missing")
+    );
+    let finding = match name {
+        "xid" | "id" => Finding::error(
+            "columns",
+            what,
+            "the relay finds events by the transaction and the number that the defaults give them",
+        ),
+        "occurred_at" => Finding::warning(
+            "columns",
+            what,
+            "now() is the start of the transaction: ages, latencies and the time of the records are off by its length",
+        ),
+        _ => Finding::warning("columns", what, "writers have to give it themselves"),
+    };
+    finding.sql(format!(
+        "alter table outbox.events alter column {name} set default {}",
+        default_of(name, expected)
+    ))
+}
+
+/// Defaults are evaluated in column order. A default of id that asks for the transaction itself is as good.
+fn order(columns: &[Column]) -> Option<Finding> {
+    let place = |name: &str| columns.iter().position(|column| column.name == name);
+    let (xid, id) = (place("xid")?, place("id")?);
+    let default = columns[id].default.as_deref().unwrap_or_default();
+    let asks_first = default
+        .find("pg_current_xact_id()")
+        .zip(default.find("nextval("))
+        .is_some_and(|(xid, id)| xid < id);
+    (xid > id && !asks_first).then(|| {
+        Finding::error(
+            "column_order",
+            "column id of outbox.events stands before column xid",
+            "an event gets its id before its transaction has a number, so that the relay may pass it by: events are lost",
+        )
+        // Columns can't be moved; this makes the default of id take the transaction's number first, which is the point.
+        .sql(
+            "alter table outbox.events alter column id set default \
+             case when pg_current_xact_id() is not null then nextval('outbox.events_id_seq') end",
+        )
+    })
+}
+
+fn indexes(indexes: &[Index]) -> Vec<Finding> {
+    let starts_with = |index: &Index, wanted: &[&str]| {
+        index.is_valid
+            && index
+                .columns
+                .as_ref()
+                .is_some_and(|columns| columns.iter().take(wanted.len()).eq(wanted))
+    };
+    let mut findings = Vec::new();
+    let by_id = indexes
+        .iter()
+        .any(|index| index.is_unique && starts_with(index, &["id"]));
+    if !by_id {
+        findings.push(
+            Finding::error(
+                "indexes",
+                "outbox.events has no primary key on id",
+                "every page would read the whole table, and two events could have one id",
+            )
+            .sql("alter table outbox.events add constraint events_pkey primary key (id)"),
+        );
+    }
+    if !indexes
+        .iter()
+        .any(|index| starts_with(index, &["xid", "id"]))
+    {
+        findings.push(
+            Finding::error(
+                "indexes",
+                "outbox.events has no index on (xid, id)",
+                "events of transactions that commit late are found by it; without it each look reads the whole table",
+            )
+            .sql("create index events_xid_id on outbox.events (xid, id)"),
+        );
+    }
+    findings
+}
+
+fn sequence(sequence: Option<&Sequence>) -> Vec<Finding> {
+    let Some(sequence) = sequence else {
+        return vec![
+            Finding::error(
+                "sequence",
+                "there is no sequence outbox.events_id_seq",
+                "ids come from it, and it says which is the newest",
+            )
+            .sql(
+                "create sequence outbox.events_id_seq as bigint cache 1 owned by outbox.events.id; \
+                 select setval('outbox.events_id_seq', (select coalesce(max(id), 0) + 1 from outbox.events), false)",
+            ),
+        ];
+    };
+    let Sequence {
+        cache,
+        increment,
+        cycle,
+    } = *sequence;
+    let mut findings = Vec::new();
+    if cache != 1 {
+        findings.push(
+            Finding::error(
+                "sequence_cache",
+                format!("the sequence outbox.events_id_seq hands out ids in blocks of {cache}"),
+                "each session takes its ids from its own block, so that ids say nothing about the order: events of one \
+                 entity may be published in the wrong order, or not at all",
+            )
+            .sql("alter sequence outbox.events_id_seq cache 1"),
+        );
+    }
+    if increment < 1 || cycle {
+        findings.push(
+            Finding::error(
+                "sequence",
+                format!(
+                    "the sequence outbox.events_id_seq does not ascend for ever (increment {increment}, cycle {cycle})"
+                ),
+                "the relay never looks below an id that it has passed",
+            )
+            .sql("alter sequence outbox.events_id_seq increment 1 no cycle"),
+        );
+    }
+    findings
+}
+
+fn row_security(facts: &Facts) -> Option<Finding> {
+    facts.row_security.then(|| {
+        Finding::error(
+            "row_security",
+            format!("row-level security of outbox.events applies to {}", facts.role),
+            "rows that a policy hides are not published, without a word",
+        )
+        .sql("create policy outbox_relay_reads on outbox.events for select to outbox_relay using (true)")
+    })
+}
+
+fn trigger(notifies: Option<bool>, mode: CaptureMode) -> Option<Finding> {
+    let silent = "the relay is not woken by a commit and finds the event by its slow poll, up to a second late";
+    match (mode, notifies) {
+        (CaptureMode::Listen, None) => Some(
+            Finding::warning("notify_trigger", "the trigger events_notify is missing", silent).sql(
+                "create trigger events_notify after insert on outbox.events \
+                 for each statement execute function outbox.notify_relay()",
+            ),
+        ),
+        (CaptureMode::Listen, Some(false)) => Some(
+            Finding::warning("notify_trigger", "the trigger events_notify is disabled", silent)
+                .sql("alter table outbox.events enable trigger events_notify"),
+        ),
+        (CaptureMode::Poll, Some(true)) => Some(
+            Finding::note(
+                "notify_trigger",
+                "the trigger events_notify is enabled, and the relay polls (source.postgres.capture)",
+                "writers pay for notifications that nobody hears",
+            )
+            .sql("alter table outbox.events disable trigger events_notify"),
+        ),
+        (CaptureMode::Listen, Some(true)) | (CaptureMode::Poll, None | Some(false)) => None,
+    }
+}
+
+fn partitions(facts: &Facts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if !facts.partitioned {
+        return vec![Finding::note(
+            "partitions",
+            "outbox.events is not partitioned",
+            "published events can't be dropped by partition, only deleted",
+        )];
+    }
+    let unlogged: Vec<&str> = facts
+        .partitions
+        .iter()
+        .filter(|partition| partition.unlogged)
+        .map(|partition| &partition.name[..])
+        .collect();
+    if !unlogged.is_empty() {
+        let logged: Vec<String> = unlogged
+            .iter()
+            .map(|name| format!("alter table {name} set logged"))
+            .collect();
+        findings.push(
+            Finding::error(
+                "unlogged",
+                format!("unlogged: {}", unlogged.join(", ")),
+                "after a crash of the server these are empty: events are lost",
+            )
+            .sql(logged.join("; ")),
+        );
+    }
+    if !facts
+        .partitions
+        .iter()
+        .any(|partition| partition.is_default)
+    {
+        findings.push(
+            Finding::error(
+                "partitions",
+                "outbox.events has no default partition",
+                "when the partitions run out, every emit fails, and with it the service's transaction",
+            )
+            .sql("create table outbox.events_default partition of outbox.events default"),
+        );
+    }
+    findings.extend(ahead(facts));
+    findings.extend(rows_in_default(facts));
+    findings
+}
+
+fn ahead(facts: &Facts) -> Option<Finding> {
+    let newest = facts.newest_id?;
+    let covers_next = |partition: &&Partition| {
+        partition
+            .lower
+            .zip(partition.upper)
+            .is_some_and(|(lower, upper)| lower <= newest + 1 && newest + 1 < upper)
+    };
+    let next = facts.partitions.iter().find(covers_next);
+    let beyond = facts
+        .partitions
+        .iter()
+        .filter(|partition| partition.lower.is_some_and(|lower| lower > newest))
+        .count();
+    let what = match (next, beyond) {
+        (Some(_), 1..) => return None,
+        (Some(_), 0) => "no partition is left ahead of the one in use",
+        (None, _) => "no partition takes the next event: it goes to the default one",
+    };
+    Some(
+        Finding::warning(
+            "partitions",
+            what,
+            "events in the default partition are published like all others, but it can't be dropped once they are \
+             (the daemon makes partitions: has it been away?)",
+        )
+        .sql("select outbox.make_partitions()"),
+    )
+}
+
+fn rows_in_default(facts: &Facts) -> Option<Finding> {
+    let default = facts
+        .partitions
+        .iter()
+        .find(|partition| partition.is_default && partition.bytes > 0)?;
+    let name = &default.name;
+    Some(
+        Finding::note(
+            "default_partition",
+            format!(
+                "the default partition {name} has {} kB",
+                default.bytes / 1024
+            ),
+            "its events are published like all others, but it can't be dropped once they are",
+        )
+        // What the start of a window had seen is published; what commits late is not among it.
+        .sql(format!(
+            "delete from {name} e where not exists (select from outbox.cursors c \
+             where c.prev is null or not pg_visible_in_snapshot(e.xid, c.prev)); vacuum {name}"
+        )),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Severity;
+
+    fn column(name: &str, r#type: &str, default: Option<&str>) -> Column {
+        Column {
+            name: name.to_owned(),
+            r#type: r#type.to_owned(),
+            default: default.map(str::to_owned),
+        }
+    }
+
+    fn as_migrated() -> Vec<Column> {
+        COLUMNS
+            .iter()
+            .map(|(name, r#type, default)| {
+                column(
+                    name,
+                    r#type,
+                    default.map(|default| default_of(name, default)).as_deref(),
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_migrated_columns_are_right() {
+        assert_eq!(columns(&as_migrated()), []);
+        assert_eq!(order(&as_migrated()), None);
+    }
+
+    #[test]
+    fn the_order_counts_unless_the_default_makes_up_for_it() {
+        let mut swapped = as_migrated();
+        swapped.swap(0, 1);
+        assert_eq!(order(&swapped).unwrap().severity, Severity::Error);
+        swapped[0].default = Some(
+            "CASE WHEN (pg_current_xact_id() IS NOT NULL) THEN nextval('outbox.events_id_seq'::regclass) ELSE \
+             NULL::bigint END"
+                .to_owned(),
+        );
+        assert_eq!(order(&swapped), None);
+        assert_eq!(columns(&swapped), []);
+    }
+
+    #[test]
+    fn types_and_defaults_are_compared() {
+        let mut found = as_migrated();
+        found[6] = column("payload", "jsonb", None);
+        found[3] = column("aggregate_type", "character varying(64)", None);
+        found[10] = column("occurred_at", "timestamp with time zone", Some("now()"));
+        found.remove(8);
+        let found: Vec<_> = columns(&found)
+            .into_iter()
+            .map(|finding| (finding.severity, finding.what))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (
+                    Severity::Error,
+                    "column payload of outbox.events is jsonb, not json".to_owned()
+                ),
+                (
+                    Severity::Error,
+                    "outbox.events has no column content_type".to_owned()
+                ),
+                (
+                    Severity::Warning,
+                    "the default of column occurred_at of outbox.events is now()".to_owned()
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_trigger_is_judged_by_the_capture_mode() {
+        use CaptureMode::{Listen, Poll};
+        let found = |notifies, mode| trigger(notifies, mode).map(|finding| finding.severity);
+        assert_eq!(found(Some(true), Listen), None);
+        assert_eq!(found(Some(false), Listen), Some(Severity::Warning));
+        assert_eq!(found(None, Listen), Some(Severity::Warning));
+        assert_eq!(found(Some(true), Poll), Some(Severity::Note));
+        assert_eq!(found(Some(false), Poll), None);
+    }
+
+    #[test]
+    fn partitions_have_to_be_ahead() {
+        let partition = |lower, upper| Partition {
+            lower,
+            upper,
+            is_default: lower.is_none(),
+            unlogged: false,
+            name: "outbox.p".to_owned(),
+            bytes: 0,
+        };
+        let found = |newest_id, bounds: &[(i64, i64)]| {
+            let mut partitions: Vec<Partition> = bounds
+                .iter()
+                .map(|(lower, upper)| partition(Some(*lower), Some(*upper)))
+                .collect();
+            partitions.push(partition(None, None));
+            let facts = Facts {
+                partitioned: true,
+                row_security: false,
+                role: "relay".to_owned(),
+                columns: Vec::new(),
+                indexes: Vec::new(),
+                sequence: None,
+                notifies: None,
+                partitions,
+                newest_id: Some(newest_id),
+            };
+            super::partitions(&facts)
+                .into_iter()
+                .map(|finding| finding.what)
+                .collect::<Vec<_>>()
+        };
+        assert!(found(0, &[(1, 10), (10, 20)]).is_empty());
+        assert_eq!(
+            found(0, &[(1, 10)]),
+            ["no partition is left ahead of the one in use"]
+        );
+        // 9 is the last id of the partition: the next event needs the following one.
+        assert_eq!(
+            found(9, &[(1, 10), (10, 20)]),
+            ["no partition is left ahead of the one in use"]
+        );
+        assert_eq!(
+            found(19, &[(1, 10), (10, 20)]),
+            ["no partition takes the next event: it goes to the default one"]
+        );
+    }
+}

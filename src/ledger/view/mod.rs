@@ -1,0 +1,125 @@
+//! The books as people see them: read without a lease, whether or not a relay runs.
+//!
+//! Only reads, and every read is bounded by an index: looking at an outbox in trouble must not add to the trouble.
+
+pub mod postgres;
+pub mod sqlite;
+
+use serde::{Deserialize, Serialize};
+
+/// What the database knows about all pipelines.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Books {
+    /// The newest id that the log handed out, 0 before the first.
+    pub newest_id: i64,
+    /// Every pipeline that ever ran, by name.
+    pub pipelines: Vec<PipelineBooks>,
+    /// Where the database is a server.
+    pub server: Option<Server>,
+}
+
+/// What the database knows about one pipeline.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PipelineBooks {
+    /// Its name.
+    pub pipeline: String,
+    /// Its shard.
+    pub shard: i32,
+    /// The last id up to which everything is delivered or parked; none before the first cursor.
+    pub last_id: Option<i64>,
+    /// Ids between that and the newest: events that wait, and gaps.
+    pub backlog_ids: Option<i64>,
+    /// Who owns it; none when no lease is in force.
+    pub owner: Option<Owner>,
+    /// Since the cursor was written, which happens when something was published.
+    pub cursor_age_seconds: Option<f64>,
+    /// Age of the oldest event that is committed and that the cursor has not passed.
+    pub oldest_unpublished_seconds: Option<f64>,
+    /// Why that is not known, where it is not.
+    pub oldest_unpublished_unknown: Option<String>,
+    /// Events set aside.
+    pub parked_events: i64,
+    /// Their entities.
+    pub parked_entities: i64,
+    /// False when the cursor was written on another server or timeline: restored, or failed over.
+    pub same_database: bool,
+}
+
+/// The holder of a lease that is in force.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Owner {
+    /// As the relay named itself: host, process id, random part.
+    pub holder: String,
+    /// Until the lease ends if it is not renewed, by the database's clock.
+    pub lease_ends_in_seconds: f64,
+}
+
+/// What else is going on at the server. Nothing of it holds a relay up; it explains what a person sees there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Server {
+    /// As the server writes it.
+    pub version: String,
+    /// A standby, whose books are a copy.
+    pub in_recovery: bool,
+    /// Whether this role is shown the transactions of others.
+    pub sees_all_transactions: bool,
+    /// The one that has been open longest, without our own.
+    pub oldest_transaction: Option<OpenTransaction>,
+    /// Prepared and neither committed nor rolled back.
+    pub prepared_transactions: i64,
+    /// Age of the oldest of them.
+    pub oldest_prepared_seconds: Option<f64>,
+}
+
+/// A transaction in progress.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OpenTransaction {
+    /// Since it began.
+    pub seconds: f64,
+    /// The server process.
+    pub pid: i32,
+    /// Who.
+    pub user: Option<String>,
+    /// In which database.
+    pub database: Option<String>,
+    /// What the client calls itself.
+    pub application: Option<String>,
+    /// `active`, `idle in transaction` …
+    pub state: Option<String>,
+}
+
+/// An entity with parked events.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ParkedEntity {
+    /// Whose books.
+    pub pipeline: String,
+    /// The kind of entity.
+    pub aggregate_type: String,
+    /// The entity.
+    pub aggregate_id: String,
+    /// The first event that is parked: it was rejected.
+    pub first_id: i64,
+    /// What consumers would know it by.
+    pub event_id: String,
+    /// What happened.
+    pub event_type: String,
+    /// Why it was rejected.
+    pub error: Option<String>,
+    /// How long it has been parked.
+    pub parked_seconds: f64,
+    /// Events of the entity that wait behind it.
+    pub waiting_events: i64,
+}
+
+/// The entities with parked events, and how many there are in all.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ParkedEntities {
+    /// Those that were asked for, longest parked first.
+    pub entities: Vec<ParkedEntity>,
+    /// All of them.
+    pub total: i64,
+}
+
+fn backlog(newest_id: i64, last_id: i64) -> i64 {
+    (newest_id - last_id).max(0)
+}

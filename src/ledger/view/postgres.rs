@@ -1,0 +1,260 @@
+//! The view of the books in PostgreSQL.
+//!
+//! Needs no more rights than the relay has. What other sessions do is shown only to members of `pg_read_all_stats`.
+
+use anyhow::Context;
+use serde::Deserialize;
+use sqlx::postgres::PgConnection;
+
+use super::{Books, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog};
+use crate::event::PipelineName;
+use crate::position::Snapshot;
+use crate::reason::reason;
+use crate::source::postgres::{NEWEST_ID, ask};
+
+/// Cursors and leases, one row per pipeline and shard. A few rows in all: no index matters.
+const PIPELINES: &str = "
+select coalesce(c.pipeline, l.pipeline) as pipeline,
+       coalesce(c.shard, l.shard) as shard,
+       c.prev::text, c.cur::text, c.floor, c.ceiling, c.last_id,
+       extract(epoch from clock_timestamp() - c.updated_at)::float8 as cursor_age_seconds,
+       case when l.expires_at > clock_timestamp() then l.holder end as holder,
+       -- An infinite time can't be subtracted from before PostgreSQL 17.
+       case when isfinite(l.expires_at) then extract(epoch from l.expires_at - clock_timestamp())::float8 end
+           as lease_ends_in_seconds,
+       c.system_identifier is null
+           or (c.system_identifier, c.timeline)
+              is not distinct from (i.system_identifier, coalesce(i.timeline, c.timeline)) as same_database
+  from outbox.cursors c
+  full join outbox.leases l on l.pipeline = c.pipeline and l.shard = c.shard
+ cross join (
+    select system_identifier,
+           case when not pg_is_in_recovery()
+                then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
+      from pg_control_system()) i
+ order by 1, 2";
+
+/// What others have open. `pg_stat_activity` hides times from those who may not see them.
+const SERVER: &str = "
+select current_setting('server_version') as version,
+       pg_is_in_recovery() as in_recovery,
+       pg_has_role(current_user, 'pg_read_all_stats', 'usage') as sees_all_transactions,
+       (select row_to_json(t) from (
+            select extract(epoch from clock_timestamp() - xact_start)::float8 as seconds, pid,
+                   usename::text as \"user\", datname::text as database, application_name as application, state
+              from pg_stat_activity
+             where xact_start is not null and backend_type = 'client backend' and pid <> pg_backend_pid()
+             order by xact_start
+             limit 1) t) as oldest_transaction,
+       p.prepared_transactions,
+       p.oldest_prepared_seconds
+  from (select count(*) as prepared_transactions,
+               extract(epoch from clock_timestamp() - min(prepared))::float8 as oldest_prepared_seconds
+          from pg_prepared_xacts) p";
+
+#[derive(Deserialize)]
+struct PipelineRow {
+    pipeline: String,
+    shard: i32,
+    prev: Option<String>,
+    cur: Option<String>,
+    floor: Option<i64>,
+    ceiling: Option<i64>,
+    last_id: Option<i64>,
+    cursor_age_seconds: Option<f64>,
+    holder: Option<String>,
+    lease_ends_in_seconds: Option<f64>,
+    same_database: bool,
+}
+
+#[derive(Deserialize)]
+struct Newest {
+    newest_id: i64,
+}
+
+#[derive(Deserialize)]
+struct Age {
+    seconds: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct ParkedCount {
+    events: i64,
+    entities: i64,
+}
+
+#[derive(Deserialize)]
+struct Total {
+    total: i64,
+}
+
+/// Reads the books.
+///
+/// # Errors
+/// When the database refuses, in particular when it is not migrated.
+pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error> {
+    let rows: Vec<PipelineRow> = ask::all(connection, PIPELINES)
+        .await
+        .context("read cursors and leases")?;
+    let Newest { newest_id } = ask::one(connection, &format!("select {NEWEST_ID} as newest_id"))
+        .await
+        .context("read the newest id")?;
+    let mut pipelines = Vec::with_capacity(rows.len());
+    for row in rows {
+        pipelines.push(pipeline(connection, row, newest_id).await?);
+    }
+    let server: Server = ask::one(connection, SERVER)
+        .await
+        .context("ask about the server")?;
+    Ok(Books {
+        newest_id,
+        pipelines,
+        server: Some(server),
+    })
+}
+
+async fn pipeline(
+    connection: &mut PgConnection,
+    row: PipelineRow,
+    newest_id: i64,
+) -> Result<PipelineBooks, anyhow::Error> {
+    let statement = oldest_unpublished(&row)?;
+    let PipelineRow {
+        pipeline,
+        shard,
+        last_id,
+        cursor_age_seconds,
+        holder,
+        lease_ends_in_seconds,
+        same_database,
+        ..
+    } = row;
+    let (oldest_unpublished_seconds, oldest_unpublished_unknown) = match statement {
+        _ if !same_database => (
+            None,
+            Some("the cursor belongs to another server or timeline".to_owned()),
+        ),
+        None => (None, None),
+        Some(statement) => match ask::one::<Age>(connection, &statement).await {
+            Ok(Age { seconds }) => (seconds, None),
+            Err(error) => (None, Some(reason(&error))),
+        },
+    };
+    let parked: ParkedCount = ask::one(connection, &parked_count(&pipeline))
+        .await
+        .context("count parked events")?;
+    Ok(PipelineBooks {
+        shard,
+        last_id,
+        backlog_ids: last_id.map(|last_id| backlog(newest_id, last_id)),
+        owner: holder.map(|holder| Owner {
+            holder,
+            lease_ends_in_seconds: lease_ends_in_seconds.unwrap_or_default(),
+        }),
+        cursor_age_seconds,
+        oldest_unpublished_seconds,
+        oldest_unpublished_unknown,
+        parked_events: parked.events,
+        parked_entities: parked.entities,
+        same_database,
+        pipeline,
+    })
+}
+
+/// Served by the index on (pipeline, `aggregate_type`, `aggregate_id`, id).
+fn parked_count(pipeline: &str) -> String {
+    format!(
+        "select coalesce(sum(events), 0)::bigint as events, count(*) as entities \
+           from (select count(*) as events from outbox.parked where pipeline = {} \
+                  group by aggregate_type, aggregate_id) entity",
+        ask::literal(pipeline)
+    )
+}
+
+/// The age of the oldest event that the cursor has not passed; none without a cursor.
+///
+/// Each part is one row found through an index, whatever is retained: what is left of the window by its ids; the rows of
+/// transactions that were open by (xid, id); and of everything newer the first by (xid, id), which is about the oldest.
+fn oldest_unpublished(row: &PipelineRow) -> Result<Option<String>, anyhow::Error> {
+    let (Some(prev), Some(cur), Some(floor), Some(ceiling), Some(last_id)) =
+        (&row.prev, &row.cur, row.floor, row.ceiling, row.last_id)
+    else {
+        return Ok(None);
+    };
+    let (prev, cur): (Snapshot, Snapshot) = (prev.parse()?, cur.parse()?);
+    let mut parts = Vec::new();
+    if last_id < ceiling {
+        parts.push(format!(
+            "(select occurred_at from outbox.events where id > {} and id <= {ceiling} \
+                 and pg_visible_in_snapshot(xid, '{cur}') and not pg_visible_in_snapshot(xid, '{prev}') \
+               order by id limit 1)",
+            last_id.max(floor)
+        ));
+        parts.extend(of_open_transactions(
+            &prev,
+            &format!(
+                "and id > {last_id} and id <= {floor} and pg_visible_in_snapshot(xid, '{cur}')"
+            ),
+        ));
+    }
+    parts.extend(of_open_transactions(&cur, ""));
+    parts.push(format!(
+        "(select occurred_at from outbox.events where xid >= '{}'::xid8 order by xid, id limit 1)",
+        cur.xmax
+    ));
+    Ok(Some(format!(
+        "select extract(epoch from clock_timestamp() - min(occurred_at))::float8 as seconds from ({}) part",
+        parts.join(" union all ")
+    )))
+}
+
+fn of_open_transactions(snapshot: &Snapshot, condition: &str) -> Option<String> {
+    let xids: Vec<String> = snapshot.in_progress.iter().map(u64::to_string).collect();
+    (!xids.is_empty()).then(|| {
+        format!(
+            "(select e.occurred_at from unnest('{{{}}}'::xid8[]) as late (xid) cross join lateral (\
+                select occurred_at from outbox.events where xid = late.xid {condition} order by id limit 1) e)",
+            xids.join(",")
+        )
+    })
+}
+
+/// Lists the entities with parked events, longest parked first; never their payloads.
+///
+/// # Errors
+/// When the database refuses, in particular when it is not migrated.
+pub async fn parked(
+    connection: &mut PgConnection,
+    pipeline: Option<&PipelineName>,
+    limit: u32,
+) -> Result<ParkedEntities, anyhow::Error> {
+    let of_pipeline = pipeline.map_or("true".to_owned(), |pipeline| {
+        format!("pipeline = {}", ask::literal(pipeline.as_str()))
+    });
+    // One pass over the parked events, which are few; then their first ones by primary key.
+    let entities = format!(
+        "select pipeline, aggregate_type, aggregate_id, min(id) as first_id, count(*) - 1 as waiting_events \
+           from outbox.parked where {of_pipeline} group by 1, 2, 3"
+    );
+    let Total { total } = ask::one(
+        connection,
+        &format!("select count(*) as total from ({entities}) entity"),
+    )
+    .await
+    .context("count the parked entities")?;
+    let entities: Vec<ParkedEntity> = ask::all(
+        connection,
+        &format!(
+            "select entity.pipeline, entity.aggregate_type, entity.aggregate_id, entity.first_id, p.event_id, \
+                    p.event_type, p.error, \
+                    extract(epoch from clock_timestamp() - p.parked_at)::float8 as parked_seconds, \
+                    entity.waiting_events \
+               from ({entities}) entity \
+               join outbox.parked p on p.pipeline = entity.pipeline and p.id = entity.first_id \
+              order by p.parked_at, entity.first_id limit {limit}"
+        ),
+    )
+    .await
+    .context("list the parked entities")?;
+    Ok(ParkedEntities { entities, total })
+}

@@ -1,0 +1,126 @@
+//! The view of the books in a SQLite file.
+
+use anyhow::Context;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
+
+use super::{Books, Owner, ParkedEntities, ParkedEntity, PipelineBooks, backlog};
+use crate::event::{EventId, PipelineName};
+use crate::source::sqlite::newest_id;
+
+/// Everything about every pipeline. The oldest event is the first after the cursor, found by its id.
+const PIPELINES: &str = "
+with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+     names (pipeline, shard) as (
+        select pipeline, shard from outbox_cursors union select pipeline, shard from outbox_leases)
+select n.pipeline, n.shard, c.last_id,
+       case when l.expires_at > now.us then l.holder end,
+       (l.expires_at - now.us) / 1000000.0,
+       (now.us - c.updated_at) / 1000000.0,
+       (select (now.us - e.occurred_at) / 1000000.0 from outbox_events e
+         where e.id > coalesce(c.last_id, 9223372036854775807) order by e.id limit 1),
+       (select count(*) from outbox_parked p where p.pipeline = n.pipeline),
+       (select count(*) from (
+            select 1 from outbox_parked p where p.pipeline = n.pipeline group by p.aggregate_type, p.aggregate_id))
+  from names n
+ cross join now
+  left join outbox_cursors c on c.pipeline = n.pipeline and c.shard = n.shard
+  left join outbox_leases l on l.pipeline = n.pipeline and l.shard = n.shard
+ order by n.pipeline, n.shard";
+
+const PARKED: &str = "
+select e.pipeline, e.aggregate_type, e.aggregate_id, e.first_id, p.event_id, p.event_type, p.error,
+       (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000 - p.parked_at) / 1000000.0,
+       e.waiting, count(*) over ()
+  from (select pipeline, aggregate_type, aggregate_id, min(id) as first_id, count(*) - 1 as waiting
+          from outbox_parked where ?1 is null or pipeline = ?1 group by 1, 2, 3) e
+  join outbox_parked p on p.pipeline = e.pipeline and p.id = e.first_id
+ order by p.parked_at, e.first_id
+ limit ?2";
+
+/// Reads the books.
+///
+/// # Errors
+/// When the file can't be read or is not migrated.
+pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Error> {
+    let EventId(newest_id) = newest_id(connection).await?;
+    let pipelines = rows(sqlx::query(PIPELINES), connection)
+        .await
+        .context("read cursors and leases")?
+        .iter()
+        .map(|row| pipeline(row, newest_id))
+        .collect::<Result<_, _>>()?;
+    Ok(Books {
+        newest_id,
+        pipelines,
+        server: None,
+    })
+}
+
+fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Error> {
+    let last_id: Option<i64> = row.try_get_unchecked(2)?;
+    let holder: Option<String> = row.try_get_unchecked(3)?;
+    let lease_ends_in_seconds: Option<f64> = row.try_get_unchecked(4)?;
+    Ok(PipelineBooks {
+        pipeline: row.try_get_unchecked(0)?,
+        shard: row.try_get_unchecked(1)?,
+        last_id,
+        backlog_ids: last_id.map(|last_id| backlog(newest_id, last_id)),
+        owner: holder.map(|holder| Owner {
+            holder,
+            lease_ends_in_seconds: lease_ends_in_seconds.unwrap_or_default(),
+        }),
+        cursor_age_seconds: last_id
+            .and(row.try_get_unchecked::<Option<f64>, _>(5)?)
+            .map(|age| age.max(0.0)),
+        oldest_unpublished_seconds: row.try_get_unchecked(6)?,
+        oldest_unpublished_unknown: None,
+        parked_events: row.try_get_unchecked(7)?,
+        parked_entities: row.try_get_unchecked(8)?,
+        same_database: true,
+    })
+}
+
+/// Lists the entities with parked events, longest parked first; never their payloads.
+///
+/// # Errors
+/// When the file can't be read or is not migrated.
+pub async fn parked(
+    connection: &mut SqliteConnection,
+    pipeline: Option<&PipelineName>,
+    limit: u32,
+) -> Result<ParkedEntities, anyhow::Error> {
+    let query = sqlx::query(PARKED)
+        .bind(pipeline.map(PipelineName::as_str))
+        .bind(limit);
+    let rows = rows(query, connection)
+        .await
+        .context("list the parked entities")?;
+    let total = match rows.first() {
+        Some(row) => row.try_get_unchecked(9)?,
+        None => 0,
+    };
+    let entities = rows.iter().map(entity).collect::<Result<_, _>>()?;
+    Ok(ParkedEntities { entities, total })
+}
+
+fn entity(row: &SqliteRow) -> Result<ParkedEntity, sqlx::Error> {
+    Ok(ParkedEntity {
+        pipeline: row.try_get_unchecked(0)?,
+        aggregate_type: row.try_get_unchecked(1)?,
+        aggregate_id: row.try_get_unchecked(2)?,
+        first_id: row.try_get_unchecked(3)?,
+        event_id: row.try_get_unchecked(4)?,
+        event_type: row.try_get_unchecked(5)?,
+        error: row.try_get_unchecked(6)?,
+        parked_seconds: row.try_get_unchecked(7)?,
+        waiting_events: row.try_get_unchecked(8)?,
+    })
+}
+
+async fn rows(
+    query: Query<'_, Sqlite, SqliteArguments>,
+    connection: &mut SqliteConnection,
+) -> Result<Vec<SqliteRow>, sqlx::Error> {
+    query.fetch_all(connection).await
+}
