@@ -115,7 +115,7 @@ impl fmt::Debug for Settings {
 
 impl Settings {
     /// For questions.
-    pub(super) fn client(&self) -> ClientConfig {
+    pub(crate) fn client(&self) -> ClientConfig {
         self.with_properties(self.connection())
     }
 
