@@ -91,7 +91,7 @@ type Production = Relay<AnySource, AnySink, AnyLedger>;
 ///
 /// # Errors
 /// When the ends can't be set up.
-fn assemble(
+pub(crate) fn assemble(
     config: &Config,
     pipeline: &PipelineConfig,
     holder: &str,

@@ -1,6 +1,7 @@
 //! The commands. They print; nothing below them does.
 
 mod check;
+mod demo;
 mod migrate;
 mod run;
 
@@ -30,6 +31,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// See it work, with nothing installed.
+    Demo(demo::Demo),
     /// Publish until asked to stop.
     Run(run::Run),
     /// Make or update the outbox tables.
@@ -68,6 +71,7 @@ enum Outcome {
 pub async fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
+        Command::Demo(demo) => demo.run().await,
         Command::Run(run) => run.run().await,
         Command::Migrate(migrate) => migrate.run().await,
         Command::Check(check) => check.run(),

@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 18] = [
+const LAYERS: [(&str, Layer); 19] = [
     ("event", Layer::Words),
     ("position", Layer::Words),
     ("order", Layer::Rules),
@@ -34,6 +34,7 @@ const LAYERS: [(&str, Layer); 18] = [
     ("admin", Layer::Shell),
     ("logging", Layer::Shell),
     ("migrate", Layer::Shell),
+    ("demo", Layer::Shell),
     ("retention", Layer::Shell),
     ("cli", Layer::Door),
     ("main", Layer::Door),

@@ -13,6 +13,7 @@ mod contract {
     mod sink;
     mod source;
 }
+mod demo;
 mod examples;
 mod fake;
 mod fresh;
