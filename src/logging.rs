@@ -1,7 +1,11 @@
 //! Sets up the log: text for people, JSON for machines, to the standard error.
 
+use std::io::{self, Write};
+use std::sync::mpsc;
+
 use anyhow::Context;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::{Log, LogFormat};
 
@@ -10,6 +14,48 @@ use crate::config::{Log, LogFormat};
 /// # Errors
 /// When the level is not a directive, or a log is installed already.
 pub fn install(settings: &Log) -> Result<(), anyhow::Error> {
+    install_into(settings, io::stderr)
+}
+
+/// Installs a log that is kept while something else has the terminal.
+///
+/// # Errors
+/// As [`install`].
+pub fn install_for_later(settings: &Log) -> Result<Later, anyhow::Error> {
+    let (lines, later) = mpsc::channel();
+    install_into(settings, move || Line(lines.clone()))?;
+    Ok(Later(later))
+}
+
+/// What was logged meanwhile.
+pub struct Later(mpsc::Receiver<String>);
+
+impl Later {
+    /// All of it so far.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.0.try_iter().collect()
+    }
+}
+
+struct Line(mpsc::Sender<String>);
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Nobody reads it any more when the process is about to end.
+        let _ = self.0.send(String::from_utf8_lossy(bytes).into_owned());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn install_into(
+    settings: &Log,
+    writer: impl for<'w> MakeWriter<'w> + Send + Sync + 'static,
+) -> Result<(), anyhow::Error> {
     let filter = EnvFilter::try_new(&settings.level).with_context(|| {
         format!(
             "log.level = {:?} is not a level or a list of directives",
@@ -18,10 +64,10 @@ pub fn install(settings: &Log) -> Result<(), anyhow::Error> {
     })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     let installed = match settings.format {
         LogFormat::Text => {
-            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            let colours = io::IsTerminal::is_terminal(&io::stderr());
             builder.with_ansi(colours).with_target(false).try_init()
         }
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

@@ -89,7 +89,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
 type Production = Relay<AnySource, AnySink, AnyLedger>;
 
 /// Puts one pipeline together; nothing connects before it runs.
-fn assemble(
+pub(crate) fn assemble(
     config: &Config,
     pipeline: &PipelineConfig,
     holder: &str,

@@ -2,6 +2,7 @@
 
 mod books;
 mod check;
+mod demo;
 mod doctor;
 mod migrate;
 mod parked;
@@ -36,6 +37,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// See it work, with nothing installed.
+    Demo(demo::Demo),
     /// Publish until asked to stop.
     Run(run::Run),
     /// Make or update the outbox tables.
@@ -80,6 +83,7 @@ enum Outcome {
 pub async fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
+        Command::Demo(demo) => demo.run().await,
         Command::Run(run) => run.run().await,
         Command::Migrate(migrate) => migrate.run().await,
         Command::Check(check) => check.run(),

@@ -245,6 +245,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             durable: durable_seen,
             orders,
             lease_until: lease_seen,
+            topics_ready: false,
         };
         let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
         let over = tokio::select! {
@@ -322,6 +323,8 @@ struct Lives<'a, S, K> {
     durable: watch::Receiver<Position>,
     orders: mpsc::Sender<books::ParkOrder>,
     lease_until: watch::Receiver<Instant>,
+    /// Whether the topics that are known beforehand were there once.
+    topics_ready: bool,
 }
 
 impl<S: Source, K: Sink> Lives<'_, S, K> {
@@ -411,6 +414,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
     /// Before anything is published: does the sink answer, and are the topics there that are known beforehand?
     async fn make_ready(&mut self) -> Result<(), SinkError> {
         self.sink.check().await?;
+        if self.topics_ready {
+            // A topic that went missing since is the affair of its own events (I6).
+            return Ok(());
+        }
         for topic in self.pipeline.known_topics() {
             match self.sink.prepare(&topic).await {
                 Ok(()) => {}
@@ -418,6 +425,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
             }
         }
+        self.topics_ready = true;
         Ok(())
     }
 

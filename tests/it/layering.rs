@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 20] = [
+const LAYERS: [(&str, Layer); 21] = [
     ("event", Layer::Words),
     ("position", Layer::Words),
     ("reason", Layer::Words),
@@ -36,6 +36,7 @@ const LAYERS: [(&str, Layer); 20] = [
     ("doctor", Layer::Shell),
     ("logging", Layer::Shell),
     ("migrate", Layer::Shell),
+    ("demo", Layer::Shell),
     ("retention", Layer::Shell),
     ("cli", Layer::Door),
     ("main", Layer::Door),

@@ -14,6 +14,7 @@ mod contract {
     mod sink;
     mod source;
 }
+mod demo;
 mod end_to_end;
 mod examples;
 mod fake;
