@@ -82,13 +82,19 @@ begin
         return 0;
     end if;
 
-    select last_value, is_called into newest, used from outbox.events_id_seq;
     select max((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint)
       into upper
       from pg_inherits i
       join pg_class c on c.oid = i.inhrelid
      where i.inhparent = 'outbox.events'::regclass;
+    if upper > (select last_value from outbox.events_id_seq) + ahead * rows_per_partition then
+        return 0;
+    end if;
 
+    -- The locks of attaching, taken before the newest id is read: what is drawn while this waits for them is known then.
+    lock table only outbox.events in share update exclusive mode;
+    lock table outbox.events_default in access exclusive mode;
+    select last_value, is_called into newest, used from outbox.events_id_seq;
     beyond := newest + ahead * rows_per_partition;
     if upper is null and not used then
         upper := 1;
@@ -99,9 +105,6 @@ begin
         beyond := upper + (ahead - 1) * rows_per_partition;
     end if;
 
-    if upper > beyond then
-        return 0;
-    end if;
     -- Attaching scans the default partition for rows of the new range. With this proof at hand it is scanned once, not
     -- once per partition.
     execute format('alter table outbox.events_default add constraint events_default_scanned check (id < %s)', upper);
