@@ -115,9 +115,10 @@ async fn look(config: &Config, database: &mut Option<Database>) -> (Seen, Option
         Ok::<_, Error>(books)
     };
     let daemon = async {
-        match config.admin.enabled {
-            true => Some(admin::ask(config.admin.listen).await),
-            false => None,
+        if config.admin.enabled {
+            Some(admin::ask(config.admin.listen).await)
+        } else {
+            None
         }
     };
     let (books, daemon) = tokio::join!(books, daemon);

@@ -5,6 +5,7 @@
     unreachable_pub,
     missing_docs,
     clippy::pedantic,
+    clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"

@@ -8,6 +8,7 @@ mod table;
 
 use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
+use std::borrow::Cow;
 
 use super::{Finding, answered};
 use crate::config::PipelineConfig;
@@ -50,7 +51,7 @@ async fn examine_outbox(
     let mut findings = Vec::new();
     let rights = rights::examine(connection).await;
     let enough = matches!(&rights, Ok(rights) if rights.suffice_to_read());
-    findings.extend(answered("rights", rights.map(|rights| rights.judge())));
+    findings.extend(answered("rights", rights.map(rights::Rights::judge)));
     if enough {
         let pending = migrate::pending_postgres(settings.options.clone()).await;
         findings.extend(answered(
@@ -110,7 +111,7 @@ fn unreachable(key: &str, options: &PgConnectOptions, error: &anyhow::Error) -> 
     let code = error
         .chain()
         .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-            Some(sqlx::Error::Database(error)) => error.code().map(|code| code.into_owned()),
+            Some(sqlx::Error::Database(error)) => error.code().map(Cow::into_owned),
             _ => None,
         });
     let (host, port) = (options.get_host(), options.get_port());
