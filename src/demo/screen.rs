@@ -19,6 +19,8 @@ use super::shop::{Kind, Transaction};
 /// More lines than a screen has.
 const LINES_KEPT: usize = 200;
 
+const HINT: &str = "Ctrl-C: to the summary ";
+
 /// What stands below.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Numbers {
@@ -389,11 +391,15 @@ fn draw_numbers(frame: &mut Frame<'_>, counts: Rect, speeds: Rect, numbers: &Num
             milliseconds(p99).bold(),
         ]);
     }
+    let line_width = line.width();
     frame.render_widget(line, speeds);
+    if usize::from(speeds.width) < line_width + HINT.len() {
+        return;
+    }
     let hint = if numbers.closing {
         "reading to the end "
     } else {
-        "Ctrl-C: to the summary "
+        HINT
     };
     frame.render_widget(Line::from(hint).style(dim()).right_aligned(), speeds);
 }
