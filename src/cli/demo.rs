@@ -144,7 +144,9 @@ fn tell(report: &Report, seed: u64) {
     if let Some(trouble) = trouble {
         anstream::println!("\n  {BAD}the relay says:{BAD:#} {trouble}");
     }
-    if verdict.holds() {
+    if verdict.committed == 0 && verdict.holds() {
+        anstream::println!("\n  Nothing was committed, so nothing could be checked.");
+    } else if verdict.holds() {
         anstream::println!(
             "\n  {GOOD}Everything that was committed arrived, once and in order.{GOOD:#}"
         );

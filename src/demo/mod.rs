@@ -34,7 +34,7 @@ use crate::sink::kafka;
 use crate::supervise;
 
 /// Transactions that run at once.
-const CLIENTS: usize = 4;
+const CLIENTS: usize = 8;
 /// Happenings on their way to the screen.
 const HAPPENINGS: usize = 1024;
 /// Nothing has arrived for this long although something should: the check goes on without it.
