@@ -12,7 +12,7 @@ use crate::event::{Record, Rejection, Seq};
 /// Why a record was not handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// The queue is full: wait for receipts, then hand over the same record.
+    /// The queue is full, or a receipt has something to say first: wait for receipts, then hand over the same record.
     Full,
     /// Its topic has not been prepared in this life.
     Unprepared,

@@ -19,12 +19,15 @@ use tokio::time::{Instant, timeout_at};
 use super::{Receipt, Refused, SinkError, log_librdkafka, not_set_up};
 use crate::event::{Rejection, Seq};
 
+/// For one question to a broker.
+const ASK_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How long a dying producer may take to say what became of the rest.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A producer and what it says.
 pub(super) struct Life {
-    pub(super) producer: ThreadedProducer<Context, NoCustomPartitioner>,
+    producer: ThreadedProducer<Context, NoCustomPartitioner>,
     pub(super) trouble: Arc<watch::Sender<Option<String>>>,
     news: mpsc::UnboundedReceiver<News>,
     received: Vec<News>,
@@ -145,6 +148,19 @@ impl Life {
         if let Ok(producer) = purged.await {
             spawn_blocking(move || drop(producer));
         }
+    }
+
+    /// Asks a broker about one topic or all.
+    pub(super) async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
+        let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
+        // librdkafka waits in the call.
+        let asked = spawn_blocking(move || {
+            let client = producer.client();
+            client
+                .fetch_metadata(topic.as_deref(), ASK_TIMEOUT)
+                .map(drop)
+        });
+        asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
     pub(super) fn hand_over(

@@ -9,22 +9,17 @@ mod topic;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::time::Duration;
 
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, Producer};
-use tokio::task::spawn_blocking;
+use rdkafka::producer::BaseRecord;
 
 use self::life::Life;
 pub use self::settings::{Sasl, Settings, Tls, Topics};
 use self::topic::{MESSAGE_BYTES_DEFAULT, Topic};
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Rejection, Seq};
-
-/// For the question whether anybody answers.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A Kafka cluster.
 pub struct KafkaSink {
@@ -74,24 +69,16 @@ impl Sink for KafkaSink {
 
     async fn check(&mut self) -> Result<(), SinkError> {
         let life = self.life.as_ref().ok_or_else(not_open)?;
-        let producer = life.producer.clone();
-        // librdkafka waits in the call; the answer comes from any broker that it reaches.
-        let asked = spawn_blocking(move || {
-            producer
-                .client()
-                .fetch_metadata(None, CHECK_TIMEOUT)
-                .map(drop)
-        });
-        match asked.await {
-            Ok(Err(error)) => Err(SinkError(life.with_trouble(format!(
-                "no answer from Kafka at {}: {error}",
-                self.settings.brokers
-            )))),
-            Ok(Ok(())) => {
+        // The answer comes from any broker that is reached.
+        match life.metadata(None).await {
+            Ok(()) => {
                 life.trouble.send_replace(None);
                 Ok(())
             }
-            Err(_) => Err(not_open()),
+            Err(error) => Err(SinkError(life.with_trouble(format!(
+                "no answer from Kafka at {}: {error}",
+                self.settings.brokers
+            )))),
         }
     }
 
@@ -112,6 +99,12 @@ impl Sink for KafkaSink {
                 topic.message_bytes_max
             ))));
         }
+        // Else the producer would ask only when the first record waits for it, and for its own id up to half a second
+        // later: it asks for that when somebody tells it of brokers, or by a slow clock.
+        life.metadata(Some(name)).await.map_err(|error| {
+            let why = format!("ask about topic {name}: {error}");
+            NotPrepared::Unknown(SinkError(life.with_trouble(why)))
+        })?;
         self.topics.insert(name.to_owned(), topic);
         Ok(())
     }

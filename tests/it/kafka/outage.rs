@@ -160,7 +160,7 @@ async fn beginning_and_ending_a_life_takes_no_time() {
     }
     let topic = topic("quick");
     let mut sink = KafkaSink::new(settings(&brokers));
-    for life in 0..3 {
+    for life in 0..8 {
         let began = Instant::now();
         sink.open().await.expect("open");
         sink.check().await.expect("somebody answers");
