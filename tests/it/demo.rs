@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::metadata::MetadataTopic;
 use sqlx::{ConnectOptions, Connection};
 
 use crate::harness::postgres::server;
@@ -160,7 +161,7 @@ fn on_a_real_broker_it_leaves_nothing_behind() {
     for _ in 0..100 {
         let metadata = consumer.fetch_metadata(None, Duration::from_secs(10));
         let metadata = metadata.expect("the topics");
-        let mut topics = metadata.topics().iter().map(|topic| topic.name());
+        let mut topics = metadata.topics().iter().map(MetadataTopic::name);
         if !topics.any(|topic| topic.starts_with(prefix)) {
             return;
         }
