@@ -31,6 +31,7 @@ mod layering;
 mod migrate;
 mod oracle;
 mod partitions;
+mod restored;
 mod rights;
 mod sim;
 mod stories;
