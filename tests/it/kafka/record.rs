@@ -172,27 +172,27 @@ async fn when_all_are_accepted_alone_batches_come_back() {
     publish(&mut sink, &records).await;
 }
 
+/// The broker takes a batch only after the one before it, once it has taken one of this producer at all. A partition's
+/// very first batches are the exception: when the first is refused, one that is already on its way may be appended. That
+/// is why records are judged before the hand-over wherever that is possible.
 #[tokio::test]
 async fn nothing_is_appended_after_a_refused_record() {
     let Some(brokers) = brokers("kafka::record::nothing_is_appended_after_a_refused_record") else {
         return;
     };
-    // The broker knows the producer already, or has never heard of it.
-    for before in [1, 0] {
-        let topic = topic("gap");
-        let mut settings = settings(&brokers);
-        settings.topics.partitions = 1;
-        settings.properties = [("batch.num.messages".to_owned(), "100".to_owned())].into();
-        let mut sink = opened(settings, &[&topic]).await;
-        alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
-        publish(&mut sink, &vec![record(&topic, b"a", b"0"); before]).await;
-        let mut records = vec![record(&topic, b"a", b"1"); 5_000];
-        records[0].timestamp_ms -= YEAR_MS;
-        let ended = until_rejected(&mut sink, &records, &mut Vec::new()).await;
-        eprintln!("{ended:?}");
-        sink.open().await.expect("open");
-        assert_eq!(consume(&brokers, &topic).await.len(), before);
-    }
+    let topic = topic("gap");
+    let mut settings = settings(&brokers);
+    settings.topics.partitions = 1;
+    settings.properties = [("batch.num.messages".to_owned(), "100".to_owned())].into();
+    let mut sink = opened(settings, &[&topic]).await;
+    alter(&brokers, &topic, "message.timestamp.before.max.ms", "60000").await;
+    publish(&mut sink, &[record(&topic, b"a", b"0")]).await;
+    let mut records = vec![record(&topic, b"a", b"1"); 5_000];
+    records[0].timestamp_ms -= YEAR_MS;
+    let ended = until_rejected(&mut sink, &records, &mut Vec::new()).await;
+    eprintln!("{ended:?}");
+    sink.open().await.expect("open");
+    assert_eq!(consume(&brokers, &topic).await.len(), 1);
 }
 
 #[tokio::test]
