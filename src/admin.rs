@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use crate::event::PipelineName;
 use crate::relay::status::Status;
+use crate::telemetry;
 
 /// For the answer of a daemon; it is usually on the same machine.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
@@ -64,6 +65,13 @@ pub struct PipelineView {
 }
 
 impl Shown {
+    fn render(&self) -> String {
+        for (name, status) in &self.pipelines {
+            telemetry::ready(name.as_str(), status.borrow().state.is_ready());
+        }
+        self.metrics.render()
+    }
+
     fn overview(&self) -> Overview {
         let pipelines: Vec<PipelineView> = self
             .pipelines
@@ -100,7 +108,7 @@ pub async fn serve(listener: TcpListener, shown: Shown) -> Result<(), anyhow::Er
     let router = Router::new()
         .route(
             "/metrics",
-            get(async |Shared(shown): Shared<Arc<Shown>>| shown.metrics.render()),
+            get(async |Shared(shown): Shared<Arc<Shown>>| shown.render()),
         )
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(ready))

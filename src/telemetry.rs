@@ -170,8 +170,13 @@ pub struct Levels {
     pub oldest_unpublished: Duration,
     /// Entities behind a parked event.
     pub waiting_entities: usize,
-    /// Whether the pipeline moves.
-    pub ready: bool,
+}
+
+/// Whether a pipeline moves or stands by. Set from its status when the metrics are asked for: most of what is in its way
+/// ends the life that reports the other gauges, and a standby has none.
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+pub fn ready(pipeline: &str, ready: bool) {
+    metrics::gauge!(READY.name, "pipeline" => pipeline.to_owned()).set(f64::from(u8::from(ready)));
 }
 
 /// The metrics of one pipeline, looked up once: no look-up per event.
@@ -191,7 +196,6 @@ pub struct PipelineMetrics {
     oldest: Gauge,
     waiting: Gauge,
     owner: Gauge,
-    ready: Gauge,
     latency: Histogram,
 }
 
@@ -218,7 +222,6 @@ impl PipelineMetrics {
             oldest: gauge(OLDEST),
             waiting: gauge(WAITING),
             owner: gauge(OWNER),
-            ready: gauge(READY),
             latency: metrics::histogram!(LATENCY.name, labels()),
             pipeline: pipeline.to_owned(),
         }
@@ -277,14 +280,12 @@ impl PipelineMetrics {
             backlog_ids,
             oldest_unpublished,
             waiting_entities,
-            ready,
         } = levels;
         self.in_flight_events.set(in_flight_events as f64);
         self.in_flight_bytes.set(in_flight_bytes as f64);
         self.backlog.set(backlog_ids as f64);
         self.oldest.set(oldest_unpublished.as_secs_f64());
         self.waiting.set(waiting_entities as f64);
-        self.ready.set(f64::from(u8::from(ready)));
     }
 
     /// Passes on what was tallied since the last time.

@@ -501,7 +501,15 @@ struct Environment(Vec<(String, Value)>);
 
 impl Environment {
     fn new(defaults: &Figment, env: impl IntoIterator<Item = (String, String)>) -> Self {
-        let value = |key: &str, text: String| match defaults.find_value(key) {
+        // The settings of one pipeline have the types of those for all.
+        let like = |key: &str| match key
+            .strip_prefix("pipelines.")
+            .and_then(|key| key.split_once('.'))
+        {
+            Some((_, setting)) => format!("pipeline.{setting}"),
+            None => key.to_owned(),
+        };
+        let value = |key: &str, text: String| match defaults.find_value(&like(key)) {
             Ok(Value::String(..)) | Err(_) => Value::from(text),
             Ok(_) => text.parse().unwrap_or_else(|never| match never {}),
         };

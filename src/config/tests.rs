@@ -73,6 +73,25 @@ fn the_environment_wins_over_the_file() {
 }
 
 #[test]
+fn one_pipeline_is_set_in_the_environment_like_all_of_them() {
+    let config = load(
+        "",
+        &[
+            URL,
+            (
+                "RELAY_PIPELINES__ORDERS__FILTER__AGGREGATE_TYPES",
+                r#"["order", "cart"]"#,
+            ),
+            ("RELAY_PIPELINES__ORDERS__TOPIC", "2026"),
+        ],
+    )
+    .unwrap();
+    let orders = &config.pipelines[0].pipeline;
+    assert_eq!(orders.filter.aggregate_types, ["order", "cart"]);
+    assert!(orders.route.topic.is_fixed());
+}
+
+#[test]
 fn a_password_of_digits_stays_text() {
     let config = load("", &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")]).unwrap();
     let Sink::Kafka(kafka) = config.sink else {

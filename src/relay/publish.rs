@@ -443,7 +443,6 @@ impl<K: Sink> Publisher<'_, K> {
             backlog_ids: (status.newest_id - last_id).max(0),
             oldest_unpublished: Duration::from_micros(u64::try_from(age_us).unwrap_or(0)),
             waiting_entities: status.waiting_entities,
-            ready: status.state.is_ready(),
         });
     }
 }

@@ -10,6 +10,7 @@
     clippy::unwrap_used,
     reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
 )]
+mod cli;
 mod contract {
     mod ledger;
     mod sink;
@@ -29,6 +30,7 @@ mod harness {
 mod kafka;
 mod layering;
 mod migrate;
+mod names;
 mod oracle;
 mod partitions;
 mod restored;

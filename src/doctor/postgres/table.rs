@@ -7,6 +7,7 @@ use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
 use super::super::Finding;
+use super::partitions::{self, Partition};
 use crate::source::postgres::{CaptureMode, ask};
 
 /// Column, type, and what its default has to contain.
@@ -36,7 +37,13 @@ select exists (
 const FACTS: &str = "
 select c.relkind = 'p' as partitioned,
        -- Asks for this role; owners and those that bypass row security are not held up by it.
-       row_security_active(c.oid) as row_security,
+       row_security_active(c.oid) and not coalesce((
+            select bool_or(y.polpermissive and pg_get_expr(y.polqual, y.polrelid) = 'true')
+                   and bool_and(y.polpermissive)
+              from pg_policy y
+             where y.polrelid = c.oid and y.polcmd in ('r', '*')
+               and exists (select from unnest(y.polroles) p (role)
+                            where p.role = 0 or pg_has_role(current_user, p.role, 'usage'))), false) as row_security,
        current_user::text as role,
        (select coalesce(json_agg(a order by a.attnum), '[]') from (
             select a.attname as name, format_type(a.atttypid, a.atttypmod) as type,
@@ -118,16 +125,6 @@ struct Sequence {
     cycle: bool,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct Partition {
-    lower: Option<i64>,
-    upper: Option<i64>,
-    is_default: bool,
-    unlogged: bool,
-    name: String,
-    bytes: i64,
-}
-
 pub(super) async fn exists(connection: &mut PgConnection) -> Result<bool, anyhow::Error> {
     let Answer { answer } = ask::one(connection, EXISTS)
         .await
@@ -148,7 +145,11 @@ pub(super) async fn examine(
     findings.extend(sequence(facts.sequence.as_ref()));
     findings.extend(row_security(&facts));
     findings.extend(trigger(facts.notifies, mode));
-    findings.extend(partitions(&facts));
+    if facts.partitioned {
+        findings.extend(partitions::judge(&facts.partitions, facts.newest_id));
+    } else {
+        findings.push(partitions::none());
+    }
     Ok(findings)
 }
 
@@ -202,7 +203,11 @@ fn add_column(name: &str, expected: &str, default: Option<&str>) -> String {
     let default = default.map_or(String::new(), |default| {
         format!(" not null default {}", default_of(name, default))
     });
-    format!("alter table outbox.events add column {name} {expected}{default}")
+    let grant = match name {
+        "xid" | "id" => String::new(),
+        _ => format!("; grant insert ({name}) on outbox.events to outbox_writer"),
+    };
+    format!("alter table outbox.events add column {name} {expected}{default}{grant}")
 }
 
 fn wrong_default(name: &str, found: Option<&str>, expected: &str) -> Finding {
@@ -340,10 +345,16 @@ fn row_security(facts: &Facts) -> Option<Finding> {
     facts.row_security.then(|| {
         Finding::error(
             "row_security",
-            format!("row-level security of outbox.events applies to {}", facts.role),
+            format!(
+                "row-level security of outbox.events may hide rows from {}",
+                facts.role
+            ),
             "rows that a policy hides are not published, without a word",
         )
-        .sql("create policy outbox_relay_reads on outbox.events for select to outbox_relay using (true)")
+        .sql(format!(
+            "alter role {} bypassrls",
+            ask::identifier(&facts.role)
+        ))
     })
 }
 
@@ -370,107 +381,6 @@ fn trigger(notifies: Option<bool>, mode: CaptureMode) -> Option<Finding> {
         ),
         (CaptureMode::Listen, Some(true)) | (CaptureMode::Poll, None | Some(false)) => None,
     }
-}
-
-fn partitions(facts: &Facts) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    if !facts.partitioned {
-        return vec![Finding::note(
-            "partitions",
-            "outbox.events is not partitioned",
-            "published events can't be dropped by partition, only deleted",
-        )];
-    }
-    let unlogged: Vec<&str> = facts
-        .partitions
-        .iter()
-        .filter(|partition| partition.unlogged)
-        .map(|partition| &partition.name[..])
-        .collect();
-    if !unlogged.is_empty() {
-        let logged: Vec<String> = unlogged
-            .iter()
-            .map(|name| format!("alter table {name} set logged"))
-            .collect();
-        findings.push(
-            Finding::error(
-                "unlogged",
-                format!("unlogged: {}", unlogged.join(", ")),
-                "after a crash of the server these are empty: events are lost",
-            )
-            .sql(logged.join("; ")),
-        );
-    }
-    if !facts
-        .partitions
-        .iter()
-        .any(|partition| partition.is_default)
-    {
-        findings.push(
-            Finding::error(
-                "partitions",
-                "outbox.events has no default partition",
-                "when the partitions run out, every emit fails, and with it the service's transaction",
-            )
-            .sql("create table outbox.events_default partition of outbox.events default"),
-        );
-    }
-    findings.extend(ahead(facts));
-    findings.extend(rows_in_default(facts));
-    findings
-}
-
-fn ahead(facts: &Facts) -> Option<Finding> {
-    let newest = facts.newest_id?;
-    let covers_next = |partition: &&Partition| {
-        partition
-            .lower
-            .zip(partition.upper)
-            .is_some_and(|(lower, upper)| lower <= newest + 1 && newest + 1 < upper)
-    };
-    let next = facts.partitions.iter().find(covers_next);
-    let beyond = facts
-        .partitions
-        .iter()
-        .filter(|partition| partition.lower.is_some_and(|lower| lower > newest))
-        .count();
-    let what = match (next, beyond) {
-        (Some(_), 1..) => return None,
-        (Some(_), 0) => "no partition is left ahead of the one in use",
-        (None, _) => "no partition takes the next event: it goes to the default one",
-    };
-    Some(
-        Finding::warning(
-            "partitions",
-            what,
-            "events in the default partition are published like all others, but it can't be dropped once they are \
-             (the daemon makes partitions: has it been away?)",
-        )
-        .sql("select outbox.make_partitions()"),
-    )
-}
-
-fn rows_in_default(facts: &Facts) -> Option<Finding> {
-    let default = facts
-        .partitions
-        .iter()
-        .find(|partition| partition.is_default && partition.bytes > 0)?;
-    let name = &default.name;
-    Some(
-        Finding::note(
-            "default_partition",
-            format!(
-                "the default partition {name} has {} kB",
-                default.bytes / 1024
-            ),
-            "its events are published like all others, but it can't be dropped once they are",
-        )
-        // What the start of a window had seen is published; what commits late is not among it.
-        .sql(format!(
-            "delete from {name} e where not exists (select from outbox.cursors c \
-             where c.prev is null or not pg_visible_in_snapshot(e.xid, c.prev)); vacuum {name}"
-        )),
-    )
 }
 
 #[cfg(test)]
@@ -558,53 +468,5 @@ mod tests {
         assert_eq!(found(None, Listen), Some(Severity::Warning));
         assert_eq!(found(Some(true), Poll), Some(Severity::Note));
         assert_eq!(found(Some(false), Poll), None);
-    }
-
-    #[test]
-    fn partitions_have_to_be_ahead() {
-        let partition = |lower, upper| Partition {
-            lower,
-            upper,
-            is_default: lower.is_none(),
-            unlogged: false,
-            name: "outbox.p".to_owned(),
-            bytes: 0,
-        };
-        let found = |newest_id, bounds: &[(i64, i64)]| {
-            let mut partitions: Vec<Partition> = bounds
-                .iter()
-                .map(|(lower, upper)| partition(Some(*lower), Some(*upper)))
-                .collect();
-            partitions.push(partition(None, None));
-            let facts = Facts {
-                partitioned: true,
-                row_security: false,
-                role: "relay".to_owned(),
-                columns: Vec::new(),
-                indexes: Vec::new(),
-                sequence: None,
-                notifies: None,
-                partitions,
-                newest_id: Some(newest_id),
-            };
-            super::partitions(&facts)
-                .into_iter()
-                .map(|finding| finding.what)
-                .collect::<Vec<_>>()
-        };
-        assert!(found(0, &[(1, 10), (10, 20)]).is_empty());
-        assert_eq!(
-            found(0, &[(1, 10)]),
-            ["no partition is left ahead of the one in use"]
-        );
-        // 9 is the last id of the partition: the next event needs the following one.
-        assert_eq!(
-            found(9, &[(1, 10), (10, 20)]),
-            ["no partition is left ahead of the one in use"]
-        );
-        assert_eq!(
-            found(19, &[(1, 10), (10, 20)]),
-            ["no partition takes the next event: it goes to the default one"]
-        );
     }
 }
