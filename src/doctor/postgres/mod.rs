@@ -1,6 +1,7 @@
 //! Looks at the PostgreSQL end, probe by probe.
 
 mod books;
+mod partitions;
 mod pooler;
 mod rights;
 mod server;
