@@ -261,7 +261,7 @@ fn troubles(seen: &Seen) {
     }
     let Some(books) = &seen.books else { return };
     for row in &books.pipelines {
-        if !row.same_database {
+        if row.moved.is_some() {
             anstream::println!(
                 "{RED}{}{RED:#}: its cursor was written on another server or timeline (restored, failed over): see \
                  `outbox-relay doctor`",

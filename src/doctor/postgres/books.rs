@@ -5,7 +5,7 @@ use sqlx::postgres::PgConnection;
 
 use super::super::{Finding, parked};
 use crate::config::PipelineConfig;
-use crate::ledger::view::{self, Books, PipelineBooks};
+use crate::ledger::view::{self, Books, Moved, PipelineBooks};
 use crate::source::postgres::ask;
 
 pub(super) async fn examine(
@@ -67,22 +67,29 @@ fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
 }
 
 fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
-    (!books.same_database).then(|| {
+    let moved = books.moved?;
+    let (what, rows) = match moved {
+        Moved::Cluster => (
+            "cluster (dumped and restored?)",
+            "update outbox.events set xid = default; ",
+        ),
+        Moved::Timeline => (
+            "timeline (failed over, or restored to a point in time?)",
+            "",
+        ),
+    };
+    Some(
         Finding::error(
-            "same_database",
-            format!(
-                "the cursor of pipeline {} was written on another server or timeline",
-                books.pipeline
-            ),
-            "the database was restored or failed over, and its transaction ids can't be compared with the cursor's: the \
-             relay does not go on from it",
+            "moved",
+            format!("the cursor of pipeline {} was written on another {what}", books.pipeline),
+            "its transaction ids can't be compared with this database's, so the relay does not go on from it",
         )
-        // The cursor that is gone begins anew: with earliest, what is retained is published again, and nothing is lost.
+        // Without cursors every pipeline begins anew as pipeline.start says: with "earliest", what is retained is
+        // published again under the same ids, and nothing is lost.
         .sql(format!(
-            "delete from outbox.cursors where pipeline = {}; -- begins again at pipeline.start: keep it at \"earliest\"",
-            ask::literal(&books.pipeline)
-        ))
-    })
+            "begin; {rows}delete from outbox.cursors; delete from outbox.leases; commit"
+        )),
+    )
 }
 
 #[cfg(test)]
@@ -93,7 +100,7 @@ mod tests {
 
     #[test]
     fn owners_strangers_and_restores_are_told_apart() {
-        let pipeline = |name: &str, owned: bool, same_database| PipelineBooks {
+        let pipeline = |name: &str, owned: bool, moved| PipelineBooks {
             pipeline: name.to_owned(),
             shard: 0,
             last_id: Some(1),
@@ -107,14 +114,14 @@ mod tests {
             oldest_unpublished_unknown: None,
             parked_events: 0,
             parked_entities: 0,
-            same_database,
+            moved,
         };
         let books = Books {
             newest_id: 1,
             pipelines: vec![
-                pipeline("main", true, true),
-                pipeline("old", false, true),
-                pipeline("restored", false, false),
+                pipeline("main", true, None),
+                pipeline("old", false, None),
+                pipeline("restored", false, Some(Moved::Cluster)),
             ],
             server: None,
         };

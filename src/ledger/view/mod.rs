@@ -41,8 +41,18 @@ pub struct PipelineBooks {
     pub parked_events: i64,
     /// Their entities.
     pub parked_entities: i64,
-    /// False when the cursor was written on another server or timeline: restored, or failed over.
-    pub same_database: bool,
+    /// Where the cursor was written, when not in this database: no relay goes on from it.
+    pub moved: Option<Moved>,
+}
+
+/// How a cursor came into a database that it does not belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moved {
+    /// From another cluster, as by a dump and restore: the transaction ids of cursor and rows mean nothing here.
+    Cluster,
+    /// From another timeline, as by a failover or a point-in-time restore: transaction ids may have been used again.
+    Timeline,
 }
 
 /// The holder of a lease that is in force.

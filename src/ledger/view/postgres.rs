@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
-use super::{Books, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog};
+use super::{Books, Moved, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog};
 use crate::event::PipelineName;
 use crate::position::Snapshot;
 use crate::reason::reason;
@@ -22,9 +22,8 @@ select coalesce(c.pipeline, l.pipeline) as pipeline,
        -- An infinite time can't be subtracted from before PostgreSQL 17.
        case when isfinite(l.expires_at) then extract(epoch from l.expires_at - clock_timestamp())::float8 end
            as lease_ends_in_seconds,
-       c.system_identifier is null
-           or (c.system_identifier, c.timeline)
-              is not distinct from (i.system_identifier, coalesce(i.timeline, c.timeline)) as same_database
+       case when c.system_identifier <> i.system_identifier then 'cluster'
+            when c.timeline <> i.timeline then 'timeline' end as moved
   from outbox.cursors c
   full join outbox.leases l on l.pipeline = c.pipeline and l.shard = c.shard
  cross join (
@@ -64,7 +63,7 @@ struct PipelineRow {
     cursor_age_seconds: Option<f64>,
     holder: Option<String>,
     lease_ends_in_seconds: Option<f64>,
-    same_database: bool,
+    moved: Option<Moved>,
 }
 
 #[derive(Deserialize)]
@@ -126,11 +125,11 @@ async fn pipeline(
         cursor_age_seconds,
         holder,
         lease_ends_in_seconds,
-        same_database,
+        moved,
         ..
     } = row;
     let (oldest_unpublished_seconds, oldest_unpublished_unknown) = match statement {
-        _ if !same_database => (
+        _ if moved.is_some() => (
             None,
             Some("the cursor belongs to another server or timeline".to_owned()),
         ),
@@ -156,7 +155,7 @@ async fn pipeline(
         oldest_unpublished_unknown,
         parked_events: parked.events,
         parked_entities: parked.entities,
-        same_database,
+        moved,
         pipeline,
     })
 }

@@ -77,7 +77,7 @@ fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Erro
         oldest_unpublished_unknown: None,
         parked_events: row.try_get_unchecked(7)?,
         parked_entities: row.try_get_unchecked(8)?,
-        same_database: true,
+        moved: None,
     })
 }
 
