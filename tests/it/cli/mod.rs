@@ -70,6 +70,7 @@ async fn the_help_is_pinned() {
         &["status"],
         &["parked"],
         &["parked", "list"],
+        &["demo"],
         &["completions"],
     ];
     let mut all = String::new();

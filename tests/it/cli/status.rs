@@ -238,3 +238,37 @@ async fn watching_goes_on_without_the_database() {
         assert!(!line.contains(super::PLANTED));
     }
 }
+
+/// The lines of `/metrics` about readiness.
+fn readiness(address: &str) -> Vec<String> {
+    use std::io::{Read, Write};
+    let Ok(mut stream) = std::net::TcpStream::connect(address) else {
+        return Vec::new();
+    };
+    write!(
+        stream,
+        "GET /metrics HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let about = |line: &&str| line.starts_with("outbox_ready{");
+    answer.lines().filter(about).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn a_pipeline_without_its_database_is_not_ready_in_the_metrics() {
+    let address = free_address();
+    let env = [
+        ("RELAY_SOURCE__POSTGRES__URL", super::NOBODY),
+        ("RELAY_SINK__KIND", "stdout"),
+        ("RELAY_ADMIN__LISTEN", &address[..]),
+    ];
+    let _daemon = start(&env);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while readiness(&address).is_empty() {
+        assert!(Instant::now() < deadline, "nobody answers at {address}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(readiness(&address), ["outbox_ready{pipeline=\"main\"} 0"]);
+}
