@@ -134,6 +134,8 @@ async fn ready(Shared(shown): Shared<Arc<Shown>>) -> (StatusCode, Json<Overview>
 
 /// Asks the daemon that listens on `address` what it is doing.
 ///
+/// With the client half of hyper, whose server half axum brings anyway: no second HTTP library in the program.
+///
 /// # Errors
 /// When nobody answers there, or somebody else does.
 pub async fn ask(address: SocketAddr) -> Result<Overview, anyhow::Error> {
