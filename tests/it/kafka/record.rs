@@ -154,12 +154,16 @@ async fn when_all_are_accepted_alone_batches_come_back() {
     )
     .await;
     open(&mut sink, &[&topic]).await;
-    publish(&mut sink, &records).await;
-    publish(&mut sink, &[]).await;
-    assert_eq!(sink.hand_over(Seq(100), &records[0]), Ok(()));
+    // How many are suspected depends on how the broker's batches fell.
     let mut receipts = Vec::new();
+    let mut next = 0;
     let error = timeout(LONG, async {
         loop {
+            match sink.hand_over(Seq(next), &records[0]) {
+                Ok(()) => next += 1,
+                Err(Refused::Full) => {}
+                Err(refused) => panic!("{refused:?}"),
+            }
             if let Err(error) = sink.receipts(&mut receipts).await {
                 return error;
             }
@@ -254,12 +258,12 @@ async fn after_a_fatal_error_a_new_life_works() {
     assert!(arrived.iter().any(|record| record.text() == "after"));
 }
 
-/// Publishes life after life, as the loop does, until a record is rejected. Two lives have to be enough: one that finds
-/// out that there is such a record, and one that finds out which.
+/// Publishes life after life, as the loop does, until a record is rejected: one life finds out that there is such a record,
+/// one finds out which. On a busy machine a life may end in between without a word.
 async fn find_refused(sink: &mut KafkaSink, records: &[Record<'_>]) -> usize {
     let topic = records[0].topic.clone();
     let mut delivered = 0;
-    for _ in 0..2 {
+    for _ in 0..5 {
         let mut receipts = Vec::new();
         let ended = until_rejected(sink, &records[delivered..], &mut receipts).await;
         let index = |seq: Seq| delivered + usize::try_from(seq.0).expect("few");
