@@ -73,7 +73,7 @@ pub struct Tls {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sasl {
-    /// `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512` or `OAUTHBEARER`; none when absent.
+    /// `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`; none when absent.
     pub mechanism: Option<String>,
     /// The user.
     pub username: Option<String>,
