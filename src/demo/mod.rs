@@ -293,12 +293,39 @@ async fn settled(committed: usize, mut progress: watch::Receiver<Progress>) {
 /// taken for latency; not for long, whatever they do.
 async fn running(mut status: watch::Receiver<Status>, mut reading: watch::Receiver<bool>) {
     const START_MAX: Duration = Duration::from_secs(5);
-    let both = async {
-        tokio::join!(
-            status.wait_for(|status| status.state == State::Running),
-            reading.wait_for(|reading| *reading)
-        )
-    };
+    // Each lets go of what it saw at once: a value still borrowed would stop whoever sets the next one, for ever.
+    let is_running = |status: &Status| status.state == State::Running;
+    let relay = async { drop(status.wait_for(is_running).await) };
+    let consumer = async { drop(reading.wait_for(|reading| *reading).await) };
+    let both = async { tokio::join!(relay, consumer) };
     // The demo goes on without them, and shows what the relay complains about.
     let _gave_up = timeout(START_MAX, both).await.is_err();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// The relay tells its state from the very task that waits here: a wait that keeps what it saw borrowed stops it.
+    #[tokio::test]
+    async fn a_wait_for_both_lets_the_first_go_on() {
+        let (status, seen) = watch::channel(Status::starting());
+        let (_reading, never) = watch::channel(false);
+        status.send_modify(|status| status.state = State::Running);
+        let mut waiting = std::pin::pin!(running(seen, never));
+        tokio::select! {
+            biased;
+            () = &mut waiting => unreachable!("the consumer never says that it reads"),
+            () = std::future::ready(()) => {}
+        }
+        let (done, told) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            status.send_modify(|status| status.in_flight_events = 1);
+            let _ = done.send(());
+        });
+        let told = told.recv_timeout(Duration::from_secs(10));
+        assert_eq!(told, Ok(()), "the relay could not tell its state");
+    }
 }
