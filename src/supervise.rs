@@ -52,8 +52,16 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
         shown.push((relay.pipeline.name.clone(), status));
         pipelines.spawn(relay.run(stopping.clone()));
     }
-    if let Source::Postgres(settings) = &config.source {
-        others.spawn(retention::keep(settings.options.clone()));
+    let retention = config.retention.clone();
+    match &config.source {
+        Source::Postgres(settings) => {
+            let options = settings.options.clone();
+            others.spawn(retention::keep_postgres(options, retention));
+        }
+        Source::Sqlite { path, .. } => {
+            let options = sqlite_options(path);
+            others.spawn(retention::keep_sqlite(options, retention, wall_clock_us));
+        }
     }
     others.spawn(keep_metrics_small(metrics.clone()));
     if let Some(listener) = listener {

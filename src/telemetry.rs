@@ -110,10 +110,23 @@ const LATENCY: Metric = Metric {
 };
 /// The one histogram; its buckets are [`LATENCY_BUCKETS`].
 pub const LATENCY_NAME: &str = "outbox_publish_latency_seconds";
+const LOG_BYTES: Metric = gauge("outbox_log_bytes", "what the log takes on the disk");
+const LOG_BUDGET: Metric = gauge(
+    "outbox_log_budget_bytes",
+    "what it may take (`retention.disk_budget`), where that is set",
+);
+const RETIRED: Metric = counter(
+    "outbox_retired_events_total",
+    "events whose space was given back, published or not",
+);
+const RETIRED_UNPUBLISHED: Metric = counter(
+    "outbox_retired_unpublished_events_total",
+    "of these, events that a pipeline had not published: lost to it, by `retention.drop_unpublished_after`",
+);
 const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
 
 /// All metrics.
-pub const METRICS: [Metric; 18] = [
+pub const METRICS: [Metric; 22] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -131,6 +144,10 @@ pub const METRICS: [Metric; 18] = [
     OWNER,
     READY,
     LATENCY,
+    LOG_BYTES,
+    LOG_BUDGET,
+    RETIRED,
+    RETIRED_UNPUBLISHED,
     BUILD,
 ];
 
@@ -298,6 +315,42 @@ impl PipelineMetrics {
                     .record_many(*bound_us as f64 / 1e6, std::mem::take(count));
             }
         }
+    }
+}
+
+/// The metrics of the log as a whole.
+pub struct LogMetrics {
+    bytes: Gauge,
+    retired: Counter,
+    retired_unpublished: Counter,
+}
+
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+impl LogMetrics {
+    /// With what the log may take.
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
+    #[must_use]
+    pub fn new(budget_bytes: Option<u64>) -> Self {
+        if let Some(bytes) = budget_bytes {
+            metrics::gauge!(LOG_BUDGET.name).set(bytes as f64);
+        }
+        Self {
+            bytes: metrics::gauge!(LOG_BYTES.name),
+            retired: metrics::counter!(RETIRED.name),
+            retired_unpublished: metrics::counter!(RETIRED_UNPUBLISHED.name),
+        }
+    }
+
+    /// What it takes.
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
+    pub fn size(&self, bytes: u64) {
+        self.bytes.set(bytes as f64);
+    }
+
+    /// Events whose space was given back.
+    pub fn retired(&self, events: u64, unpublished: u64) {
+        self.retired.increment(events);
+        self.retired_unpublished.increment(unpublished);
     }
 }
 

@@ -292,6 +292,128 @@ create table outbox.parked (
 -- Finds the oldest waiting event of an entity.
 create index parked_entity on outbox.parked (pipeline, aggregate_type, aggregate_id, id);
 
+-- Gives the space of the oldest partition back, when every event in it is old enough and published by every pipeline;
+-- returns what it did, or no row when there is nothing to do. One partition per call: each is a transaction of its own.
+--
+-- keep                    since the youngest event of the partition, at least
+-- pipelines               these have to have published it, also when they have no cursor yet; all cursors count besides
+-- drop_unpublished_after  older than this it goes even though somebody has not published it; null: never
+--
+-- The partition is emptied first, which waits for nobody but who uses that very partition, and is then dropped, which
+-- needs the whole log for a moment; where a long transaction keeps it from that, it stays, empty, until a later call.
+create function outbox.retire_partition(
+    keep interval,
+    pipelines text[] default '{}',
+    drop_unpublished_after interval default null
+)
+returns table (partition text, first_id bigint, last_id bigint, events bigint, unpublished bigint, dropped boolean)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+-- A lock request that waits makes every later insert queue behind it.
+set lock_timeout = '200ms'
+as $$
+declare
+    candidate record;
+    newest bigint;
+    youngest timestamptz;
+    looked pg_snapshot;
+    overdue boolean;
+    late boolean;
+    droppable boolean := true;
+    behind boolean := exists (select from unnest(pipelines) p (name)
+                               where not exists (select from outbox.cursors c where c.pipeline = p.name));
+    -- What the start of a window had seen is published, and of the window the ids up to the cursor's.
+    of_somebody constant text :=
+        'from outbox.cursors c join %s e
+             on c.prev is null
+             or (e.xid >= pg_snapshot_xmin(c.prev)
+                 and not pg_visible_in_snapshot(e.xid, c.prev)
+                 and not (pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id))';
+begin
+    if keep is null or not pg_try_advisory_xact_lock(1868721016, 3) then
+        return;
+    end if;
+    -- A cursor that belongs to another server or timeline says nothing about these rows.
+    if exists (
+        select from outbox.cursors c cross join pg_control_system() s
+         where c.system_identifier <> s.system_identifier
+            or c.timeline <> ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int
+    ) then
+        return;
+    end if;
+    select case when s.is_called then s.last_value else 0 end into newest from outbox.events_id_seq s;
+
+    for candidate in
+        select c.oid::regclass as name, b.lower, b.upper
+          from pg_inherits i
+          join pg_class c on c.oid = i.inhrelid
+         cross join lateral (
+            select (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \(''?(\d+)''?\)'))[1]::bigint as lower,
+                   (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint as upper) b
+         where i.inhparent = 'outbox.events'::regclass and b.upper <= newest + 1
+         order by b.lower
+    loop
+        looked := pg_current_snapshot();
+        partition := candidate.name::text;
+        -- Writers may set the time of an event: a few late ones are not to decide.
+        execute format(
+            'select max(occurred_at), min(id), max(id) from (select id, occurred_at from %s order by id desc limit 1000) e',
+            candidate.name) into youngest, first_id, last_id;
+        if youngest is not null then
+            exit when youngest > clock_timestamp() - keep;
+            overdue := coalesce(youngest <= clock_timestamp() - drop_unpublished_after, false);
+            exit when behind and not overdue;
+            if not overdue then
+                execute format('select exists (select ' || of_somebody || ')', candidate.name) into late;
+                exit when late;
+            end if;
+            execute format('select count(*), min(id) from %s', candidate.name) into events, first_id;
+            if behind then
+                unpublished := events;
+            else
+                execute format('select count(distinct e.id) ' || of_somebody, candidate.name) into unpublished;
+            end if;
+            begin
+                execute format('lock table only %s in access exclusive mode', candidate.name);
+            exception when lock_not_available then
+                return;
+            end;
+            -- A transaction may have committed between the look and the lock; now none can any more.
+            execute format(
+                'select exists (select from %s where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1))',
+                candidate.name) into late using looked;
+            exit when late;
+            execute format('truncate only %s', candidate.name);
+        else
+            events := 0;
+            unpublished := 0;
+            first_id := candidate.lower;
+            last_id := candidate.upper - 1;
+        end if;
+
+        dropped := false;
+        if droppable then
+            begin
+                lock table only outbox.events in access exclusive mode;
+                execute format('lock table only %s in access exclusive mode', candidate.name);
+                execute format('select exists (select from %s)', candidate.name) into late;
+                if not late then
+                    execute format('drop table %s', candidate.name);
+                    dropped := true;
+                end if;
+            exception when lock_not_available then
+                droppable := false;
+            end;
+        end if;
+        if dropped or events > 0 then
+            return next;
+            return;
+        end if;
+    end loop;
+end
+$$;
+
 -- Writers may only emit: no column that orders the log, and no reading. The sequence's usage lets its default work.
 grant insert (event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at)
     on outbox.events to outbox_writer;
@@ -304,10 +426,12 @@ grant select, insert on outbox.incarnation to outbox_relay;
 
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
-    outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint)
+    outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
+    outbox.retire_partition(interval, text[], interval)
     from public;
 grant execute on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json)
     to outbox_writer;
-grant execute on function outbox.make_partitions(integer, bigint) to outbox_relay;
+grant execute on function outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval)
+    to outbox_relay;

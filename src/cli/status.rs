@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::Error;
+use bytesize::ByteSize;
 use clap::Args;
 use comfy_table::Cell;
 use serde::Serialize;
@@ -16,7 +17,7 @@ use super::show::{self, BOLD, GREEN, RED, YELLOW};
 use super::{ConfigArgs, Outcome};
 use crate::admin::{self, Overview};
 use crate::config::Config;
-use crate::ledger::view::{Books, PipelineBooks, Server};
+use crate::ledger::view::{Books, LogSize, PipelineBooks, Server};
 use crate::reason::reason;
 use crate::relay::status::State;
 
@@ -97,6 +98,9 @@ impl StatusArgs {
         }
         troubles(seen);
         daemon(config, seen);
+        if let Some(books) = &seen.books {
+            show_log(&books.log, config.retention.disk_budget_bytes);
+        }
         if let Some(server) = seen.books.as_ref().and_then(|books| books.server.as_ref()) {
             show_server(server);
         }
@@ -308,6 +312,39 @@ fn daemon(config: &Config, seen: &Seen) {
     }
 }
 
+fn show_log(log: &LogSize, budget_bytes: Option<u64>) {
+    anstream::println!("{BOLD}log{BOLD:#}: {}", forecast(log, budget_bytes));
+}
+
+/// How large the log is, and when it will be too large.
+#[expect(clippy::cast_precision_loss, reason = "a forecast is for people")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate of bytes is positive"
+)]
+fn forecast(log: &LogSize, budget_bytes: Option<u64>) -> String {
+    let size = |bytes: u64| ByteSize::b(bytes).display().iec().to_string();
+    let budget = budget_bytes.map_or(String::new(), |budget| format!(" of {}", size(budget)));
+    let oldest = log.oldest_seconds.map_or(String::new(), |oldest| {
+        format!(", the oldest event is {} old", show::age(oldest))
+    });
+    let now = format!("{}{budget}{oldest}", size(log.bytes));
+    let Some(rate) = log.bytes_per_second.filter(|rate| *rate > 0.0) else {
+        return now;
+    };
+    let end = match budget_bytes.map(|budget| budget.saturating_sub(log.bytes)) {
+        None => String::new(),
+        Some(0) => ": FULL (retention.disk_budget)".to_owned(),
+        Some(left) => format!(
+            ": full in {} if nothing is retired",
+            show::age(left as f64 / rate)
+        ),
+    };
+    let a_day = size((rate * 86_400.0) as u64);
+    format!("{now}, {a_day} a day come in{end}")
+}
+
 fn show_server(server: &Server) {
     let Server {
         version,
@@ -349,5 +386,42 @@ fn show_server(server: &Server) {
         anstream::println!(
             "  (an open transaction holds up its own events only: everybody else's are published past it)"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn the_forecast_says_when_the_disk_is_full() {
+        let log = |bytes, bytes_per_second| LogSize {
+            bytes,
+            oldest_seconds: Some(7200.0),
+            bytes_per_second,
+        };
+        let mib_a_second = Some(f64::from(1 << 20));
+        for (log, budget, expected) in [
+            (log(GIB, None), None, "1.0 GiB, the oldest event is 2 h old"),
+            (
+                log(GIB, mib_a_second),
+                None,
+                "1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in",
+            ),
+            (
+                log(GIB, mib_a_second),
+                Some(10 * GIB),
+                "1.0 GiB of 10.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in: full in 3 h if nothing is retired",
+            ),
+            (
+                log(GIB, mib_a_second),
+                Some(GIB),
+                "1.0 GiB of 1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in: FULL (retention.disk_budget)",
+            ),
+        ] {
+            assert_eq!(forecast(&log, budget), expected);
+        }
     }
 }

@@ -3,7 +3,7 @@
 use figment::Figment;
 use figment::error::{Actual, Error, Kind};
 
-use super::ENVIRONMENT;
+use super::environment::ENVIRONMENT;
 
 /// One line for the person who wrote the setting.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,7 +85,7 @@ fn show(actual: &Actual) -> String {
 /// Says in everyday words what the types behind the settings expect.
 fn plain(expected: &str) -> &str {
     match expected {
-        "usize" | "u64" | "u16" | "i32" => "a whole number",
+        "usize" | "u64" | "u32" | "u16" | "i32" => "a whole number",
         "parsable string" => "a size such as \"4MiB\"",
         "a duration" => "a duration such as \"200ms\" or \"10s\"",
         "a boolean" => "true or false",

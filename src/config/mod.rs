@@ -2,6 +2,7 @@
 //!
 //! Parses, does not validate afterwards: a [`Config`] that exists can be run. Knows no database and no broker.
 
+mod environment;
 mod error;
 
 use std::collections::BTreeMap;
@@ -12,16 +13,18 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use figment::providers::{Format, Toml};
-use figment::value::{Dict, Map, Value};
+use figment::value::{Dict, Map};
 use figment::{Figment, Metadata, Profile, Provider};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sqlx::postgres::PgConnectOptions;
 
+use self::environment::Environment;
 pub use self::error::ConfigError;
 use crate::encode::{self, Encoding};
 use crate::event::{PipelineName, Start};
 use crate::relay::{Pipeline, Policy};
+use crate::retention;
 use crate::route::{Filter, Route, Template};
 use crate::sink::kafka;
 use crate::source::PageLimits;
@@ -29,9 +32,6 @@ use crate::source::postgres::CaptureMode;
 
 /// The shipped file: the lowest layer, and the reference documentation.
 pub const DEFAULTS: &str = include_str!("../../relay.toml");
-
-/// The name of the layer of environment variables.
-const ENVIRONMENT: &str = "environment";
 
 /// Everything that can be set.
 #[derive(Debug)]
@@ -44,6 +44,8 @@ pub struct Config {
     pub pipelines: Vec<PipelineConfig>,
     /// Bounds and times.
     pub relay: RelayConfig,
+    /// How long events are kept.
+    pub retention: retention::Settings,
     /// The HTTP interface.
     pub admin: Admin,
     /// Logging.
@@ -98,6 +100,39 @@ struct RawRelay {
     drain_timeout: Duration,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRetention {
+    keep: Term,
+    drop_unpublished_after: Term,
+    disk_budget: Option<ByteSize>,
+    #[serde(with = "humantime_serde")]
+    interval: Duration,
+    partition_events: u64,
+    partitions_ahead: u32,
+}
+
+/// A duration, or none for "forever" and "never".
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Term(Option<Duration>);
+
+impl TryFrom<String> for Term {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        if ["forever", "never"].contains(&&text[..]) {
+            return Ok(Self(None));
+        }
+        let duration = humantime::parse_duration(&text).map_err(|_| {
+            format!(
+                "{text:?} is no duration such as \"7d\" or \"12h\", nor \"forever\" or \"never\""
+            )
+        })?;
+        Ok(Self(Some(duration)))
+    }
+}
+
 /// The bounds of each pipeline.
 pub type RelayConfig = crate::relay::Settings;
 
@@ -142,6 +177,7 @@ struct Raw {
     #[serde(rename = "pipeline")]
     _pipeline: RawPipeline,
     relay: RawRelay,
+    retention: RawRetention,
     admin: Admin,
     log: Log,
 }
@@ -264,14 +300,17 @@ impl Config {
             pipelines,
             _pipeline,
             relay,
+            retention,
             admin,
             log,
         } = raw;
+        let pipelines = resolve_pipelines(&figment, pipelines.into_keys().collect())?;
         Ok(Self {
             source: source.resolve()?,
             sink: sink.resolve()?,
-            pipelines: resolve_pipelines(&figment, pipelines.into_keys().collect())?,
             relay: relay.resolve()?,
+            retention: retention.resolve(&pipelines)?,
+            pipelines,
             admin,
             log,
         })
@@ -468,6 +507,53 @@ impl RawRelay {
     }
 }
 
+impl RawRetention {
+    fn resolve(self, pipelines: &[PipelineConfig]) -> Result<retention::Settings, ConfigError> {
+        let Self {
+            keep: Term(keep),
+            drop_unpublished_after: Term(drop_unpublished_after),
+            disk_budget,
+            interval,
+            partition_events,
+            partitions_ahead,
+        } = self;
+        if interval < Duration::from_secs(1) {
+            return Err(ConfigError::new(format!(
+                "retention.interval = {}: has to be at least 1s",
+                humantime::format_duration(interval)
+            )));
+        }
+        for (key, value, most) in [
+            ("partition_events", partition_events, 1_000_000_000_000),
+            ("partitions_ahead", partitions_ahead.into(), 1000),
+        ] {
+            if !(1..=most).contains(&value) {
+                return Err(ConfigError::new(format!(
+                    "retention.{key} = {value}: has to be from 1 to {most}"
+                )));
+            }
+        }
+        if let (Some(after), Some(keep)) = (drop_unpublished_after, keep)
+            && after < keep
+        {
+            return Err(ConfigError::new(format!(
+                "retention.drop_unpublished_after = {} is shorter than retention.keep = {}",
+                humantime::format_duration(after),
+                humantime::format_duration(keep)
+            )));
+        }
+        Ok(retention::Settings {
+            keep,
+            drop_unpublished_after,
+            disk_budget_bytes: disk_budget.map(|budget| budget.as_u64()),
+            interval,
+            partition_events,
+            partitions_ahead,
+            pipelines: pipelines.iter().map(|p| p.pipeline.name.clone()).collect(),
+        })
+    }
+}
+
 fn bytes(size: ByteSize) -> usize {
     usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
 }
@@ -492,67 +578,6 @@ impl<P: Provider> Provider for Named<P> {
 
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         self.1.data()
-    }
-}
-
-/// The variables `RELAY_…__…`. A value is taken as text where the file has text or nothing, so that a password of
-/// digits stays a password, and is read as TOML would read it elsewhere.
-struct Environment(Vec<(String, Value)>);
-
-impl Environment {
-    fn new(defaults: &Figment, env: impl IntoIterator<Item = (String, String)>) -> Self {
-        // The settings of one pipeline have the types of those for all.
-        let like = |key: &str| match key
-            .strip_prefix("pipelines.")
-            .and_then(|key| key.split_once('.'))
-        {
-            Some((_, setting)) => format!("pipeline.{setting}"),
-            None => key.to_owned(),
-        };
-        let value = |key: &str, text: String| match defaults.find_value(&like(key)) {
-            Ok(Value::String(..)) | Err(_) => Value::from(text),
-            Ok(_) => text.parse().unwrap_or_else(|never| match never {}),
-        };
-        Self(
-            env.into_iter()
-                .filter_map(|(name, text)| {
-                    let path = name.strip_prefix("RELAY_")?;
-                    // Every setting is in a table; a name without a table belongs to somebody else.
-                    path.contains("__").then(|| {
-                        let key = path.to_ascii_lowercase().replace("__", ".");
-                        let value = value(&key, text);
-                        (key, value)
-                    })
-                })
-                .collect(),
-        )
-    }
-}
-
-impl Provider for Environment {
-    fn metadata(&self) -> Metadata {
-        Metadata::named(ENVIRONMENT)
-    }
-
-    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
-        let mut settings = Dict::new();
-        for (key, value) in &self.0 {
-            if let Some(dict) = figment::util::nest(key, value.clone()).into_dict() {
-                lay_over(&mut settings, dict);
-            }
-        }
-        Ok(Profile::Default.collect(settings))
-    }
-}
-
-fn lay_over(settings: &mut Dict, upper: Dict) {
-    for (key, value) in upper {
-        match (settings.get_mut(&key), value) {
-            (Some(Value::Dict(_, below)), Value::Dict(_, above)) => lay_over(below, above),
-            (_, value) => {
-                settings.insert(key, value);
-            }
-        }
     }
 }
 

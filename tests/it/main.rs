@@ -34,6 +34,7 @@ mod names;
 mod oracle;
 mod partitions;
 mod restored;
+mod retention;
 mod rights;
 mod sim;
 mod stories;

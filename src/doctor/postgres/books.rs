@@ -96,7 +96,7 @@ fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
 mod tests {
     use super::*;
     use crate::doctor::Severity;
-    use crate::ledger::view::Owner;
+    use crate::ledger::view::{LogSize, Owner};
 
     #[test]
     fn owners_strangers_and_restores_are_told_apart() {
@@ -118,6 +118,11 @@ mod tests {
         };
         let books = Books {
             newest_id: 1,
+            log: LogSize {
+                bytes: 0,
+                oldest_seconds: None,
+                bytes_per_second: None,
+            },
             pipelines: vec![
                 pipeline("main", true, None),
                 pipeline("old", false, None),

@@ -14,8 +14,21 @@ pub struct Books {
     pub newest_id: i64,
     /// Every pipeline that ever ran, by name.
     pub pipelines: Vec<PipelineBooks>,
+    /// What the log takes.
+    pub log: LogSize,
     /// Where the database is a server.
     pub server: Option<Server>,
+}
+
+/// What the log takes on the disk, and how fast that grows while nothing of it is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogSize {
+    /// Tables and indexes; of a SQLite outbox the whole file.
+    pub bytes: u64,
+    /// Age of the oldest event that is retained; none without any.
+    pub oldest_seconds: Option<f64>,
+    /// By the rate of the newest 100,000 ids and the average size; none without events.
+    pub bytes_per_second: Option<f64>,
 }
 
 /// What the database knows about one pipeline.

@@ -6,7 +6,9 @@ use anyhow::Context;
 use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
-use super::{Books, Moved, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog};
+use super::{
+    Books, LogSize, Moved, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog,
+};
 use crate::event::PipelineName;
 use crate::position::Snapshot;
 use crate::reason::reason;
@@ -50,6 +52,19 @@ select current_setting('server_version') as version,
   from (select count(*) as prepared_transactions,
                extract(epoch from clock_timestamp() - min(prepared))::float8 as oldest_prepared_seconds
           from pg_prepared_xacts) p";
+
+/// Three rows found by primary key; the sizes come from the file system.
+const LOG_SIZE: &str = "
+select size.bytes,
+       extract(epoch from clock_timestamp() - first.occurred_at)::float8 as oldest_seconds,
+       size.bytes::float8 / (last.id - first.id + 1) * (last.id - recent.id)
+           / greatest(extract(epoch from clock_timestamp() - recent.occurred_at)::float8, 0.001) as bytes_per_second
+  from (select coalesce(sum(pg_total_relation_size(relid)), 0)::bigint as bytes
+          from pg_partition_tree('outbox.events')) size
+  left join lateral (select id, occurred_at from outbox.events order by id limit 1) first on true
+  left join lateral (select id, occurred_at from outbox.events order by id desc limit 1) last on true
+  left join lateral (
+        select id, occurred_at from outbox.events where id >= last.id - 100000 order by id limit 1) recent on true";
 
 #[derive(Deserialize)]
 struct PipelineRow {
@@ -102,14 +117,26 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     for row in rows {
         pipelines.push(pipeline(connection, row, newest_id).await?);
     }
+    let log = log_size(connection).await?;
     let server: Server = ask::one(connection, SERVER)
         .await
         .context("ask about the server")?;
     Ok(Books {
         newest_id,
         pipelines,
+        log,
         server: Some(server),
     })
+}
+
+/// What the log takes.
+///
+/// # Errors
+/// When the database refuses, in particular when it is not migrated.
+pub async fn log_size(connection: &mut PgConnection) -> Result<LogSize, anyhow::Error> {
+    ask::one(connection, LOG_SIZE)
+        .await
+        .context("ask for the size of the log")
 }
 
 async fn pipeline(

@@ -4,7 +4,7 @@ use anyhow::Context;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
-use super::{Books, Owner, ParkedEntities, ParkedEntity, PipelineBooks, backlog};
+use super::{Books, LogSize, Owner, ParkedEntities, ParkedEntity, PipelineBooks, backlog};
 use crate::event::{EventId, PipelineName};
 use crate::source::sqlite::newest_id;
 
@@ -27,6 +27,20 @@ select n.pipeline, n.shard, c.last_id,
   left join outbox_cursors c on c.pipeline = n.pipeline and c.shard = n.shard
   left join outbox_leases l on l.pipeline = n.pipeline and l.shard = n.shard
  order by n.pipeline, n.shard";
+
+/// Three rows found by rowid.
+const LOG_SIZE: &str = "
+with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+     first as (select id, occurred_at from outbox_events order by id limit 1),
+     last as (select id from outbox_events order by id desc limit 1),
+     recent as (select id, occurred_at from outbox_events
+                 where id >= (select id from last) - 100000 order by id limit 1)
+select page_count * page_size,
+       (select (now.us - occurred_at) / 1000000.0 from first, now),
+       (select page_count * page_size * 1.0 / (last.id - first.id + 1) * (last.id - recent.id)
+                   / max((now.us - recent.occurred_at) / 1000000.0, 0.001)
+          from first, last, recent, now)
+  from pragma_page_count(), pragma_page_size()";
 
 const PARKED: &str = "
 select e.pipeline, e.aggregate_type, e.aggregate_id, e.first_id, p.event_id, p.event_type, p.error,
@@ -53,7 +67,25 @@ pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Er
     Ok(Books {
         newest_id,
         pipelines,
+        log: log_size(connection).await?,
         server: None,
+    })
+}
+
+/// What the file takes.
+///
+/// # Errors
+/// When the file can't be read or is not migrated.
+pub async fn log_size(connection: &mut SqliteConnection) -> Result<LogSize, anyhow::Error> {
+    let row = sqlx::query(LOG_SIZE)
+        .fetch_one(connection)
+        .await
+        .context("ask for the size of the log")?;
+    let bytes: i64 = row.try_get_unchecked(0)?;
+    Ok(LogSize {
+        bytes: bytes.unsigned_abs(),
+        oldest_seconds: row.try_get_unchecked(1)?,
+        bytes_per_second: row.try_get_unchecked(2)?,
     })
 }
 

@@ -25,6 +25,7 @@ pub(crate) async fn one<T: DeserializeOwned>(
     let answer = ask(
         connection,
         &format!("select row_to_json(document)::text from ({select}) document"),
+        ANSWER_MAX,
     )
     .await?;
     serde_json::from_str(&answer).context("understand the answer")
@@ -38,24 +39,41 @@ pub(crate) async fn all<T: DeserializeOwned>(
     connection: &mut PgConnection,
     select: &str,
 ) -> Result<Vec<T>, anyhow::Error> {
+    all_within(connection, select, ANSWER_MAX).await
+}
+
+/// As [`all`], for what may take longer.
+///
+/// # Errors
+/// As [`all`].
+pub(crate) async fn all_within<T: DeserializeOwned>(
+    connection: &mut PgConnection,
+    select: &str,
+    limit: Duration,
+) -> Result<Vec<T>, anyhow::Error> {
     let answer = ask(
         connection,
         &format!("select coalesce(json_agg(document), '[]')::text from ({select}) document"),
+        limit,
     )
     .await?;
     serde_json::from_str(&answer).context("understand the answer")
 }
 
-async fn ask(connection: &mut PgConnection, question: &str) -> Result<String, anyhow::Error> {
+async fn ask(
+    connection: &mut PgConnection,
+    question: &str,
+    limit: Duration,
+) -> Result<String, anyhow::Error> {
     // Several statements of one message are one transaction: the limit ends with it, also behind a pooler.
     let statement = format!(
         "set local statement_timeout = {}; {question}",
-        ANSWER_MAX.as_millis()
+        limit.as_millis()
     );
     let asked = connection.fetch_all(sqlx::raw_sql(AssertSqlSafe(statement)));
-    let rows = timeout(ANSWER_MAX + Duration::from_secs(2), asked)
+    let rows = timeout(limit + Duration::from_secs(2), asked)
         .await
-        .map_err(|_| anyhow!("no answer within {} s", ANSWER_MAX.as_secs() + 2))??;
+        .map_err(|_| anyhow!("no answer within {} s", limit.as_secs() + 2))??;
     let row = rows.first().context("the answer is empty")?;
     row.try_get_unchecked(0).context("decode the answer")
 }

@@ -20,6 +20,7 @@ mod process;
 mod records;
 mod rejected;
 mod replicas;
+mod retention;
 mod services;
 mod start;
 mod stops;

@@ -51,6 +51,17 @@ impl Setup {
         toml.clone_into(&mut self.config);
     }
 
+    /// Another command of the program with the same settings.
+    pub(super) fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outbox-relay"));
+        command
+            .arg(name)
+            .env_clear()
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::null());
+        command
+    }
+
     pub(super) fn start(&self) -> Process {
         self.start_on(free_port())
     }
