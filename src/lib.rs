@@ -58,6 +58,7 @@ pub mod order;
 pub mod position;
 pub mod reason;
 pub mod relay;
+pub mod reload;
 pub mod retention;
 pub mod route;
 pub mod sink;

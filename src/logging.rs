@@ -4,16 +4,21 @@ use std::io::{self, Write};
 use std::sync::mpsc;
 
 use anyhow::Context;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, reload};
 
 use crate::config::{Log, LogFormat};
 
-/// Installs the log for the whole process.
+/// Changes the level of an installed log; takes what `log.level` takes.
+pub type SetLevel = Box<dyn Fn(&str) -> Result<(), anyhow::Error> + Send>;
+
+/// Installs the log for the whole process; what it returns changes the level later.
 ///
 /// # Errors
 /// When the level is not a directive, or a log is installed already.
-pub fn install(settings: &Log) -> Result<(), anyhow::Error> {
+pub fn install(settings: &Log) -> Result<SetLevel, anyhow::Error> {
     install_into(settings, io::stderr)
 }
 
@@ -23,7 +28,7 @@ pub fn install(settings: &Log) -> Result<(), anyhow::Error> {
 /// As [`install`].
 pub fn install_for_later(settings: &Log) -> Result<Later, anyhow::Error> {
     let (lines, later) = mpsc::channel();
-    install_into(settings, move || Line(lines.clone()))?;
+    drop(install_into(settings, move || Line(lines.clone()))?);
     Ok(Later(later))
 }
 
@@ -55,22 +60,27 @@ impl Write for Line {
 fn install_into(
     settings: &Log,
     writer: impl for<'w> MakeWriter<'w> + Send + Sync + 'static,
-) -> Result<(), anyhow::Error> {
-    let filter = EnvFilter::try_new(&settings.level).with_context(|| {
-        format!(
-            "log.level = {:?} is not a level or a list of directives",
-            settings.level
-        )
-    })?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(writer);
+) -> Result<SetLevel, anyhow::Error> {
+    let (filter_now, handle) = reload::Layer::new(filter(&settings.level)?);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let registry = tracing_subscriber::registry().with(filter_now);
     let installed = match settings.format {
         LogFormat::Text => {
             let colours = io::IsTerminal::is_terminal(&io::stderr());
-            builder.with_ansi(colours).with_target(false).try_init()
+            registry
+                .with(lines.with_ansi(colours).with_target(false))
+                .try_init()
         }
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
     };
-    installed.map_err(|error| anyhow::anyhow!("install the log: {error}"))
+    installed.map_err(|error| anyhow::anyhow!("install the log: {error}"))?;
+    Ok(Box::new(move |level| {
+        let filter = filter(level)?;
+        handle.reload(filter).context("change the log level")
+    }))
+}
+
+fn filter(level: &str) -> Result<EnvFilter, anyhow::Error> {
+    EnvFilter::try_new(level)
+        .with_context(|| format!("log.level = {level:?} is not a level or a list of directives"))
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, anyhow};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sqlx::sqlite::SqliteConnectOptions;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use crate::ledger::sqlite::SqliteLedger;
 use crate::ledger::{self, AnyLedger};
 use crate::relay::Relay;
 use crate::relay::status::Status;
+use crate::reload::{Reload, Reloaded};
 use crate::retention;
 use crate::sink::AnySink;
 use crate::sink::kafka::KafkaSink;
@@ -35,7 +36,12 @@ use crate::telemetry;
 ///
 /// # Errors
 /// When the admin port can't be opened, or a task panicked.
-pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), anyhow::Error> {
+pub async fn run(
+    config: Config,
+    mut reload: Reload,
+    mut reloads: mpsc::Receiver<Config>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), anyhow::Error> {
     let listener = if config.admin.enabled {
         Some(admin::bind(config.admin.listen).await?)
     } else {
@@ -48,7 +54,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
     let mut others = JoinSet::new();
     let mut shown = Vec::new();
     for pipeline in &config.pipelines {
-        let (relay, status) = assemble(&config, pipeline, &holder);
+        let (mut relay, status) = assemble(&config, pipeline, &holder);
+        relay.new_filter = reload.filter(&relay.pipeline.name);
         shown.push((relay.pipeline.name.clone(), status));
         pipelines.spawn(relay.run(stopping.clone()));
     }
@@ -84,6 +91,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
     let ended = tokio::select! {
         () = stop => Ok(()),
         ended = first_panic(&mut pipelines, &mut others) => Err(ended),
+        () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
     };
     tracing::info!("stopping");
     stopping.cancel();
@@ -92,6 +100,28 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), a
     }
     others.abort_all();
     ended
+}
+
+/// Puts changed configurations into force, as far as that is possible, for ever.
+async fn take_over(reload: &mut Reload, reloads: &mut mpsc::Receiver<Config>) {
+    while let Some(new) = reloads.recv().await {
+        match reload.apply(&new) {
+            Ok(Reloaded { applied, refused }) => {
+                tracing::info!(applied = applied.join(", "), "reloaded the configuration");
+                if !refused.is_empty() {
+                    tracing::warn!(
+                        keys = refused.join(", "),
+                        "changed settings that need a restart: the old ones stay in force"
+                    );
+                }
+            }
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "could not take the configuration over: the old one stays in force"
+            ),
+        }
+    }
+    std::future::pending::<()>().await;
 }
 
 type Production = Relay<AnySource, AnySink, AnyLedger>;
@@ -139,6 +169,7 @@ pub(crate) fn assemble(
         sink,
         ledger,
         status,
+        new_filter: watch::channel(None).1,
         now_us: wall_clock_us,
     };
     (relay, seen)

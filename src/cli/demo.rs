@@ -51,7 +51,7 @@ impl Demo {
         };
         // Not in the middle of the picture.
         let later = if plain || !std::io::stderr().is_terminal() {
-            logging::install(&warnings)?;
+            drop(logging::install(&warnings)?);
             None
         } else {
             Some(logging::install_for_later(&warnings)?)

@@ -1,12 +1,26 @@
 //! `outbox-relay run`: the daemon.
 
+use std::future::Future;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Error;
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 
 use super::{ConfigArgs, Outcome};
+use crate::config::Config;
+use crate::reload::Reload;
 use crate::{logging, supervise};
 
+/// The configuration file is looked at this often; notifications of the file system miss mounted volumes.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// Publish until asked to stop.
+///
+/// SIGTERM or SIGINT: drain and stop; a second one stops at once. SIGHUP, or a changed file: take the new configuration over,
+/// as far as that needs no restart.
 #[derive(Debug, Args)]
 pub(super) struct Run {
     #[command(flatten)]
@@ -14,30 +28,80 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) async fn run(self) -> Result<Outcome, anyhow::Error> {
+    pub(super) async fn run(self) -> Result<Outcome, Error> {
+        // Before anything is read: what changes from here on is seen.
+        let hang_up = signal(SignalKind::hangup())?;
+        let changed_at = self.config.changed_at();
         let config = self.config.load()?;
-        logging::install(&config.log)?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut asked = async move || {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        let (stop, stopping) = tokio::sync::oneshot::channel();
+        let set_log_level = logging::install(&config.log)?;
+        let (stop, stopping) = oneshot::channel();
         let stopping = async {
             // A sender that is gone would mean that nobody can ask any more.
             let _ = stopping.await;
         };
-        let signals = async {
-            asked().await;
-            let _ = stop.send(());
-            asked().await;
-        };
+        let (reloads, new_configs) = mpsc::channel(1);
+        let reload = Reload::new(&config, set_log_level);
+        let signals = signals(stop)?;
         tokio::select! {
-            ended = supervise::run(config, stopping) => ended.map(|()| Outcome::Done),
-            () = signals => Err(anyhow::anyhow!("asked a second time to stop: stopped without draining")),
+            ended = supervise::run(config, reload, new_configs, stopping) => ended.map(|()| Outcome::Done),
+            error = signals => Err(error),
+            () = self.config.watch(hang_up, changed_at, reloads) => unreachable!("it never ends"),
+        }
+    }
+}
+
+/// Asks to stop at the first signal; the second one is the end.
+fn signals(stop: oneshot::Sender<()>) -> Result<impl Future<Output = Error>, Error> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut asked = async move || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Ok(async move {
+        asked().await;
+        // Whoever would stop may be gone already.
+        let _ = stop.send(());
+        asked().await;
+        anyhow::anyhow!("asked a second time to stop: stopped without draining")
+    })
+}
+
+impl ConfigArgs {
+    /// When the file was written; none without a file.
+    fn changed_at(&self) -> Option<SystemTime> {
+        std::fs::metadata(self.config.as_ref()?)
+            .and_then(|file| file.modified())
+            .ok()
+    }
+
+    /// Reads the configuration again at every SIGHUP and whenever the file has changed, for ever.
+    async fn watch(
+        &self,
+        mut hang_up: Signal,
+        mut seen: Option<SystemTime>,
+        reloads: mpsc::Sender<Config>,
+    ) {
+        loop {
+            let asked = tokio::select! {
+                _ = hang_up.recv() => true,
+                () = sleep(LOOK) => false,
+            };
+            let changed_at = self.changed_at();
+            // A file that is gone for a moment is being replaced.
+            if !asked && (changed_at == seen || changed_at.is_none()) {
+                continue;
+            }
+            seen = changed_at;
+            match self.load() {
+                // Nobody takes it when everything ends.
+                Ok(config) => drop(reloads.send(config).await),
+                Err(error) => {
+                    tracing::error!(%error, "the changed configuration is wrong: the old one stays in force");
+                }
+            }
         }
     }
 }

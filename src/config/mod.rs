@@ -4,8 +4,10 @@
 
 mod environment;
 mod error;
+mod retention;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -13,7 +15,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use figment::providers::{Format, Toml};
-use figment::value::{Dict, Map};
+use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -21,10 +23,10 @@ use sqlx::postgres::PgConnectOptions;
 
 use self::environment::Environment;
 pub use self::error::ConfigError;
+use self::retention::RawRetention;
 use crate::encode::{self, Encoding};
 use crate::event::{PipelineName, Start};
 use crate::relay::{Pipeline, Policy};
-use crate::retention;
 use crate::route::{Filter, Route, Template};
 use crate::sink::kafka;
 use crate::source::PageLimits;
@@ -45,11 +47,24 @@ pub struct Config {
     /// Bounds and times.
     pub relay: RelayConfig,
     /// How long events are kept.
-    pub retention: retention::Settings,
+    pub retention: crate::retention::Settings,
     /// The HTTP interface.
     pub admin: Admin,
     /// Logging.
     pub log: Log,
+    /// What was given, for telling what changed.
+    pub(crate) given: Given,
+}
+
+/// Every setting by its key with dots, as in `sink.kafka.brokers`.
+#[derive(Clone)]
+pub(crate) struct Given(pub(crate) BTreeMap<String, Value>);
+
+impl fmt::Debug for Given {
+    // Secrets are among them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Given(…)")
+    }
 }
 
 /// Where events come from.
@@ -98,39 +113,6 @@ struct RawRelay {
     acknowledge_interval: Duration,
     #[serde(with = "humantime_serde")]
     drain_timeout: Duration,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRetention {
-    keep: Term,
-    drop_unpublished_after: Term,
-    disk_budget: Option<ByteSize>,
-    #[serde(with = "humantime_serde")]
-    interval: Duration,
-    partition_events: u64,
-    partitions_ahead: u32,
-}
-
-/// A duration, or none for "forever" and "never".
-#[derive(Deserialize)]
-#[serde(try_from = "String")]
-struct Term(Option<Duration>);
-
-impl TryFrom<String> for Term {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        if ["forever", "never"].contains(&&text[..]) {
-            return Ok(Self(None));
-        }
-        let duration = humantime::parse_duration(&text).map_err(|_| {
-            format!(
-                "{text:?} is no duration such as \"7d\" or \"12h\", nor \"forever\" or \"never\""
-            )
-        })?;
-        Ok(Self(Some(duration)))
-    }
 }
 
 /// The bounds of each pipeline.
@@ -313,8 +295,29 @@ impl Config {
             pipelines,
             admin,
             log,
+            given: Given(flat(&figment)),
         })
     }
+}
+
+fn flat(figment: &Figment) -> BTreeMap<String, Value> {
+    fn add(path: &str, dict: Dict, into: &mut BTreeMap<String, Value>) {
+        for (key, value) in dict {
+            let path = format!("{path}{key}");
+            match value {
+                Value::Dict(_, inner) => add(&format!("{path}."), inner, into),
+                value => {
+                    into.insert(path, value);
+                }
+            }
+        }
+    }
+    let mut settings = BTreeMap::new();
+    // It was extracted as a whole before, so it can be now.
+    if let Ok(dict) = figment.extract::<Dict>() {
+        add("", dict, &mut settings);
+    }
+    settings
 }
 
 fn resolve_pipelines(
@@ -503,53 +506,6 @@ impl RawRelay {
             lease_ttl,
             drain_timeout,
             acknowledge_interval,
-        })
-    }
-}
-
-impl RawRetention {
-    fn resolve(self, pipelines: &[PipelineConfig]) -> Result<retention::Settings, ConfigError> {
-        let Self {
-            keep: Term(keep),
-            drop_unpublished_after: Term(drop_unpublished_after),
-            disk_budget,
-            interval,
-            partition_events,
-            partitions_ahead,
-        } = self;
-        if interval < Duration::from_secs(1) {
-            return Err(ConfigError::new(format!(
-                "retention.interval = {}: has to be at least 1s",
-                humantime::format_duration(interval)
-            )));
-        }
-        for (key, value, most) in [
-            ("partition_events", partition_events, 1_000_000_000_000),
-            ("partitions_ahead", partitions_ahead.into(), 1000),
-        ] {
-            if !(1..=most).contains(&value) {
-                return Err(ConfigError::new(format!(
-                    "retention.{key} = {value}: has to be from 1 to {most}"
-                )));
-            }
-        }
-        if let (Some(after), Some(keep)) = (drop_unpublished_after, keep)
-            && after < keep
-        {
-            return Err(ConfigError::new(format!(
-                "retention.drop_unpublished_after = {} is shorter than retention.keep = {}",
-                humantime::format_duration(after),
-                humantime::format_duration(keep)
-            )));
-        }
-        Ok(retention::Settings {
-            keep,
-            drop_unpublished_after,
-            disk_budget_bytes: disk_budget.map(|budget| budget.as_u64()),
-            interval,
-            partition_events,
-            partitions_ahead,
-            pipelines: pipelines.iter().map(|p| p.pipeline.name.clone()).collect(),
         })
     }
 }

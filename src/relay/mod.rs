@@ -15,6 +15,7 @@ mod publish;
 pub mod status;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
@@ -111,6 +112,8 @@ pub struct Relay<S, K, L> {
     pub ledger: L,
     /// What it says about itself.
     pub status: watch::Sender<Status>,
+    /// A filter that was given while it runs; none until then. Holds from the next page on.
+    pub new_filter: watch::Receiver<Option<Arc<Filter>>>,
     /// The wall clock, in microseconds since the Unix epoch.
     pub now_us: fn() -> i64,
 }
@@ -237,6 +240,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             source: &mut self.source,
             sink: &mut self.sink,
             status: &self.status,
+            new_filter: &self.new_filter,
             metrics,
             now_us: self.now_us,
             waiting: Waiting::new(parked),
@@ -315,6 +319,7 @@ struct Lives<'a, S, K> {
     source: &'a mut S,
     sink: &'a mut K,
     status: &'a watch::Sender<Status>,
+    new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
     metrics: &'a PipelineMetrics,
     now_us: fn() -> i64,
     waiting: Waiting,
@@ -388,6 +393,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             sink: self.sink,
             metrics: self.metrics,
             status: self.status,
+            new_filter: self.new_filter,
             settled,
             orders: &self.orders,
             lease_until: &self.lease_until,

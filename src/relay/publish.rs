@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::ready;
+use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::Counter;
@@ -19,6 +20,7 @@ use crate::event::{Event, EventId, Rejection, Seq};
 use crate::ledger::Parked;
 use crate::order::{InFlight, Settled, Waiting};
 use crate::position::Position;
+use crate::route::Filter;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::source::{Page, SourceError};
 use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
@@ -55,6 +57,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) sink: &'a mut K,
     pub(super) metrics: &'a PipelineMetrics,
     pub(super) status: &'a watch::Sender<Status>,
+    pub(super) new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
     pub(super) settled: &'a watch::Sender<Position>,
     pub(super) orders: &'a mpsc::Sender<ParkOrder>,
     pub(super) lease_until: &'a watch::Receiver<Instant>,
@@ -73,6 +76,8 @@ pub(super) struct Publisher<'a, K> {
 /// The state of one life; dropping it loses nothing that is not read again.
 struct Life {
     in_flight: InFlight,
+    /// That of the pipeline, where no other was given since.
+    filter: Option<Arc<Filter>>,
     /// The rest of the page that is being handed over.
     pending: VecDeque<Event>,
     parking: Vec<Parked>,
@@ -172,6 +177,7 @@ impl<K: Sink> Publisher<'_, K> {
         if life.in_flight.rows() == 0 {
             life.heard_at = Instant::now();
         }
+        life.filter.clone_from(&self.new_filter.borrow());
         life.in_flight.begin_page(page.events.len(), page.end);
         life.pending = page.events.into();
     }
@@ -280,7 +286,7 @@ impl<K: Sink> Publisher<'_, K> {
             encoding,
             ..
         } = self.pipeline;
-        match filter.admits(event) {
+        match life.filter.as_deref().unwrap_or(filter).admits(event) {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
             Err(rejection) => return Verdict::Rejected(rejection),
@@ -465,6 +471,7 @@ impl Life {
     fn new(settings: &Settings) -> Self {
         Self {
             in_flight: InFlight::new(settings.in_flight_rows, settings.in_flight_bytes),
+            filter: None,
             pending: VecDeque::new(),
             parking: Vec::new(),
             parking_seqs: Vec::new(),

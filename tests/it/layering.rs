@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 21] = [
+const LAYERS: [(&str, Layer); 22] = [
     ("event", Layer::Words),
     ("position", Layer::Words),
     ("reason", Layer::Words),
@@ -37,6 +37,7 @@ const LAYERS: [(&str, Layer); 21] = [
     ("logging", Layer::Shell),
     ("migrate", Layer::Shell),
     ("demo", Layer::Shell),
+    ("reload", Layer::Shell),
     ("retention", Layer::Shell),
     ("cli", Layer::Door),
     ("main", Layer::Door),

@@ -6,10 +6,18 @@ use tokio::time::{Instant, sleep};
 
 use super::kafka::Kafka;
 use super::load::Load;
-use super::process::Setup;
+use super::process::{Process, Setup};
 use super::services::Own;
 use super::{PATIENCE, complete, eventually};
 use crate::harness::postgres::TestDatabase;
+
+async fn in_flight(relay: &Process) {
+    eventually("events in flight", PATIENCE, async || {
+        let events = relay.pipeline("main")?["in_flight_events"].as_u64()?;
+        (events > 0).then_some(())
+    })
+    .await;
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_that_freezes_or_dies_loses_nothing() {
@@ -32,11 +40,7 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
     // What was handed over and never confirmed must not count as published when the relay ends.
     own.signal("STOP");
     load.write(100).await;
-    eventually("events in flight", PATIENCE, async || {
-        let in_flight = relay.pipeline("main")?["in_flight_events"].as_u64()?;
-        (in_flight > 0).then_some(())
-    })
-    .await;
+    in_flight(&relay).await;
     let asked = Instant::now();
     relay.stop().await;
     eprintln!(
@@ -45,6 +49,7 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
     );
     assert!(asked.elapsed() < Duration::from_secs(4));
     load.write(50).await;
+    setup.set("RELAY__DRAIN_TIMEOUT", "1h");
     let mut relay = setup.start();
     own.signal("CONT");
     let seen = complete(&load, &kafka).await;
@@ -53,6 +58,25 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
         seen.duplicates, seen.records
     );
     relay.ready().await;
+
+    // Whoever does not want to wait for the confirmations asks again.
+    own.signal("STOP");
+    load.write(50).await;
+    in_flight(&relay).await;
+    relay.signal("TERM");
+    eventually("the drain", PATIENCE, async || {
+        relay.log().contains("stopping").then_some(())
+    })
+    .await;
+    assert!(relay.is_alive());
+    relay.signal("TERM");
+    assert_eq!(relay.exit().await.code(), Some(1), "{}", relay.log());
+    assert!(relay.log().contains("asked a second time to stop"));
+    own.signal("CONT");
+    setup.set("RELAY__DRAIN_TIMEOUT", "1s");
+    relay = setup.start();
+    relay.ready().await;
+    complete(&load, &kafka).await;
 
     let writing = load.start(2);
     writing.commits(50).await;

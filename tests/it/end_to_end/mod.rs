@@ -19,6 +19,7 @@ mod pipelines;
 mod process;
 mod records;
 mod rejected;
+mod reload;
 mod replicas;
 mod retention;
 mod services;

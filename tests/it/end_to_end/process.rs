@@ -46,6 +46,12 @@ impl Setup {
         self.environment.push((name, value.to_owned()));
     }
 
+    /// Leaves `RELAY_` and this to the configuration file.
+    pub(super) fn unset(&mut self, name: &str) {
+        let name = format!("RELAY_{name}");
+        self.environment.retain(|(other, _)| *other != name);
+    }
+
     /// A configuration file.
     pub(super) fn config(&mut self, toml: &str) {
         toml.clone_into(&mut self.config);
@@ -62,13 +68,19 @@ impl Setup {
         command
     }
 
+    /// Writes the configuration file, also while a relay runs with it.
+    pub(super) fn write_config(&self) -> PathBuf {
+        let config = self.folder.path().join("relay.toml");
+        std::fs::write(&config, &self.config).unwrap();
+        config
+    }
+
     pub(super) fn start(&self) -> Process {
         self.start_on(free_port())
     }
 
     pub(super) fn start_on(&self, port: u16) -> Process {
-        let config = self.folder.path().join("relay.toml");
-        std::fs::write(&config, &self.config).unwrap();
+        let config = self.write_config();
         let [out, log] =
             ["out", "log"].map(|name| self.folder.path().join(format!("{port}.{name}")));
         let child = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
