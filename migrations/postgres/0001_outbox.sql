@@ -414,6 +414,75 @@ begin
 end
 $$;
 
+-- Whether the log comes from another cluster, by a dump or a logical copy. Its rows then carry transaction ids that mean
+-- something else here, or are still to come, and a window told by them would skip rows.
+create function outbox.is_restored()
+returns boolean
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select exists (select from outbox.cursors c cross join pg_control_system() s
+                    where c.system_identifier <> s.system_identifier)
+        or exists (select from outbox.events where xid >= pg_snapshot_xmax(pg_current_snapshot()))
+$$;
+
+-- Makes a restored log belong to this cluster: what every pipeline is known to have published stays published, and the
+-- rest is as if it had been written by this call, in the order of its ids; so some of it may be published again, and
+-- nothing is skipped. Returns how many events that is. Writers go on meanwhile. Changes nothing in a log that is at home.
+create function outbox.adopt()
+returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    seen pg_snapshot;
+    known bigint;
+    first bigint;
+    again bigint;
+begin
+    -- One at a time: whoever waited for another relay finds nothing to do.
+    lock table outbox.cursors in share row exclusive mode;
+    if not outbox.is_restored() then
+        return 0;
+    end if;
+    -- Taken before this transaction has an id, so that it does not see what is written here.
+    if pg_current_xact_id_if_assigned() is not null then
+        raise exception 'outbox.adopt has to be called in a transaction of its own'
+            using errcode = 'active_sql_transaction';
+    end if;
+    seen := pg_current_snapshot();
+    -- No event above a window's ceiling belongs to it. What writers have emitted here since the restore is above all of
+    -- them, because a dump has the sequence's value from after its rows.
+    select coalesce(min(ceiling), 0) into known from outbox.cursors where prev is not null;
+    update outbox.events e
+       set xid = pg_current_xact_id()
+     where e.id > known
+        or exists (
+            select from outbox.cursors c
+             where c.prev is not null
+               and not pg_visible_in_snapshot(e.xid, c.prev)
+               and not (pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id));
+    get diagnostics again = row_count;
+    -- 3 is the first transaction of any cluster: every snapshot sees it.
+    update outbox.events
+       set xid = '3'
+     where id <= known and xid >= pg_snapshot_xmin(seen) and xid <> pg_current_xact_id();
+    select least(known, min(id) - 1) into first from outbox.events where xid = pg_current_xact_id();
+    update outbox.cursors
+       set prev = seen, cur = seen, floor = first, ceiling = first, next_floor = first, last_id = first,
+           system_identifier = s.system_identifier,
+           timeline = ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int,
+           updated_at = clock_timestamp()
+      from pg_control_system() s
+     where prev is not null;
+    -- Ends the tenure of whoever still works with what it read elsewhere.
+    delete from outbox.incarnation;
+    return again;
+end
+$$;
+
 -- Writers may only emit: no column that orders the log, and no reading. The sequence's usage lets its default work.
 grant insert (event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at)
     on outbox.events to outbox_writer;
@@ -427,11 +496,13 @@ grant select, insert on outbox.incarnation to outbox_relay;
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
-    outbox.retire_partition(interval, text[], interval)
+    outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt()
     from public;
 grant execute on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json)
     to outbox_writer;
-grant execute on function outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval)
+grant execute on function
+    outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),
+    outbox.is_restored(), outbox.adopt()
     to outbox_relay;

@@ -267,8 +267,8 @@ fn troubles(seen: &Seen) {
     for row in &books.pipelines {
         if row.moved.is_some() {
             anstream::println!(
-                "{RED}{}{RED:#}: its cursor was written on another server or timeline (restored, failed over): see \
-                 `outbox-relay doctor`",
+                "{YELLOW}{}{YELLOW:#}: its cursor was written on another server or timeline (restored, failed over): the \
+                 relay makes it fit when it takes the lease",
                 row.pipeline
             );
         } else if let Some(unknown) = &row.oldest_unpublished_unknown {

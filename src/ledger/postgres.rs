@@ -17,6 +17,9 @@ use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::{NEWEST_ID, connect};
 
+/// For rewriting a log after a restore.
+const ADOPT_MAX: Duration = Duration::from_hours(1);
+
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
     options: PgConnectOptions,
@@ -28,19 +31,26 @@ pub struct PostgresLedger {
 /// What every write of a tenure depends on.
 ///
 /// The incarnation is for who reaches the server through a pooler: it hides a crash and a failover, after which the ids of
-/// transactions that were lost are given to new ones. What was read then, from a position of before, has holes.
+/// transactions that were lost are given to new ones. What was read then, from a position of before, has holes. The
+/// identity is for a copy of the database, with the same lease in it, that has taken the server's place.
 #[derive(Clone, Debug, Default)]
 struct Fence {
     epoch: i64,
     incarnation: Uuid,
+    system_identifier: i64,
 }
 
 impl Fence {
     /// A condition that holds while the lease is ours and the server has not lost a transaction.
     fn holds(&self, settings: &Settings) -> String {
-        let Self { epoch, incarnation } = self;
+        let Self {
+            epoch,
+            incarnation,
+            system_identifier,
+        } = self;
         format!(
-            "{} and epoch = {epoch} and '{incarnation}' = (select id from outbox.incarnation)",
+            "{} and epoch = {epoch} and '{incarnation}' = (select id from outbox.incarnation) \
+             and {system_identifier} = (select system_identifier from pg_control_system())",
             of_pipeline(settings)
         )
     }
@@ -82,18 +92,50 @@ impl PostgresLedger {
     }
 }
 
+impl PostgresLedger {
+    /// Makes a log that was restored from another cluster belong to this one.
+    async fn adopt(&self) -> Result<(), LedgerError> {
+        let mut connection = connect(&self.options).await?;
+        tracing::warn!(
+            "the outbox was restored from another cluster, whose transaction ids mean nothing here: adopting its \
+             events, which may take minutes"
+        );
+        // May rewrite the whole log, whatever limit the role has for other work.
+        let adopted = fetch_one(
+            &mut connection,
+            "set local statement_timeout = 0; select outbox.adopt()".to_owned(),
+        );
+        let row = timeout(ADOPT_MAX, adopted)
+            .await
+            .map_err(|_| anyhow!("adopting the restored log takes more than an hour"))?
+            .context("adopt the restored log")?;
+        let events: i64 = get(&row, 0)?;
+        tracing::warn!(
+            events,
+            "adopted the restored log: so many events are not known to be published by every pipeline, and are \
+             published now, some of them perhaps again"
+        );
+        Ok(())
+    }
+}
+
 impl Ledger for PostgresLedger {
     async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
-        let acquired = self
-            .with(async |connection, settings, _| acquire(connection, settings).await)
-            .await?;
-        Ok(match acquired {
-            Ok((fence, tenure)) => {
-                self.fence = fence;
-                Acquired::Ours(tenure)
+        loop {
+            let taken = self
+                .with(async |connection, settings, _| acquire(connection, settings).await)
+                .await?;
+            match taken {
+                Taken::Ours(fence, tenure) => {
+                    self.fence = fence;
+                    return Ok(Acquired::Ours(tenure));
+                }
+                Taken::Held(holder, expires_in) => {
+                    return Ok(Acquired::Held { holder, expires_in });
+                }
+                Taken::Restored => self.adopt().await?,
             }
-            Err((holder, expires_in)) => Acquired::Held { holder, expires_in },
-        })
+        }
     }
 
     async fn renew(&mut self) -> Result<Fenced, LedgerError> {
@@ -165,12 +207,26 @@ impl Ledger for PostgresLedger {
 
 type HeldBy = (String, Duration);
 
+/// What came of asking for the lease.
+enum Taken {
+    Ours(Fence, Tenure),
+    Held(String, Duration),
+    /// The log has to be adopted first.
+    Restored,
+}
+
 async fn acquire(
     connection: &mut PgConnection,
     settings: &Settings,
-) -> Result<Result<(Fence, Tenure), HeldBy>, anyhow::Error> {
-    if let Some(held) = held_by(connection, settings).await? {
-        return Ok(Err(held));
+) -> Result<Taken, anyhow::Error> {
+    if let Some((holder, expires_in)) = held_by(connection, settings).await? {
+        return Ok(Taken::Held(holder, expires_in));
+    }
+    let row = fetch_one(connection, "select outbox.is_restored()".to_owned())
+        .await
+        .context("ask whether the log was restored")?;
+    if get(&row, 0)? {
+        return Ok(Taken::Restored);
     }
     // Before everything that is read from here on, so that a crash in between fences us.
     let incarnation = incarnation(connection).await?;
@@ -178,12 +234,16 @@ async fn acquire(
     let newest = newest_id(connection).await?;
     let Some(epoch) = take_lease(connection, settings).await? else {
         let held = held_by(connection, settings).await?;
-        return Ok(Err(held.unwrap_or_else(|| {
-            ("another relay".to_owned(), settings.lease_ttl)
-        })));
+        let (holder, expires_in) =
+            held.unwrap_or_else(|| ("another relay".to_owned(), settings.lease_ttl));
+        return Ok(Taken::Held(holder, expires_in));
     };
-    let fence = Fence { epoch, incarnation };
     let (identity, timeline) = identity(connection).await?;
+    let fence = Fence {
+        epoch,
+        incarnation,
+        system_identifier: identity,
+    };
     let row = fetch_one(
         connection,
         format!(
@@ -198,12 +258,13 @@ async fn acquire(
         Some(position) => {
             let stored: (Option<i64>, Option<i32>) = (get(&row, 6)?, get(&row, 7)?);
             ensure!(
-                stored == (Some(identity), Some(timeline)),
-                "the database is not the one that the cursor of pipeline {} belongs to (system identifier and \
-                 timeline were {stored:?}, are {identity} and {timeline}): it was restored or failed over, and its \
-                 transaction ids can't be compared with the cursor's; see \"restored\" in the README",
+                stored.0 == Some(identity),
+                "the cursor of pipeline {} came from another cluster just now: trying again",
                 settings.pipeline
             );
+            if stored.1 != Some(timeline) {
+                promoted(connection, settings, &fence, timeline).await?;
+            }
             position
         }
         None => {
@@ -227,7 +288,34 @@ async fn acquire(
         }
     };
     let parked = parked_entities(connection, settings).await?;
-    Ok(Ok((fence, Tenure { position, parked })))
+    Ok(Taken::Ours(fence, Tenure { position, parked }))
+}
+
+/// After a failover or a restore to a point in time the cursor is as old as the rows beside it: whatever it had seen end
+/// was logged before it was, so it ended in this history too, and the ids that are used again are those that it had not
+/// seen. Going on from it skips nothing. What was published and then lost by the database stays published.
+async fn promoted(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    fence: &Fence,
+    timeline: i32,
+) -> Result<(), anyhow::Error> {
+    tracing::warn!(
+        pipeline = %settings.pipeline,
+        timeline,
+        "the server failed over or was restored to a point in time: going on from the cursor as it was then; events \
+         that it published and then lost stay published"
+    );
+    execute(
+        connection,
+        format!(
+            "update outbox.cursors set timeline = {timeline} where {}",
+            fence.holds(settings)
+        ),
+    )
+    .await
+    .context("note the new timeline")?;
+    Ok(())
 }
 
 /// Asked before anything is written, so that a standby costs the database nothing but a look.

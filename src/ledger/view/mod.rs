@@ -54,7 +54,7 @@ pub struct PipelineBooks {
     pub parked_events: i64,
     /// Their entities.
     pub parked_entities: i64,
-    /// Where the cursor was written, when not in this database: no relay goes on from it.
+    /// Where the cursor was written, when not in this database: a relay that takes the lease makes it fit.
     pub moved: Option<Moved>,
 }
 

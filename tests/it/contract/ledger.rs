@@ -586,24 +586,6 @@ async fn what_is_in_progress_at_the_start_comes_later() {
     }
 }
 
-/// The cursor of a database that was restored elsewhere means nothing there: its transaction ids are others.
-#[tokio::test]
-async fn a_cursor_of_another_postgres_is_refused() {
-    let Some(books) = PolledPostgres::create().await else {
-        return;
-    };
-    let mut ledger = books.ledger(settings("first", LONG));
-    ours(&mut ledger).await;
-    books
-        .database
-        .pool
-        .execute("update outbox.cursors set system_identifier = system_identifier + 1")
-        .await
-        .unwrap();
-    let refused = ledger.acquire().await.unwrap_err();
-    assert!(refused.to_string().contains("restored"), "{refused}");
-}
-
 /// A commit that returned is on the disk: only cursors may be lost with the machine.
 #[tokio::test]
 async fn sqlite_parks_with_a_write_ahead_log() {
