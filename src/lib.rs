@@ -59,6 +59,7 @@ pub mod position;
 pub mod reason;
 pub mod relay;
 pub mod reload;
+pub mod replay;
 pub mod retention;
 pub mod route;
 pub mod sink;

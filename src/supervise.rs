@@ -157,22 +157,26 @@ pub(crate) fn assemble(
             AnyLedger::Sqlite(Box::new(SqliteLedger::new(sqlite_options(path), books))),
         ),
     };
-    let sink = match &config.sink {
-        Sink::Kafka(settings) => AnySink::Kafka(Box::new(KafkaSink::new((**settings).clone()))),
-        Sink::Stdout => AnySink::Stdout(StdoutSink::new()),
-    };
     let (status, seen) = watch::channel(Status::starting());
     let relay = Relay {
         pipeline: pipeline.pipeline.clone(),
         settings: config.relay.clone(),
         source,
-        sink,
+        sink: sink(&config.sink),
         ledger,
         status,
         new_filter: watch::channel(None).1,
         now_us: wall_clock_us,
     };
     (relay, seen)
+}
+
+/// The end that events go to; connects when it is opened.
+pub(crate) fn sink(sink: &Sink) -> AnySink {
+    match sink {
+        Sink::Kafka(settings) => AnySink::Kafka(Box::new(KafkaSink::new((**settings).clone()))),
+        Sink::Stdout => AnySink::Stdout(StdoutSink::new()),
+    }
 }
 
 /// How the relay opens a SQLite outbox; the file is made if it does not exist.
@@ -198,7 +202,7 @@ pub fn wall_clock_us() -> i64 {
 }
 
 /// This process, unlike any other: host, process id and a random part (containers share both).
-fn holder() -> String {
+pub(crate) fn holder() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host: String = host
         .trim()

@@ -292,6 +292,26 @@ create table outbox.parked (
 -- Finds the oldest waiting event of an entity.
 create index parked_entity on outbox.parked (pipeline, aggregate_type, aggregate_id, id);
 
+-- Replays that were asked for, and how far they have come.
+create table outbox.replays (
+    id         bigint      generated always as identity primary key,
+    pipeline   text        not null,
+    selection  json        not null,
+    topic      text,
+    rate       integer     not null check (rate > 0),
+    state      text        not null default 'open' check (state in ('open', 'done', 'cancelled')),
+    from_id    bigint      not null,
+    until_id   bigint      not null,
+    last_id    bigint      not null,
+    published  bigint      not null default 0,
+    skipped    bigint      not null default 0,
+    holder     text        not null,
+    expires_at timestamptz not null,
+    created_by text        not null default session_user,
+    created_at timestamptz not null default clock_timestamp(),
+    updated_at timestamptz not null default clock_timestamp()
+);
+
 -- Gives the space of the oldest partition back, when every event in it is old enough and published by every pipeline;
 -- returns what it did, or no row when there is nothing to do. One partition per call: each is a transaction of its own.
 --
@@ -492,6 +512,7 @@ grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
 grant select, insert on outbox.incarnation to outbox_relay;
+grant select, insert, update on outbox.replays to outbox_relay;
 
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),

@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod migrate;
 mod parked;
+mod replay;
 mod run;
 mod show;
 mod status;
@@ -51,6 +52,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Look at events that were rejected, and those that wait behind them.
     Parked(parked::Parked),
+    /// Publish retained events again.
+    Replay(replay::Replay),
     /// Print a completion script.
     Completions {
         /// For this shell.
@@ -90,6 +93,7 @@ pub async fn main() -> ExitCode {
         Command::Doctor(doctor) => doctor.run().await,
         Command::Status(status) => status.run().await,
         Command::Parked(parked) => parked.run().await,
+        Command::Replay(replay) => replay.run().await,
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

@@ -6,6 +6,7 @@
 pub(crate) mod ask;
 mod copy;
 mod hint;
+mod history;
 mod statement;
 
 use std::borrow::Cow;
@@ -22,6 +23,8 @@ use tokio::time::timeout;
 use self::copy::Row;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
+pub(crate) use self::history::History;
+pub use self::history::Selection;
 pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};
 use crate::event::{Event, EventId};

@@ -15,7 +15,7 @@ use std::fmt::Write;
 
 use crate::position::{Position, Window};
 
-const COLUMNS: &str = "e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, \
+pub(super) const COLUMNS: &str = "e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, \
                        e.payload_bytes, e.content_type, e.headers, e.occurred_at";
 
 /// The newest id that was handed out, 0 before the first.

@@ -70,6 +70,11 @@ async fn the_help_is_pinned() {
         &["status"],
         &["parked"],
         &["parked", "list"],
+        &["replay"],
+        &["replay", "start"],
+        &["replay", "resume"],
+        &["replay", "list"],
+        &["replay", "cancel"],
         &["demo"],
         &["completions"],
     ];

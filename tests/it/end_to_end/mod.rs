@@ -20,6 +20,7 @@ mod process;
 mod records;
 mod rejected;
 mod reload;
+mod replay;
 mod replicas;
 mod retention;
 mod services;

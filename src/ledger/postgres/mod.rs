@@ -3,6 +3,8 @@
 //! The frequent statements go by the simple protocol, one round trip each, so that they work through a transaction-mode
 //! pooler; what they inline is numbers and names of a closed alphabet. Time is the database's.
 
+mod restored;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +18,6 @@ use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
 use crate::event::{EventId, Payload, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::{NEWEST_ID, connect};
-
-/// For rewriting a log after a restore.
-const ADOPT_MAX: Duration = Duration::from_hours(1);
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
@@ -92,33 +91,6 @@ impl PostgresLedger {
     }
 }
 
-impl PostgresLedger {
-    /// Makes a log that was restored from another cluster belong to this one.
-    async fn adopt(&self) -> Result<(), LedgerError> {
-        let mut connection = connect(&self.options).await?;
-        tracing::warn!(
-            "the outbox was restored from another cluster, whose transaction ids mean nothing here: adopting its \
-             events, which may take minutes"
-        );
-        // May rewrite the whole log, whatever limit the role has for other work.
-        let adopted = fetch_one(
-            &mut connection,
-            "set local statement_timeout = 0; select outbox.adopt()".to_owned(),
-        );
-        let row = timeout(ADOPT_MAX, adopted)
-            .await
-            .map_err(|_| anyhow!("adopting the restored log takes more than an hour"))?
-            .context("adopt the restored log")?;
-        let events: i64 = get(&row, 0)?;
-        tracing::warn!(
-            events,
-            "adopted the restored log: so many events are not known to be published by every pipeline, and are \
-             published now, some of them perhaps again"
-        );
-        Ok(())
-    }
-}
-
 impl Ledger for PostgresLedger {
     async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
         loop {
@@ -133,7 +105,7 @@ impl Ledger for PostgresLedger {
                 Taken::Held(holder, expires_in) => {
                     return Ok(Acquired::Held { holder, expires_in });
                 }
-                Taken::Restored => self.adopt().await?,
+                Taken::Restored => restored::adopt(&self.options).await?,
             }
         }
     }
@@ -222,10 +194,7 @@ async fn acquire(
     if let Some((holder, expires_in)) = held_by(connection, settings).await? {
         return Ok(Taken::Held(holder, expires_in));
     }
-    let row = fetch_one(connection, "select outbox.is_restored()".to_owned())
-        .await
-        .context("ask whether the log was restored")?;
-    if get(&row, 0)? {
+    if restored::is_restored(connection).await? {
         return Ok(Taken::Restored);
     }
     // Before everything that is read from here on, so that a crash in between fences us.
@@ -238,7 +207,7 @@ async fn acquire(
             held.unwrap_or_else(|| ("another relay".to_owned(), settings.lease_ttl));
         return Ok(Taken::Held(holder, expires_in));
     };
-    let (identity, timeline) = identity(connection).await?;
+    let (identity, timeline) = restored::identity(connection).await?;
     let fence = Fence {
         epoch,
         incarnation,
@@ -263,7 +232,7 @@ async fn acquire(
                 settings.pipeline
             );
             if stored.1 != Some(timeline) {
-                promoted(connection, settings, &fence, timeline).await?;
+                restored::promoted(connection, settings, &fence, timeline).await?;
             }
             position
         }
@@ -289,33 +258,6 @@ async fn acquire(
     };
     let parked = parked_entities(connection, settings).await?;
     Ok(Taken::Ours(fence, Tenure { position, parked }))
-}
-
-/// After a failover or a restore to a point in time the cursor is as old as the rows beside it: whatever it had seen end
-/// was logged before it was, so it ended in this history too, and the ids that are used again are those that it had not
-/// seen. Going on from it skips nothing. What was published and then lost by the database stays published.
-async fn promoted(
-    connection: &mut PgConnection,
-    settings: &Settings,
-    fence: &Fence,
-    timeline: i32,
-) -> Result<(), anyhow::Error> {
-    tracing::warn!(
-        pipeline = %settings.pipeline,
-        timeline,
-        "the server failed over or was restored to a point in time: going on from the cursor as it was then; events \
-         that it published and then lost stay published"
-    );
-    execute(
-        connection,
-        format!(
-            "update outbox.cursors set timeline = {timeline} where {}",
-            fence.holds(settings)
-        ),
-    )
-    .await
-    .context("note the new timeline")?;
-    Ok(())
 }
 
 /// Asked before anything is written, so that a standby costs the database nothing but a look.
@@ -389,20 +331,6 @@ async fn incarnation(connection: &mut PgConnection) -> Result<Uuid, anyhow::Erro
     get::<String>(&row, 0)?
         .parse()
         .context("decode the incarnation of the server")
-}
-
-/// Which database this is: its transaction ids mean something only within one system identifier and timeline.
-async fn identity(connection: &mut PgConnection) -> Result<(i64, i32), anyhow::Error> {
-    let row = fetch_one(
-        connection,
-        "select system_identifier, \
-                ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int \
-           from pg_control_system()"
-            .to_owned(),
-    )
-    .await
-    .context("read the system identifier and timeline (is this a standby?)")?;
-    Ok((get(&row, 0)?, get(&row, 1)?))
 }
 
 async fn newest_id(connection: &mut PgConnection) -> Result<EventId, anyhow::Error> {
