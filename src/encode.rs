@@ -40,7 +40,7 @@ pub struct Encoding {
 }
 
 /// Names that belong to the relay; an event's own header of such a name is left out.
-const RESERVED: [&str; 4] = ["id", "type", "sequence", "content-type"];
+const RESERVED: [&str; 5] = ["id", "type", "sequence", "content-type", "replay"];
 
 type Headers<'a> = Vec<RecordHeader<'a>>;
 

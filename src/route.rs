@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::str::FromStr;
 
 use leon::Item;
@@ -129,7 +129,11 @@ impl fmt::Display for Template {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for part in &self.parts {
             match part {
-                Part::Text(text) => f.write_str(text)?,
+                // As it has to be written to be read again.
+                Part::Text(text) => text.chars().try_for_each(|c| match c {
+                    '{' | '}' | '\\' => write!(f, "\\{c}"),
+                    c => f.write_char(c),
+                })?,
                 Part::Field(field) => {
                     let (name, _) = Field::NAMES
                         .iter()

@@ -21,6 +21,7 @@ mod end_to_end;
 mod examples;
 mod fake;
 mod fresh;
+mod fuzz;
 mod harness {
     pub mod books;
     pub mod log;
