@@ -1,5 +1,6 @@
 //! The broker freezes, dies and comes back.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -8,7 +9,7 @@ use super::kafka::Kafka;
 use super::load::Load;
 use super::process::{Process, Setup};
 use super::services::Own;
-use super::{PATIENCE, complete, eventually};
+use super::{PATIENCE, complete, eventually, number, run};
 use crate::harness::postgres::TestDatabase;
 
 async fn in_flight(relay: &Process) {
@@ -103,5 +104,60 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
         "killed: {} duplicates of {} records",
         seen.duplicates, seen.records
     );
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_with_a_full_disk_loses_nothing() {
+    let test = "a_broker_with_a_full_disk_loses_nothing";
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let Some(mut own) = Own::kafka_on_a_disk(test, "64m") else {
+        return;
+    };
+    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
+    kafka.create(&["order"]).await;
+    let mut setup = Setup::new(&database.url);
+    setup.kafka(&kafka);
+    let relay = setup.start();
+    relay.ready().await;
+    // 100 MB that no compression makes smaller.
+    let pool = &database.pool;
+    run(
+        pool,
+        "select outbox.emit('order', (n % 10)::text, 'placed', to_json(string_agg(md5(random()::text), '')))
+           from generate_series(1, 1000) n, generate_series(1, 3200) group by n order by n",
+    )
+    .await;
+    let reason = relay
+        .not_ready(&["kafka", "broker", "connect", "disk"])
+        .await;
+    eprintln!("{reason}");
+    let parked = "select count(*) from outbox.parked";
+    assert_eq!(number(pool, parked).await, 0, "an outage rejects nothing");
+
+    own.resize_disk("1g");
+    own.stop();
+    own.start();
+    relay.ready().await;
+    let mut reader = kafka.reader(&[kafka.topic("order")]);
+    let mut newest: HashMap<String, i64> = HashMap::new();
+    let mut ids = HashSet::new();
+    eventually("all events", 4 * PATIENCE, async || {
+        for record in reader.read_to_end().await {
+            let sequence: i64 = str::from_utf8(record.header("sequence")?)
+                .ok()?
+                .parse()
+                .ok()?;
+            if ids.insert(sequence) {
+                let before = newest.insert(record.key_text().to_owned(), sequence);
+                assert!(before < Some(sequence), "{before:?} before {sequence}");
+            }
+        }
+        (ids.len() == 1000).then_some(())
+    })
+    .await;
+    assert_eq!(number(pool, parked).await, 0);
     relay.stop().await;
 }

@@ -11,21 +11,53 @@ pub(super) struct Own {
     script: &'static str,
     arguments: Vec<&'static str>,
     environment: HashMap<String, String>,
+    /// Whether the data lies in a file system of its own.
+    disk: bool,
 }
 
 impl Own {
     pub(super) fn kafka(test: &str) -> Option<Self> {
         // Where the broker of all tests is from somewhere else, this machine may not be able to start one.
         crate::fresh::needed(test, "KAFKA_JARS")?;
-        Some(Self::new("kafka", Vec::new()))
+        Some(Self::new("kafka", Vec::new(), |_| {}))
+    }
+
+    /// A broker whose data lies in a file system of this size, such as `64m`; only root can make one.
+    pub(super) fn kafka_on_a_disk(test: &str, size: &str) -> Option<Self> {
+        crate::fresh::needed(test, "KAFKA_JARS")?;
+        let root = Command::new("id").arg("--user").output().unwrap().stdout == b"0\n";
+        if !root {
+            println!("SKIPPED {test}: only root can make a small disk");
+            return None;
+        }
+        let mut own = Self::new("kafka", Vec::new(), |folder| {
+            let data = folder.join("data");
+            std::fs::create_dir(&data).unwrap();
+            mount(
+                &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"],
+                &data,
+            );
+        });
+        own.disk = true;
+        Some(own)
+    }
+
+    /// Makes the disk larger.
+    pub(super) fn resize_disk(&self, size: &str) {
+        let options = format!("remount,size={size}");
+        mount(&["-o", &options], &self.folder.path().join("data"));
     }
 
     pub(super) fn postgres(test: &str) -> Option<Self> {
         crate::fresh::needed(test, "PG_DATA")?;
-        Some(Self::new("postgres", vec!["17"]))
+        Some(Self::new("postgres", vec!["17"], |_| {}))
     }
 
-    fn new(script: &'static str, arguments: Vec<&'static str>) -> Self {
+    fn new(
+        script: &'static str,
+        arguments: Vec<&'static str>,
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
         let parent =
             std::env::var("RELAY_TEST_FOLDER").map_or_else(|_| std::env::temp_dir(), Into::into);
         let mut own = Self {
@@ -33,7 +65,9 @@ impl Own {
             script,
             arguments,
             environment: HashMap::new(),
+            disk: false,
         };
+        prepare(own.folder.path());
         own.start();
         own
     }
@@ -79,7 +113,16 @@ impl Drop for Own {
     fn drop(&mut self) {
         // A panic here would hide the one that matters.
         let _ = script("down").arg(self.folder.path()).status();
+        if self.disk {
+            let data = self.folder.path().join("data");
+            let _ = Command::new("umount").arg("--lazy").arg(data).status();
+        }
     }
+}
+
+fn mount(arguments: &[&str], at: &Path) {
+    let status = Command::new("mount").args(arguments).arg(at).status();
+    assert!(status.unwrap().success(), "mount {arguments:?}");
 }
 
 fn script(name: &str) -> Command {
