@@ -1,10 +1,11 @@
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;
 
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
 
-use super::{InFlight, Settled, Waiting};
+use super::{InFlight, Settled, Suspects, Waiting};
 use crate::event::{Event, EventId, Payload, Seq};
 use crate::position::{Position, Window};
 
@@ -150,7 +151,71 @@ fn a_parked_event_holds_its_own_entity_from_itself_on() {
     assert_eq!(waiting.len(), 1);
 }
 
+/// Publishes events 0 to `count` life after life to a broker that refuses every batch with a culprit in it and names nobody.
+/// Returns who was condemned, how many lives it took, and how often a record was waited for.
+fn hunt(count: i64, batch: usize, culprits: &BTreeSet<i64>) -> (BTreeSet<i64>, usize, usize) {
+    let mut suspects = Suspects::default();
+    let (mut condemned, mut first, mut lives, mut waits) = (BTreeSet::new(), 0, 0, 0);
+    'lives: while first < count {
+        lives += 1;
+        while first < count {
+            let mut flight = Vec::new();
+            for id in first..count {
+                let tried = flight.len() == 1 && suspects.is_tried_alone(EventId(first));
+                let room = suspects.in_flight_before(EventId(id)).min(20_000);
+                if tried || flight.len() > room {
+                    break;
+                }
+                flight.push(id);
+            }
+            waits += 1;
+            for batch in flight.chunks(batch) {
+                let bad = |id: &i64| culprits.contains(id) && !condemned.contains(id);
+                if batch.iter().any(bad) {
+                    if flight.len() == 1 && suspects.is_tried_alone(EventId(first)) {
+                        suspects.acquit(EventId(first));
+                        condemned.insert(first);
+                    } else {
+                        let refused: Vec<EventId> = batch.iter().copied().map(EventId).collect();
+                        suspects.accuse(&refused);
+                    }
+                    continue 'lives;
+                }
+                for id in batch {
+                    suspects.acquit(EventId(*id));
+                }
+                first += i64::try_from(batch.len()).unwrap();
+            }
+        }
+    }
+    assert!(suspects.is_empty(), "{suspects:?}");
+    (condemned, lives, waits)
+}
+
+#[test]
+fn a_culprit_among_ten_thousand_is_found_in_three_lives() {
+    for culprit in [0, 1, 31, 32, 5_000, 9_999] {
+        let culprits = BTreeSet::from([culprit]);
+        let (condemned, lives, waits) = hunt(10_000, 10_000, &culprits);
+        assert_eq!(condemned, culprits);
+        assert!(lives <= 4, "{lives} lives");
+        assert!(waits < 10_000 / 32 + 40, "{waits} round trips");
+    }
+}
+
 proptest! {
+    #[test]
+    fn nobody_is_condemned_but_the_culprits(
+        count in 1_i64..3_000,
+        batch in 1_usize..2_000,
+        culprits in prop::collection::btree_set(0_i64..3_000, 0..6),
+    ) {
+        let culprits: BTreeSet<i64> = culprits.into_iter().filter(|id| *id < count).collect();
+        let (condemned, lives, _) = hunt(count, batch, &culprits);
+        prop_assert!(lives <= 1 + 3 * culprits.len(), "{lives} lives");
+        prop_assert_eq!(condemned, culprits);
+    }
+
     /// Against the naive model: a list of all events and pages, and a set of settled numbers.
     #[test]
     fn releases_exactly_the_settled_prefix(

@@ -14,7 +14,7 @@ mod books;
 mod publish;
 pub mod status;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use self::status::{State, Status};
 use crate::encode::Encoding;
 use crate::event::{EventId, PipelineName, Rejection};
 use crate::ledger::{Acquired, Ledger, Tenure};
-use crate::order::Waiting;
+use crate::order::{Suspects, Waiting};
 use crate::position::Position;
 use crate::route::{Filter, Route};
 use crate::sink::{NotPrepared, Sink, SinkError};
@@ -245,7 +245,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             now_us: self.now_us,
             waiting: Waiting::new(parked),
             condemned: HashMap::new(),
-            suspects: HashSet::new(),
+            suspects: Suspects::default(),
             durable: durable_seen,
             orders,
             lease_until: lease_seen,
@@ -324,7 +324,7 @@ struct Lives<'a, S, K> {
     now_us: fn() -> i64,
     waiting: Waiting,
     condemned: HashMap<EventId, Rejection>,
-    suspects: HashSet<EventId>,
+    suspects: Suspects,
     durable: watch::Receiver<Position>,
     orders: mpsc::Sender<books::ParkOrder>,
     lease_until: watch::Receiver<Instant>,
@@ -343,7 +343,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Condemned(id, rejection) => {
                     tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
                         "the broker refused an event after its hand-over, reading again to set it aside");
-                    self.suspects.remove(&id);
+                    self.suspects.acquit(id);
                     self.condemned.insert(id, rejection);
                     continue;
                 }

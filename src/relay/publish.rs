@@ -2,7 +2,7 @@
 //!
 //! The stages meet here and nowhere else: order → route → encode → sink, for each event, in the order of the log.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use super::{Pipeline, Policy, Settings};
 use crate::encode::encode;
 use crate::event::{Event, EventId, Rejection, Seq};
 use crate::ledger::Parked;
-use crate::order::{InFlight, Settled, Waiting};
+use crate::order::{InFlight, Settled, Suspects, Waiting};
 use crate::position::Position;
 use crate::route::Filter;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
@@ -39,8 +39,8 @@ pub(super) enum Ended {
     Source(SourceError),
     /// The sink lost its place: begin again from the last position.
     Sink(SinkError),
-    /// The broker refused records after their hand-over, and a batch shares its fate: begin again, and hand these over
-    /// one by one.
+    /// The broker refused records after their hand-over, and a batch shares its fate: begin again, and find out which one
+    /// it can't take.
     Suspected(Rejection),
     /// The broker refused an event that was alone: begin again, and set it aside this time.
     Condemned(EventId, Rejection),
@@ -64,9 +64,8 @@ pub(super) struct Publisher<'a, K> {
     pub(super) waiting: &'a mut Waiting,
     /// Events that the broker refused in an earlier life, with its reason.
     pub(super) condemned: &'a HashMap<EventId, Rejection>,
-    /// Events that were refused together in an earlier life: each is handed over alone, so that an innocent one is not
-    /// set aside (I6).
-    pub(super) suspects: &'a mut HashSet<EventId>,
+    /// Events that were refused together in an earlier life, of which no innocent one must be set aside (I6).
+    pub(super) suspects: &'a mut Suspects,
     /// Whether the source has answered in this life.
     pub(super) answered: watch::Receiver<bool>,
     /// The wall clock, in microseconds since the Unix epoch.
@@ -228,7 +227,7 @@ impl<K: Sink> Publisher<'_, K> {
             }
             match self.judge(life, &event) {
                 Verdict::HandedOver(topic) => {
-                    if self.suspects.contains(&event.id) {
+                    if self.suspects.is_tried_alone(event.id) {
                         life.on_trial = Some(event.id);
                     }
                     life.in_flight
@@ -256,26 +255,26 @@ impl<K: Sink> Publisher<'_, K> {
         Ok(Pause::Turn)
     }
 
-    /// A suspect waits until nothing is in flight, and whatever comes after waits for the verdict.
+    /// While somebody is suspected the flight is narrow, and whatever comes after one that is tried alone waits for the
+    /// verdict.
     fn pause_for_trial(&mut self, life: &mut Life, event: &Event) -> Option<Pause> {
         if self.suspects.is_empty() {
             return None;
         }
-        let on_trial = life.on_trial.is_some() || self.suspects.contains(&event.id);
-        if !on_trial {
+        self.advance(life);
+        let most = match life.on_trial {
+            Some(_) => 0,
+            None => self.suspects.in_flight_before(event.id),
+        };
+        if life.in_flight.rows() <= most {
             return None;
         }
-        if !life.parking.is_empty() {
-            return Some(Pause::Turn);
-        }
-        self.advance(life);
-        if life.in_flight.rows() > 0 {
-            return Some(Pause::Blocked);
-        }
-        if let Some(acquitted) = life.on_trial.take() {
-            self.suspects.remove(&acquitted);
-        }
-        None
+        // What is being parked leaves without a receipt.
+        Some(if life.parking.is_empty() {
+            Pause::Blocked
+        } else {
+            Pause::Turn
+        })
     }
 
     /// Takes one event through filter, order, route and encoding to the sink.
@@ -329,6 +328,7 @@ impl<K: Sink> Publisher<'_, K> {
             );
         }
         self.waiting.park(&event);
+        self.suspects.acquit(event.id);
         let seq = life
             .in_flight
             .push(event.id, bytes, event.occurred_at_us, Topics::NONE);
@@ -363,10 +363,14 @@ impl<K: Sink> Publisher<'_, K> {
         }
         let now_us = (self.now_us)();
         life.heard_at = Instant::now();
+        let mut refused = Vec::new();
         let mut ended = None;
         for receipt in receipts.drain(..) {
             match receipt {
                 Receipt::Delivered(seq) => {
+                    if !self.suspects.is_empty() {
+                        self.acquit(life, seq);
+                    }
                     if let Settled::Now {
                         tag,
                         occurred_at_us,
@@ -381,8 +385,8 @@ impl<K: Sink> Publisher<'_, K> {
                         .in_flight
                         .id_of(seq)
                         .expect("a record in flight has an event");
+                    refused.push(id);
                     let alone = life.on_trial == Some(id);
-                    self.suspects.insert(id);
                     ended = ended.or(Some(match self.pipeline.on_rejected {
                         _ if !alone => Ended::Suspected(rejection),
                         Policy::Park => Ended::Condemned(id, rejection),
@@ -391,8 +395,17 @@ impl<K: Sink> Publisher<'_, K> {
                 }
             }
         }
+        self.suspects.accuse(&refused);
         self.advance(life);
         ended
+    }
+
+    fn acquit(&mut self, life: &mut Life, seq: Seq) {
+        let Some(id) = life.in_flight.id_of(seq) else {
+            return;
+        };
+        self.suspects.acquit(id);
+        life.on_trial = life.on_trial.filter(|on_trial| *on_trial != id);
     }
 
     fn advance(&mut self, life: &mut Life) {

@@ -32,7 +32,9 @@ pub struct SinkError(pub String);
 pub enum Receipt {
     /// It is where consumers will find it, whatever happens now.
     Delivered(Seq),
-    /// It will never be accepted. What was handed over after it may or may not have arrived, so this ends the life.
+    /// It was refused for good, and with it this life has ended: what was handed over after it may or may not have
+    /// arrived. Records that share a batch share its fate, and each gets this receipt: only one that was handed over
+    /// alone, with nothing else in flight, is surely to blame.
     Rejected(Seq, Rejection),
 }
 

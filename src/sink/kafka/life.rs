@@ -35,10 +35,6 @@ pub(super) struct Life {
     outstanding: usize,
     /// Set once a record has failed, or everything.
     dying: Option<Dying>,
-    /// So many records are still to be sent one by one, each a batch of its own; `None` is the usual way.
-    one_by_one: Option<usize>,
-    /// So many records has the next life to send one by one, to find the one that the broker refuses.
-    pub(super) suspects: Option<usize>,
 }
 
 /// What is known while a producer dies.
@@ -113,11 +109,8 @@ impl ProducerContext for Context {
 }
 
 impl Life {
-    /// A life whose first records are sent one by one, if so many are given.
-    pub(super) fn begin(
-        config: &ClientConfig,
-        one_by_one: Option<usize>,
-    ) -> Result<Self, SinkError> {
+    /// A producer that connects by itself.
+    pub(super) fn begin(config: &ClientConfig) -> Result<Self, SinkError> {
         let (sender, news) = mpsc::unbounded_channel();
         let trouble = Arc::new(watch::Sender::new(None));
         let context = Context {
@@ -132,8 +125,6 @@ impl Life {
             received: Vec::new(),
             outstanding: 0,
             dying: None,
-            one_by_one,
-            suspects: None,
         })
     }
 
@@ -211,7 +202,6 @@ impl Life {
             if self.dying.is_none() && into.len() > known {
                 self.trouble
                     .send_if_modified(|trouble| trouble.take().is_some());
-                self.acquit(into.len() - known);
                 return Ok(());
             }
         }
@@ -249,60 +239,23 @@ impl Life {
         }
     }
 
-    /// Which records are to blame for the end, if any.
+    /// What was refused, or else why the producer died.
+    ///
+    /// A broker refuses a batch as a whole. With several culprits it names them, and librdkafka tells them from the rest;
+    /// with one, librdkafka blames all of the batch (2.12.1).
     fn last_receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
         let lost = || SinkError("the Kafka producer is dead".to_owned());
         let Dying { reason, failed, .. } = self.dying.as_mut().ok_or_else(lost)?;
-        let failed = std::mem::take(failed);
-        let refused: Vec<(Seq, Code)> = failed
-            .iter()
-            .copied()
-            .filter(|(_, code)| refused_for_good(*code))
-            .collect();
-        // A broker refuses a batch as a whole. With several culprits it names them, and librdkafka tells them from the
-        // rest; with one, librdkafka blames all of the batch (2.12.1), so that only a record alone is surely to blame.
-        let others_named = failed
-            .iter()
-            .any(|(_, code)| *code == Code::InvalidDifferentRecord);
-        let alone = self.one_by_one.is_some() || refused.len() == 1;
-        let blamed: Vec<Receipt> = refused
-            .iter()
-            .filter(|(_, code)| {
-                alone || of_the_topic(*code) || (others_named && *code == Code::InvalidRecord)
-            })
-            .map(|(seq, code)| Receipt::Rejected(*seq, Rejection::new(code.to_string())))
-            .collect();
-        if !blamed.is_empty() {
-            into.extend(blamed);
+        let known = into.len();
+        let refused = failed.drain(..).filter(|(_, code)| refused_for_good(*code));
+        into.extend(
+            refused.map(|(seq, code)| Receipt::Rejected(seq, Rejection::new(code.to_string()))),
+        );
+        if into.len() > known {
             return Ok(());
         }
-        let mut reason = std::mem::take(reason);
-        if let Some((_, code)) = refused.first() {
-            let seqs = failed.iter().map(|(seq, _)| seq.0);
-            self.suspects = seqs.clone().max().zip(seqs.min()).map(|(last, first)| {
-                usize::try_from(last - first + 1).expect("64-bit platforms only")
-            });
-            reason = format!(
-                "{code}: one of {} records, which are sent one by one now",
-                refused.len()
-            );
-        }
+        let reason = std::mem::take(reason);
         Err(SinkError(self.with_trouble(reason)))
-    }
-
-    /// Once all suspects have been delivered, one by one, there is no reason any more to be slow.
-    fn acquit(&mut self, delivered: usize) {
-        let Some(left) = &mut self.one_by_one else {
-            return;
-        };
-        *left = left.saturating_sub(delivered);
-        if *left == 0 {
-            self.dying = Some(Dying {
-                reason: "every record was accepted alone, sending in batches again".to_owned(),
-                failed: Vec::new(),
-                until: Instant::now(),
-            });
-        }
     }
 
     /// Adds what librdkafka last complained about.
@@ -328,20 +281,14 @@ fn of_a_lost_topic(code: Code) -> bool {
 
 /// Whether the broker refuses a record itself, now and for ever; everything else may pass.
 fn refused_for_good(code: Code) -> bool {
-    of_the_topic(code)
-        || matches!(
-            code,
-            Code::MessageSizeTooLarge
-                | Code::InvalidMessageSize
-                | Code::InvalidRecord
-                | Code::InvalidTimestamp
-        )
-}
-
-/// Whether it refuses every record of the topic.
-fn of_the_topic(code: Code) -> bool {
     matches!(
         code,
-        Code::InvalidTopic | Code::PolicyViolation | Code::TopicAuthorizationFailed
+        Code::MessageSizeTooLarge
+            | Code::InvalidMessageSize
+            | Code::InvalidRecord
+            | Code::InvalidTimestamp
+            | Code::InvalidTopic
+            | Code::PolicyViolation
+            | Code::TopicAuthorizationFailed
     )
 }

@@ -54,16 +54,11 @@ impl KafkaSink {
 impl Sink for KafkaSink {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.topics.clear();
-        let mut one_by_one = None;
         if let Some(life) = self.life.take() {
-            one_by_one = life.suspects;
             life.end().await;
         }
-        let config = match one_by_one {
-            None => self.settings.producer(self.batch_bytes),
-            Some(_) => self.settings.producer_one_by_one(),
-        };
-        self.life = Some(Life::begin(&config, one_by_one)?);
+        let config = self.settings.producer(self.batch_bytes);
+        self.life = Some(Life::begin(&config)?);
         Ok(())
     }
 

@@ -202,15 +202,6 @@ impl Settings {
         self.with_properties(config)
     }
 
-    /// For records, each in a batch of its own and no two at once: when one is refused, nothing else is.
-    pub(super) fn producer_one_by_one(&self) -> ClientConfig {
-        let mut config = self.producer(MESSAGE_BYTES_MAX);
-        config
-            .set("batch.num.messages", "1")
-            .set("max.in.flight.requests.per.connection", "1");
-        config
-    }
-
     fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {
         for (name, value) in &self.properties {
             config.set(name, value);

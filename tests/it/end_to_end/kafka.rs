@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
+};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{Consumer, StreamConsumer};
@@ -78,6 +80,15 @@ impl Kafka {
         for created in admin.create_topics(&topics, &options).await.unwrap() {
             created.unwrap();
         }
+    }
+
+    /// Sets one setting of a topic, and no other; its name is given without the prefix.
+    pub(super) async fn alter(&self, name: &str, setting: &str, value: &str) {
+        let topic = self.topic(name);
+        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
+        let alter = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set(setting, value);
+        let altered = admin.alter_configs([&alter], &AdminOptions::new()).await;
+        altered.unwrap()[0].as_ref().unwrap();
     }
 
     /// Reads topics from the beginning; their names are given with the prefix.

@@ -203,3 +203,46 @@ async fn a_halted_pipeline_halts_alone() {
     .await;
     relay.stop().await;
 }
+
+/// The relay lets clocks differ by a day, the broker does not: it refuses the whole batch after the hand-over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_refused_batch_only_the_bad_event_is_parked() {
+    const NEWEST: &str = "select max(id) from outbox.events";
+    let Some(line) = Line::create("of_a_refused_batch_only_the_bad_event_is_parked").await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    let hour_ms = "3600000";
+    line.kafka
+        .alter("order", "message.timestamp.before.max.ms", hour_ms)
+        .await;
+    let pool = &line.database.pool;
+    for from in [1, 5001] {
+        others(pool, from).await;
+        run(
+            pool,
+            format!(
+                "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+                 values ('order', 'old {from}', 'bad', '1', clock_timestamp() - interval '2 hours'),
+                        ('order', 'old {from}', 'later', '0', clock_timestamp())"
+            ),
+        )
+        .await;
+    }
+    others(pool, 10_001).await;
+    let relay = line.setup.start();
+    let began = tokio::time::Instant::now();
+    wait_for(&relay, pool, NEWEST).await;
+    eprintln!("two bad events found in {:?}", began.elapsed());
+    let parked: Vec<(String, bool)> =
+        sqlx::query_as("select event_type, error is not null from outbox.parked order by id")
+            .fetch_all(pool)
+            .await
+            .unwrap();
+    let parked: Vec<(&str, bool)> = parked.iter().map(|(kind, why)| (&kind[..], *why)).collect();
+    let each = [("bad", true), ("later", false)];
+    let expected = [each, each].concat();
+    assert_eq!(parked, expected);
+    judge(&line.kafka.read(&["order"]).await, 15_000);
+    relay.stop().await;
+}

@@ -21,6 +21,8 @@ struct Carried {
     id: i64,
     partition: Partition,
     intact: bool,
+    /// Records that left together for one partition share their fate.
+    batch: u64,
 }
 
 /// One opening of a sink. It outlives its process: what is on the wire may still land.
@@ -201,6 +203,7 @@ impl World {
             id,
             partition,
             intact,
+            batch: 0,
         };
         (carried, self.log.poison(id))
     }
@@ -229,7 +232,11 @@ impl World {
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         let most = self.rng.usize(1..=20).min(producer.queue.len());
         let owner = producer.owner;
-        let sent: Vec<Carried> = producer.queue.drain(..most).collect();
+        let mut sent: Vec<Carried> = producer.queue.drain(..most).collect();
+        self.entries += 1;
+        for carried in &mut sent {
+            carried.batch = self.entries;
+        }
         if !producer.queue.is_empty() {
             self.plan(at + Duration::from_millis(1), Due::Send(life));
         }
@@ -276,21 +283,39 @@ impl World {
         if producer.torn.contains(partition) {
             return;
         }
+        let mates = producer.wire[partition].iter();
+        let mates = mates.filter(|mate| mate.batch == carried.batch);
+        let ids: Vec<i64> = mates.map(|mate| mate.id).chain([carried.id]).collect();
+        let rejected = |id| self.log.poison(id) == Some(Poison::Rejected);
+        if ids.into_iter().any(rejected) {
+            self.refuse(at, life, partition, carried);
+            return;
+        }
         let Carried {
             seq, id, intact, ..
         } = carried;
-        let receipt = if self.log.poison(id) == Some(Poison::Rejected) {
-            producer.torn.insert(partition.clone());
-            producer.dead = Some("a record before this one was rejected".to_owned());
-            producer.queue.clear();
-            Receipt::Rejected(seq, Rejection::new("invalid record"))
-        } else {
-            self.broker.appended.insert(id);
-            self.note_at(at, Fact::Appended { id, intact });
-            Receipt::Delivered(seq)
-        };
+        self.broker.appended.insert(id);
+        self.note_at(at, Fact::Appended { id, intact });
         if !self.is(Sabotage::ConfirmBeforeAppend) {
-            self.answer(at, life, partition, receipt);
+            self.answer(at, life, partition, Receipt::Delivered(seq));
+        }
+    }
+
+    /// Nothing of a batch with a bad record is appended, and nothing after it; nobody says which record is the bad one.
+    fn refuse(&mut self, at: Instant, life: u32, partition: &Partition, first: Carried) {
+        let producer = self.broker.producers.get_mut(&life).expect("it was opened");
+        producer.torn.insert(partition.clone());
+        producer.dead = Some("a record before this one was rejected".to_owned());
+        producer.queue.clear();
+        let batch = first.batch;
+        let wire = producer.wire.remove(partition).unwrap_or_default();
+        let rest = wire.into_iter().filter(|mate| mate.batch == batch);
+        let refused: Vec<Carried> = [first].into_iter().chain(rest).collect();
+        if !self.is(Sabotage::ConfirmBeforeAppend) {
+            for Carried { seq, .. } in refused {
+                let receipt = Receipt::Rejected(seq, Rejection::new("invalid record"));
+                self.answer(at, life, partition, receipt);
+            }
         }
     }
 
