@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
+use super::partition::{Admission, FirstRecords, Partitions};
 use super::{Receipt, Refused, SinkError, log_librdkafka, not_set_up};
 use crate::event::{Rejection, Seq};
 
@@ -33,6 +34,7 @@ pub(super) struct Life {
     received: Vec<News>,
     /// Records handed over about which nothing has been said.
     outstanding: usize,
+    pub(super) first_records: FirstRecords,
     /// Set once a record has failed, or everything.
     dying: Option<Dying>,
 }
@@ -93,7 +95,7 @@ impl ProducerContext for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, opaque: usize) {
-        let seq = Seq(opaque as u64);
+        let seq = seq_of(opaque);
         self.tell(match result {
             Ok(_) => News::Delivered(seq),
             Err((error, message)) => {
@@ -106,6 +108,10 @@ impl ProducerContext for Context {
             }
         });
     }
+}
+
+fn seq_of(opaque: usize) -> Seq {
+    Seq(opaque as u64)
 }
 
 impl Life {
@@ -124,6 +130,7 @@ impl Life {
             news,
             received: Vec::new(),
             outstanding: 0,
+            first_records: FirstRecords::new(),
             dying: None,
         })
     }
@@ -154,13 +161,24 @@ impl Life {
         asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
+    pub(super) fn admit(&mut self, partitions: Partitions, key: Option<&[u8]>) -> Admission {
+        if self.outstanding == 0 {
+            // Else receipts come in, and the time is told with them.
+            self.first_records.look_at_the_clock();
+        }
+        self.first_records.admit(partitions, key)
+    }
+
     pub(super) fn hand_over(
         &mut self,
         record: BaseRecord<'_, [u8], [u8], usize>,
+        admission: Admission,
     ) -> Result<(), Refused> {
+        let seq = seq_of(record.delivery_opaque);
         match self.producer.send(record) {
             Ok(()) => {
                 self.outstanding += 1;
+                self.first_records.handed_over(seq, admission);
                 Ok(())
             }
             Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),
@@ -208,10 +226,12 @@ impl Life {
     }
 
     fn note(&mut self, into: &mut Vec<Receipt>) {
+        self.first_records.look_at_the_clock();
         for news in self.received.drain(..) {
             let (reason, failed) = match news {
                 News::Delivered(seq) => {
                     self.outstanding -= 1;
+                    self.first_records.delivered(seq);
                     into.push(Receipt::Delivered(seq));
                     continue;
                 }

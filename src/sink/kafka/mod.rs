@@ -4,6 +4,7 @@
 //! rejection: with no message timeout librdkafka itself retries for ever, in order.
 
 mod life;
+mod partition;
 mod settings;
 mod topic;
 
@@ -16,6 +17,8 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
 
 use self::life::Life;
+pub use self::partition::partition_of;
+use self::partition::{Admission, Partitions};
 pub use self::settings::{Sasl, Settings, Tls, Topics};
 use self::topic::{MESSAGE_BYTES_DEFAULT, Topic};
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
@@ -25,7 +28,7 @@ use crate::event::{Record, Rejection, Seq};
 pub struct KafkaSink {
     settings: Settings,
     life: Option<Life>,
-    topics: HashMap<String, Topic>,
+    topics: HashMap<String, (Topic, Partitions)>,
     /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
     batch_bytes: usize,
 }
@@ -78,7 +81,7 @@ impl Sink for KafkaSink {
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
-        let life = self.life.as_ref().ok_or_else(not_open);
+        let life = self.life.as_mut().ok_or_else(not_open);
         let life = life.map_err(NotPrepared::Unknown)?;
         let found = topic::find_or_create(&self.settings, name).await;
         let topic = found.map_err(|error| match error {
@@ -100,12 +103,13 @@ impl Sink for KafkaSink {
             let why = format!("ask about topic {name}: {error}");
             NotPrepared::Unknown(SinkError(life.with_trouble(why)))
         })?;
-        self.topics.insert(name.to_owned(), topic);
+        let partitions = life.first_records.add(topic.partitions);
+        self.topics.insert(name.to_owned(), (topic, partitions));
         Ok(())
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
-        let Some(topic) = self.topics.get_mut(&*record.topic) else {
+        let Some((topic, partitions)) = self.topics.get_mut(&*record.topic) else {
             return Err(Refused::Unprepared);
         };
         let bytes = record.size_bytes();
@@ -119,6 +123,10 @@ impl Sink for KafkaSink {
         let Some(life) = &mut self.life else {
             return Err(Refused::Broken(not_open()));
         };
+        let admission = life.admit(*partitions, record.key.as_deref());
+        if admission == Admission::Wait {
+            return Err(Refused::Full);
+        }
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in &record.headers {
             headers = headers.insert(Header {
@@ -136,7 +144,7 @@ impl Sink for KafkaSink {
             headers: Some(headers),
             delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
         };
-        life.hand_over(message)
+        life.hand_over(message, admission)
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {

@@ -199,6 +199,11 @@ impl Settings {
             // A topic is used only once its existence is known, so that a missing one has been deleted.
             .set("topic.metadata.propagation.max.ms", "2000")
             .set("topic.metadata.refresh.interval.ms", "30000");
+        // The sink knows murmur2 only: with another choice it can't tell which records are the first of a partition.
+        let partitioner = self.properties.get("partitioner");
+        if partitioner.is_some_and(|name| !name.starts_with("murmur2")) {
+            config.set("max.in.flight.requests.per.connection", "1");
+        }
         self.with_properties(config)
     }
 

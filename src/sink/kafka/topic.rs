@@ -28,6 +28,7 @@ const CLOCKS_DIFFER_MS: i64 = 24 * 3_600_000;
 /// What a topic takes.
 #[derive(Clone, Debug)]
 pub(super) struct Topic {
+    pub(super) partitions: usize,
     pub(super) message_bytes_max: usize,
     /// How old a record may be, and how far ahead.
     before_max_ms: i64,
@@ -38,9 +39,10 @@ pub(super) struct Topic {
 
 impl Topic {
     /// The limits that the broker tells, or what they are unless set.
-    fn new(limit: impl Fn(&str) -> Option<i64>) -> Self {
+    fn new(partitions: usize, limit: impl Fn(&str) -> Option<i64>) -> Self {
         let bytes = limit("max.message.bytes").and_then(|bytes| usize::try_from(bytes).ok());
         Self {
+            partitions,
             message_bytes_max: bytes.unwrap_or(MESSAGE_BYTES_DEFAULT),
             before_max_ms: limit("message.timestamp.before.max.ms").unwrap_or(i64::MAX),
             after_max_ms: limit("message.timestamp.after.max.ms").unwrap_or(i64::MAX),
@@ -105,6 +107,13 @@ pub(super) async fn find_or_create(settings: &Settings, name: &str) -> Result<To
     Ok(topic)
 }
 
+/// Of a topic that exists.
+struct Found {
+    /// Knows it.
+    broker: i32,
+    partitions: usize,
+}
+
 struct Admin {
     client: AdminClient<AdminContext>,
     runtime: Handle,
@@ -113,8 +122,8 @@ struct Admin {
 impl Admin {
     fn find_or_create(&self, topics: &Topics, name: &str) -> Result<Topic, NotPrepared> {
         for asked in 0..ASKS_MAX {
-            if let Some(broker) = self.find(name)? {
-                return self.describe(name, broker);
+            if let Some(found) = self.find(name)? {
+                return self.describe(name, &found);
             }
             if topics.create && asked == 0 {
                 self.create(topics, name)?;
@@ -130,8 +139,8 @@ impl Admin {
         })
     }
 
-    /// A broker that knows the topic, if it exists.
-    fn find(&self, name: &str) -> Result<Option<i32>, NotPrepared> {
+    /// What a broker knows of the topic, if it exists.
+    fn find(&self, name: &str) -> Result<Option<Found>, NotPrepared> {
         let ask = |what: String| format!("ask about topic {name}: {what}");
         let metadata = self
             .client
@@ -152,15 +161,19 @@ impl Admin {
         let answered = metadata.orig_broker_id();
         let others = metadata.brokers().iter().map(MetadataBroker::id);
         let broker = std::iter::once(answered).chain(others).find(|id| *id >= 0);
-        broker
+        let found = broker.map(|broker| Found {
+            broker,
+            partitions: topic.partitions().len(),
+        });
+        found
             .map(Some)
             .ok_or_else(|| unknown(ask("no broker".to_owned())))
     }
 
-    fn describe(&self, name: &str, broker: i32) -> Result<Topic, NotPrepared> {
+    fn describe(&self, name: &str, found: &Found) -> Result<Topic, NotPrepared> {
         let options = AdminOptions::new()
             .request_timeout(Some(ASK_TIMEOUT))
-            .broker_id(broker);
+            .broker_id(found.broker);
         let resource = ResourceSpecifier::Topic(name);
         let described = self
             .runtime
@@ -174,7 +187,7 @@ impl Admin {
         // A broker that we may not ask answers with nothing: the binding leaves its error out.
         let told = |name: &str| described.as_ref()?.get(name)?.value.as_deref();
         let own_time = told("message.timestamp.type") == Some("LogAppendTime");
-        Ok(Topic::new(|limit| {
+        Ok(Topic::new(found.partitions, |limit| {
             // The broker puts in its own time and does not care for ours.
             let applies = !(own_time && limit.starts_with("message.timestamp."));
             told(limit).filter(|_| applies)?.parse().ok()

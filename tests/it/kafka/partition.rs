@@ -4,11 +4,17 @@ use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
-use outbox_relay::event::Record;
-use outbox_relay::sink::kafka::Settings;
+use outbox_relay::event::{Record, Seq};
+use outbox_relay::sink::kafka::{Settings, partition_of};
+use outbox_relay::sink::{Refused, Sink};
 
-use super::cluster::{brokers, consume, opened, publish, record, settings, skip, topic, variable};
+use tokio::time::Instant;
+
+use super::cluster::{
+    brokers, consume, delivered, opened, publish, record, settings, skip, topic, variable,
+};
 
 const PARTITIONS: i32 = 7;
 
@@ -53,6 +59,8 @@ async fn keys_get_the_partitions_of_the_java_client() {
         .collect();
     for (key, expected) in keys.iter().zip(expected) {
         assert_eq!(partitions[key], expected, "key {}", hex(key));
+        let known = partition_of(key, usize::try_from(PARTITIONS).expect("few"));
+        assert_eq!(i32::try_from(known), Ok(expected), "key {}", hex(key));
     }
 }
 
@@ -79,6 +87,52 @@ async fn without_keys_all_partitions_are_used() {
     for partition in 0..4 {
         let used = arrived.iter().any(|record| record.partition == partition);
         assert!(used, "partition {partition}");
+    }
+}
+
+/// In a life's beginning the first record of a partition makes the next one wait: a few round trips, whatever there is to do.
+#[tokio::test]
+async fn the_beginning_of_a_life_costs_a_few_round_trips() {
+    let Some(brokers) =
+        brokers("kafka::partition::the_beginning_of_a_life_costs_a_few_round_trips")
+    else {
+        return;
+    };
+    for topics in [1, 50] {
+        let topics: Vec<String> = (0..topics).map(|_| topic("first")).collect();
+        let names: Vec<&str> = topics.iter().map(|topic| &topic[..]).collect();
+        let mut settings = settings(&brokers);
+        settings.topics.partitions = 8;
+        let mut sink = opened(settings, &names).await;
+        let keys: Vec<String> = (0..4_000)
+            .map(|n| format!("key-{}", n * 7919 % 10_007))
+            .collect();
+        let records: Vec<Record<'_>> = keys
+            .iter()
+            .zip(topics.iter().cycle())
+            .map(|(key, topic)| record(topic, key.as_bytes(), b"1"))
+            .collect();
+        let (mut took, mut waits) = ([Duration::ZERO; 2], 0);
+        for took in &mut took {
+            let began = Instant::now();
+            let mut receipts = Vec::new();
+            for (seq, record) in (0..).zip(&records) {
+                while let Err(refused) = sink.hand_over(Seq(seq), record) {
+                    assert_eq!(refused, Refused::Full);
+                    waits += 1;
+                    sink.receipts(&mut receipts).await.expect("receipts");
+                }
+            }
+            delivered(&mut sink, &mut receipts, records.len()).await;
+            *took = began.elapsed();
+        }
+        let partitions = topics.len() * 8;
+        eprintln!(
+            "{partitions} partitions: {waits} waits, {:?}, once known {:?}",
+            took[0], took[1]
+        );
+        // A receipt of any partition ends a wait, so that there are more of them than round trips.
+        assert!(waits <= 10 * partitions, "{waits}");
     }
 }
 
