@@ -47,6 +47,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+mod crash;
 mod demo;
 pub mod doctor;
 pub mod encode;

@@ -3,9 +3,12 @@
 //! A [`Position`] is deterministic: the same position always yields the same events in the same order, in any process.
 //! Pure; never does I/O.
 
+use std::cmp::{Ordering, Reverse};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use crate::event::EventId;
 
@@ -32,6 +35,11 @@ impl Snapshot {
             xmax: 1,
             in_progress: Vec::new(),
         }
+    }
+
+    /// Compares snapshots of one server: the later one has a higher end, or the same and fewer in progress.
+    fn age(&self) -> (u64, Reverse<usize>) {
+        (self.xmax, Reverse(self.in_progress.len()))
     }
 
     /// Whether the transaction had ended when the snapshot was taken.
@@ -118,7 +126,10 @@ impl Window {
 }
 
 /// Everything before this is delivered or durably parked: whole windows, and of this one the ids up to `last_id`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Written down outside of a database it is a JSON object with the columns of the cursor; the names are not to be changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Written", try_from = "Written")]
 pub struct Position {
     /// The window that is being read.
     pub window: Arc<Window>,
@@ -141,10 +152,80 @@ impl Position {
     pub fn at_end_of_window(&self) -> bool {
         self.last_id >= self.window.ceiling
     }
+
+    /// Compares two positions of one pipeline in one log: `Greater` is further. Each window begins where the one before it
+    /// ends, so that they follow each other as their snapshots do.
+    #[must_use]
+    pub fn compare(&self, other: &Self) -> Ordering {
+        let place = |position: &Self| {
+            let Window { prev, cur, .. } = &*position.window;
+            (cur.age(), prev.age(), position.last_id)
+        };
+        place(self).cmp(&place(other))
+    }
+}
+
+/// A position as it is written down.
+#[derive(Clone, Serialize, Deserialize)]
+struct Written {
+    prev: String,
+    cur: String,
+    floor: i64,
+    ceiling: i64,
+    next_floor: i64,
+    last_id: i64,
+}
+
+impl From<Position> for Written {
+    fn from(Position { window, last_id }: Position) -> Self {
+        let Window {
+            prev,
+            cur,
+            floor,
+            ceiling,
+            next_floor,
+        } = &*window;
+        Self {
+            prev: prev.to_string(),
+            cur: cur.to_string(),
+            floor: floor.0,
+            ceiling: ceiling.0,
+            next_floor: next_floor.0,
+            last_id: last_id.0,
+        }
+    }
+}
+
+impl TryFrom<Written> for Position {
+    type Error = NotASnapshot;
+
+    fn try_from(written: Written) -> Result<Self, NotASnapshot> {
+        let Written {
+            prev,
+            cur,
+            floor,
+            ceiling,
+            next_floor,
+            last_id,
+        } = written;
+        let window = Window {
+            prev: prev.parse()?,
+            cur: cur.parse()?,
+            floor: EventId(floor),
+            ceiling: EventId(ceiling),
+            next_floor: EventId(next_floor),
+        };
+        Ok(Self {
+            window: Arc::new(window),
+            last_id: EventId(last_id),
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -174,5 +255,89 @@ mod tests {
         let seen: Vec<u64> = (8..22).filter(|xid| snapshot.sees(*xid)).collect();
         assert_eq!(seen, [8, 9, 10, 11, 13, 14, 16, 17, 18, 19]);
         assert!(!Snapshot::nothing().sees(3));
+    }
+
+    /// A pipeline's way through a log: snapshots of transactions that begin and end at random, and stops in each window.
+    fn way(steps: Vec<(u8, Vec<prop::sample::Index>, Vec<i64>)>) -> Vec<Position> {
+        let (mut prev, mut next, mut open) = (Snapshot::nothing(), 3, Vec::new());
+        let (mut floor, mut way) = (0, vec![Position::beginning()]);
+        for (begun, ended, mut stops) in steps {
+            for _ in 0..begun {
+                open.push(next);
+                next += 1;
+            }
+            for index in ended.iter().take(open.len()) {
+                open.remove(index.index(open.len()));
+            }
+            // As PostgreSQL does: the end is behind the last transaction that has ended.
+            let ended = (3..next).rev().find(|xid| !open.contains(xid));
+            let xmax = ended.map_or(3, |xid| xid + 1).max(prev.xmax);
+            let in_progress: Vec<u64> = open.iter().copied().filter(|xid| *xid < xmax).collect();
+            let cur = Snapshot {
+                xmin: in_progress.first().copied().unwrap_or(xmax),
+                xmax,
+                in_progress,
+            };
+            let ceiling = floor + stops.len() as i64;
+            let window = Arc::new(Window {
+                prev,
+                cur: cur.clone(),
+                floor: EventId(0),
+                ceiling: EventId(ceiling),
+                next_floor: EventId(0),
+            });
+            // A late transaction's ids are low: a window begins below the end of the one before.
+            stops.sort_unstable();
+            stops.dedup();
+            let stops = stops.into_iter().filter(|stop| *stop < ceiling);
+            way.extend(stops.chain([ceiling]).map(|last_id| Position {
+                window: window.clone(),
+                last_id: EventId(last_id),
+            }));
+            (prev, floor) = (cur, ceiling);
+        }
+        way.dedup();
+        way
+    }
+
+    proptest! {
+        #[test]
+        fn a_pipeline_only_goes_further(
+            steps in prop::collection::vec(
+                (0_u8..4, prop::collection::vec(any::<prop::sample::Index>(), 0..4), prop::collection::vec(0_i64..20, 0..5)),
+                0..20,
+            ),
+        ) {
+            let way = way(steps);
+            for (at, position) in way.iter().enumerate() {
+                for (other_at, other) in way.iter().enumerate() {
+                    // Windows without a new snapshot hold nothing: between them nothing is lost or repeated.
+                    let empty = |position: &Position| position.window.prev == position.window.cur;
+                    if !empty(position) && !empty(other) {
+                        prop_assert_eq!(position.compare(other), at.cmp(&other_at), "{:?} {:?}", position, other);
+                    }
+                }
+                let text = serde_json::to_string(position).unwrap();
+                prop_assert_eq!(&serde_json::from_str::<Position>(&text).unwrap(), position);
+            }
+        }
+    }
+
+    #[test]
+    fn a_position_is_written_in_a_form_that_stays() {
+        let window = Window {
+            prev: "10:12:".parse().unwrap(),
+            cur: "10:20:10,15".parse().unwrap(),
+            floor: EventId(3),
+            ceiling: EventId(9),
+            next_floor: EventId(4),
+        };
+        let position = Position {
+            window: Arc::new(window),
+            last_id: EventId(7),
+        };
+        let text = r#"{"prev":"10:12:","cur":"10:20:10,15","floor":3,"ceiling":9,"next_floor":4,"last_id":7}"#;
+        assert_eq!(serde_json::to_string(&position).unwrap(), text);
+        assert!(serde_json::from_str::<Position>(&text.replace("10:12:", "x")).is_err());
     }
 }

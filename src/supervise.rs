@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
 use crate::config::{Config, PipelineConfig, Sink, Source};
+use crate::event::PipelineName;
 use crate::ledger::postgres::PostgresLedger;
 use crate::ledger::sqlite::SqliteLedger;
 use crate::ledger::{self, AnyLedger};
@@ -162,7 +163,7 @@ pub(crate) fn assemble(
         pipeline: pipeline.pipeline.clone(),
         settings: config.relay.clone(),
         source,
-        sink: sink(&config.sink),
+        sink: sink(&config.sink, Some(&pipeline.pipeline.name)),
         ledger,
         status,
         new_filter: watch::channel(None).1,
@@ -171,10 +172,17 @@ pub(crate) fn assemble(
     (relay, seen)
 }
 
-/// The end that events go to; connects when it is opened.
-pub(crate) fn sink(sink: &Sink) -> AnySink {
+/// The end that events of a pipeline go to; connects when it is opened. Without a pipeline for what is published again, which
+/// has no part in a pipeline's transactions.
+pub(crate) fn sink(sink: &Sink, pipeline: Option<&PipelineName>) -> AnySink {
     match sink {
-        Sink::Kafka(settings) => AnySink::Kafka(Box::new(KafkaSink::new((**settings).clone()))),
+        Sink::Kafka(settings) => {
+            let settings = (**settings).clone();
+            AnySink::Kafka(Box::new(KafkaSink::new(match pipeline {
+                Some(pipeline) => settings.of_pipeline(pipeline),
+                None => settings.at_least_once(),
+            })))
+        }
         Sink::Stdout => AnySink::Stdout(StdoutSink::new()),
     }
 }

@@ -248,6 +248,8 @@ create table outbox.cursors (
     last_id           bigint,
     system_identifier bigint,
     timeline          integer,
+    -- Another one when the row was deleted and made anew: what was written down elsewhere about the old one is void.
+    begun             uuid    not null default gen_random_uuid(),
     updated_at        timestamptz not null default clock_timestamp(),
     primary key (pipeline, shard)
 ) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);

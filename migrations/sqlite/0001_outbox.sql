@@ -51,6 +51,8 @@ create table outbox_cursors (
     ceiling    integer,
     next_floor integer,
     last_id    integer,
+    -- Another one when the row was deleted and made anew: what was written down elsewhere about the old one is void.
+    begun      text    not null default (lower(hex(randomblob(16)))),
     updated_at integer not null default 0,
     primary key (pipeline, shard)
 );

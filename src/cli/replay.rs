@@ -255,7 +255,7 @@ async fn work(
     if !matches!(config.sink, SinkConfig::Kafka(_)) {
         tracing::info!("the records go to the standard output");
     }
-    let mut sink = supervise::sink(&config.sink);
+    let mut sink = supervise::sink(&config.sink, None);
     let mut history = History::new(database(config)?.options.clone());
     let mut shown = Progress::new(&job);
     let mut terminate = signal(SignalKind::terminate())?;

@@ -44,6 +44,9 @@ pub enum Acquired {
 pub struct Tenure {
     /// Everything before it is delivered or parked.
     pub position: Position,
+    /// Names the log and this cursor in it: positions that were written down elsewhere mean something only under the same
+    /// name. Another database, a restored or crashed one, and a cursor that was begun anew have other names.
+    pub log: String,
     /// Entities that wait behind a parked event: aggregate type, aggregate id, and the id of their first parked event.
     pub parked: Vec<(String, String, EventId)>,
 }

@@ -188,9 +188,15 @@ async fn acquire(
             position
         }
     };
+    let log = log_name(&mut transaction, settings).await?;
     let parked = parked_entities(&mut transaction, settings).await?;
     transaction.commit().await.context("take the lease")?;
-    Ok(Ok((epoch, Tenure { position, parked })))
+    let tenure = Tenure {
+        position,
+        log,
+        parked,
+    };
+    Ok(Ok((epoch, tenure)))
 }
 
 async fn held_by(
@@ -242,6 +248,21 @@ async fn take_lease(
     .await
     .context("write the epoch of the cursor")?;
     Ok(epoch)
+}
+
+/// The file may lose its newest transactions with the machine's last moments, and use their ids again.
+async fn log_name(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+) -> Result<String, anyhow::Error> {
+    let begun: String =
+        sqlx::query_scalar("select begun from outbox_cursors where pipeline = ?1 and shard = 0")
+            .bind(settings.pipeline.as_str())
+            .fetch_one(connection)
+            .await
+            .context("read which cursor this is")?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    Ok(format!("{}/{begun}", boot.trim()))
 }
 
 async fn starting_position(

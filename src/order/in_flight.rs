@@ -167,6 +167,21 @@ impl InFlight {
         })
     }
 
+    /// Behind the last event that was taken up; none when nothing is in flight.
+    #[must_use]
+    pub fn taken_up(&self) -> Option<Position> {
+        let last = self.slots.back()?;
+        let page = self.marks.back()?;
+        Some(if page.end_seq == self.next_seq().0 {
+            page.end.clone()
+        } else {
+            Position {
+                window: page.end.window.clone(),
+                last_id: last.id,
+            }
+        })
+    }
+
     /// Events taken up and not released.
     #[must_use]
     pub fn rows(&self) -> usize {

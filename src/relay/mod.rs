@@ -218,7 +218,11 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> (Over, bool) {
-        let Tenure { position, parked } = tenure;
+        let Tenure {
+            position,
+            log,
+            parked,
+        } = tenure;
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
@@ -243,6 +247,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             new_filter: &self.new_filter,
             metrics,
             now_us: self.now_us,
+            log,
             waiting: Waiting::new(parked),
             condemned: HashMap::new(),
             suspects: Suspects::default(),
@@ -322,6 +327,8 @@ struct Lives<'a, S, K> {
     new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
     metrics: &'a PipelineMetrics,
     now_us: fn() -> i64,
+    /// The name of the log that the positions belong to.
+    log: String,
     waiting: Waiting,
     condemned: HashMap<EventId, Rejection>,
     suspects: Suspects,
@@ -380,8 +387,8 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ended::Stopped,
-            ready = self.make_ready() => if let Err(error) = ready {
-                return Ended::Sink(error);
+            ready = self.make_ready(settled) => if let Err(ended) = ready {
+                return ended;
             },
         }
         self.source.seek(settled.borrow().clone());
@@ -417,9 +424,29 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         }
     }
 
-    /// Before anything is published: does the sink answer, and are the topics there that are known beforehand?
-    async fn make_ready(&mut self) -> Result<(), SinkError> {
-        self.sink.check().await?;
+    /// Before anything is published: does the sink answer, are the topics there that are known beforehand, and how far is
+    /// everything published already?
+    async fn make_ready(&mut self, settled: &watch::Sender<Position>) -> Result<(), Ended> {
+        self.sink.check().await.map_err(Ended::Sink)?;
+        self.prepare_topics().await.map_err(Ended::Sink)?;
+        // Without a lease somebody else may have taken over at the sink, who must not be put out of it again.
+        if Instant::now() >= *self.lease_until.borrow() {
+            return Err(Ended::LeaseLost);
+        }
+        let committed = self.sink.resume(&self.log).await.map_err(Ended::Sink)?;
+        // Both are true: what is filtered or parked moves only the cursor, and what was committed with the records may be
+        // ahead of it.
+        settled.send_if_modified(|settled| match committed {
+            Some(committed) if committed.compare(settled).is_gt() => {
+                *settled = committed;
+                true
+            }
+            _ => false,
+        });
+        Ok(())
+    }
+
+    async fn prepare_topics(&mut self) -> Result<(), SinkError> {
         if self.topics_ready {
             // A topic that went missing since is the affair of its own events (I6).
             return Ok(());

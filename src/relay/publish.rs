@@ -85,6 +85,8 @@ struct Life {
     latencies: LatencyTally,
     filtered: u64,
     heard_at: Instant,
+    /// Whether something was handed over since the last batch ended.
+    uncommitted: bool,
     /// The suspect that is in flight, alone.
     on_trial: Option<EventId>,
 }
@@ -129,6 +131,7 @@ impl<K: Sink> Publisher<'_, K> {
                 Ok(pause) => pause,
                 Err(ended) => return ended,
             };
+            self.commit(life, &pause);
             if drain_until.is_some() && life.in_flight.rows() == 0 {
                 return Ended::Stopped;
             }
@@ -164,6 +167,17 @@ impl<K: Sink> Publisher<'_, K> {
             if let Some(ended) = ended.or(lost.map(Ended::Sink)) {
                 return ended;
             }
+        }
+    }
+
+    /// What is handed over becomes a batch when nothing more is at hand, or has room.
+    fn commit(&mut self, life: &mut Life, pause: &Pause) {
+        let over = matches!(pause, Pause::Starved | Pause::Blocked);
+        if over
+            && std::mem::take(&mut life.uncommitted)
+            && let Some(position) = life.in_flight.taken_up()
+        {
+            self.sink.commit(&position);
         }
     }
 
@@ -232,6 +246,7 @@ impl<K: Sink> Publisher<'_, K> {
                     }
                     life.in_flight
                         .push(event.id, bytes, event.occurred_at_us, topic);
+                    life.uncommitted = true;
                 }
                 Verdict::LeftOut => {
                     let seq = life
@@ -492,6 +507,7 @@ impl Life {
             latencies: LatencyTally::default(),
             filtered: 0,
             heard_at: Instant::now(),
+            uncommitted: false,
             on_trial: None,
         }
     }

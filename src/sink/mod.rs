@@ -5,9 +5,10 @@
 pub mod kafka;
 pub mod stdout;
 
-use std::future::Future;
+use std::future::{Future, ready};
 
 use crate::event::{Record, Rejection, Seq};
+use crate::position::Position;
 
 /// Why a record was not handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,18 @@ pub trait Sink: Send {
     /// When the settings can't work.
     fn open(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
+    /// Takes over from whoever published under this name before, and reads which position was last
+    /// [committed](Sink::commit) in this log, if the sink commits positions. Once in a life, before the first record.
+    ///
+    /// # Errors
+    /// When the other end does not answer.
+    fn resume(
+        &mut self,
+        _log: &str,
+    ) -> impl Future<Output = Result<Option<Position>, SinkError>> + Send {
+        ready(Ok(None))
+    }
+
     /// Asks whether the other end can be reached at all; cheap enough for once a second.
     ///
     /// # Errors
@@ -77,6 +90,11 @@ pub trait Sink: Send {
     /// # Errors
     /// [`Refused`]; the record was not handed over.
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused>;
+
+    /// Ends a batch: everything up to this position is handed over or settled otherwise. A sink that commits positions
+    /// gives its receipts for a batch when all of it is there with the position, as one; until then it is
+    /// [full](Refused::Full). The others need not know.
+    fn commit(&mut self, _position: &Position) {}
 
     /// Waits for receipts and appends them, at least one.
     ///
@@ -107,6 +125,20 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.open().await,
             Self::Stdout(sink) => sink.open().await,
+        }
+    }
+
+    async fn resume(&mut self, log: &str) -> Result<Option<Position>, SinkError> {
+        match self {
+            Self::Kafka(sink) => sink.resume(log).await,
+            Self::Stdout(sink) => sink.resume(log).await,
+        }
+    }
+
+    fn commit(&mut self, position: &Position) {
+        match self {
+            Self::Kafka(sink) => sink.commit(position),
+            Self::Stdout(sink) => sink.commit(position),
         }
     }
 

@@ -18,7 +18,8 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 23] = [
+const LAYERS: [(&str, Layer); 24] = [
+    ("crash", Layer::Words),
     ("event", Layer::Words),
     ("position", Layer::Words),
     ("reason", Layer::Words),

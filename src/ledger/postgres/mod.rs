@@ -216,7 +216,8 @@ async fn acquire(
     let row = fetch_one(
         connection,
         format!(
-            "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline \
+            "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline, \
+                    begun || '/' || (select oid from pg_database where datname = current_database()) \
                from outbox.cursors where {}",
             of_pipeline(settings)
         ),
@@ -256,8 +257,15 @@ async fn acquire(
             position
         }
     };
+    let begun: String = get(&row, 8)?;
+    let log = format!("{identity}/{timeline}/{incarnation}/{begun}");
     let parked = parked_entities(connection, settings).await?;
-    Ok(Taken::Ours(fence, Tenure { position, parked }))
+    let tenure = Tenure {
+        position,
+        log,
+        parked,
+    };
+    Ok(Taken::Ours(fence, tenure))
 }
 
 /// Asked before anything is written, so that a standby costs the database nothing but a look.

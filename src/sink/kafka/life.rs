@@ -9,16 +9,16 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{
-    BaseRecord, NoCustomPartitioner, Producer, ProducerContext, PurgeConfig, ThreadedProducer,
-};
+use rdkafka::producer::{self, BaseRecord, Producer, ProducerContext, PurgeConfig};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::partition::{Admission, FirstRecords, Partitions};
-use super::{Receipt, Refused, SinkError, log_librdkafka, not_set_up};
+use super::transaction::{self, POSITION, Transactions};
+use super::{Receipt, Refused, Settings, SinkError, log_librdkafka, not_set_up};
 use crate::event::{Rejection, Seq};
+use crate::position::Position;
 
 /// For one question to a broker.
 const ASK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -26,15 +26,19 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a dying producer may take to say what became of the rest.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+pub(super) type ThreadedProducer = producer::ThreadedProducer<Context>;
+
 /// A producer and what it says.
 pub(super) struct Life {
-    producer: ThreadedProducer<Context, NoCustomPartitioner>,
+    producer: ThreadedProducer,
     pub(super) trouble: Arc<watch::Sender<Option<String>>>,
     news: mpsc::UnboundedReceiver<News>,
     received: Vec<News>,
     /// Records handed over about which nothing has been said.
     outstanding: usize,
     pub(super) first_records: FirstRecords,
+    /// For exactly-once only. What is aborted needs no care for first records.
+    transactions: Option<Transactions>,
     /// Set once a record has failed, or everything.
     dying: Option<Dying>,
 }
@@ -116,7 +120,10 @@ fn seq_of(opaque: usize) -> Seq {
 
 impl Life {
     /// A producer that connects by itself.
-    pub(super) fn begin(config: &ClientConfig) -> Result<Self, SinkError> {
+    pub(super) fn begin(
+        config: &ClientConfig,
+        transactional_id: Option<&str>,
+    ) -> Result<Self, SinkError> {
         let (sender, news) = mpsc::unbounded_channel();
         let trouble = Arc::new(watch::Sender::new(None));
         let context = Context {
@@ -131,6 +138,7 @@ impl Life {
             received: Vec::new(),
             outstanding: 0,
             first_records: FirstRecords::new(),
+            transactions: transactional_id.map(|id| Transactions::new(id.to_owned())),
             dying: None,
         })
     }
@@ -138,13 +146,39 @@ impl Life {
     /// Returns when nothing that is queued will be sent any more.
     pub(super) async fn end(self) {
         let producer = self.producer;
-        // Both wait for librdkafka's threads, which may be looking a name up.
+        let open = self.transactions.is_some_and(|all| all.is_open());
+        // All wait for librdkafka's threads, which may be looking a name up.
         let purged = spawn_blocking(move || {
             purge(&producer);
+            if open {
+                transaction::abort(&producer);
+            }
             producer
         });
         if let Ok(producer) = purged.await {
             spawn_blocking(move || drop(producer));
+        }
+    }
+
+    /// As [`Sink::resume`](super::Sink::resume).
+    pub(super) async fn resume(
+        &mut self,
+        settings: &Settings,
+        log: &str,
+    ) -> Result<Option<Position>, SinkError> {
+        let (Some(id), Some(transactions)) = (settings.exactly_once(), &mut self.transactions)
+        else {
+            return Ok(None);
+        };
+        let committed = transaction::resume(&self.producer, settings, id, log).await?;
+        transactions.resumed(log);
+        Ok(committed)
+    }
+
+    /// As [`Sink::commit`](super::Sink::commit).
+    pub(super) fn commit(&mut self, position: &Position) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.close(position);
         }
     }
 
@@ -161,12 +195,29 @@ impl Life {
         asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
-    pub(super) fn admit(&mut self, partitions: Partitions, key: Option<&[u8]>) -> Admission {
+    /// Whether a record may be handed over now.
+    pub(super) fn admit(
+        &mut self,
+        partitions: Partitions,
+        key: Option<&[u8]>,
+    ) -> Result<Admission, Refused> {
+        if let Some(transactions) = &mut self.transactions {
+            return match transactions.admit(&self.producer) {
+                Ok(true) => Ok(Admission::Free),
+                Ok(false) => Err(Refused::Full),
+                // The receipts say why.
+                Err(_) if self.owes_receipts() => Err(Refused::Full),
+                Err(error) => Err(Refused::Broken(error)),
+            };
+        }
         if self.outstanding == 0 {
             // Else receipts come in, and the time is told with them.
             self.first_records.look_at_the_clock();
         }
-        self.first_records.admit(partitions, key)
+        match self.first_records.admit(partitions, key) {
+            Admission::Wait => Err(Refused::Full),
+            admission => Ok(admission),
+        }
     }
 
     pub(super) fn hand_over(
@@ -179,6 +230,9 @@ impl Life {
             Ok(()) => {
                 self.outstanding += 1;
                 self.first_records.handed_over(seq, admission);
+                if let Some(transactions) = &mut self.transactions {
+                    transactions.handed_over();
+                }
                 Ok(())
             }
             Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),
@@ -210,11 +264,23 @@ impl Life {
             {
                 return self.last_receipts(into);
             }
+            if self.dying.is_none() {
+                self.close_transaction()?;
+            }
             let until = self.dying.as_ref().map(|dying| dying.until);
             let received = self.news.recv_many(&mut self.received, AT_ONCE);
-            match until {
-                None => drop(received.await),
-                Some(until) => drop(timeout_at(until, received).await),
+            match (until, &mut self.transactions) {
+                (Some(until), _) => drop(timeout_at(until, received).await),
+                (None, Some(transactions)) if transactions.is_committing() => {
+                    tokio::select! {
+                        biased;
+                        _ = received => {}
+                        committed = transactions.committed() => {
+                            into.extend(committed?.into_iter().map(Receipt::Delivered));
+                        }
+                    }
+                }
+                (None, _) => drop(received.await),
             }
             self.note(into);
             if self.dying.is_none() && into.len() > known {
@@ -225,14 +291,49 @@ impl Life {
         }
     }
 
+    /// Goes on with the end of a transaction, as far as that is possible now.
+    fn close_transaction(&mut self) -> Result<(), SinkError> {
+        let Some(transactions) = &mut self.transactions else {
+            return Ok(());
+        };
+        if let Some((topic, key, value)) = transactions.position_to_send() {
+            let opaque = usize::try_from(POSITION.0).expect("64-bit platforms only");
+            let record = BaseRecord::with_opaque_to(&topic, opaque)
+                .key(key.as_bytes())
+                .payload(value.as_bytes())
+                .partition(0);
+            match self.producer.send(record) {
+                Ok(()) => {
+                    self.outstanding += 1;
+                    transactions.position_is_sent();
+                }
+                // Receipts make room.
+                Err((KafkaError::MessageProduction(Code::QueueFull), _))
+                    if self.outstanding > 0 => {}
+                Err((error, _)) => {
+                    return Err(SinkError(format!("write the position: {error}")));
+                }
+            }
+        }
+        if self.outstanding == 0 {
+            transactions.everything_arrived(&self.producer);
+        }
+        Ok(())
+    }
+
     fn note(&mut self, into: &mut Vec<Receipt>) {
         self.first_records.look_at_the_clock();
         for news in self.received.drain(..) {
             let (reason, failed) = match news {
                 News::Delivered(seq) => {
                     self.outstanding -= 1;
-                    self.first_records.delivered(seq);
-                    into.push(Receipt::Delivered(seq));
+                    match &mut self.transactions {
+                        Some(transactions) => transactions.arrived(seq),
+                        None => {
+                            self.first_records.delivered(seq);
+                            into.push(Receipt::Delivered(seq));
+                        }
+                    }
                     continue;
                 }
                 News::Failed(seq, code) => {
@@ -267,7 +368,9 @@ impl Life {
         let lost = || SinkError("the Kafka producer is dead".to_owned());
         let Dying { reason, failed, .. } = self.dying.as_mut().ok_or_else(lost)?;
         let known = into.len();
-        let refused = failed.drain(..).filter(|(_, code)| refused_for_good(*code));
+        let refused = failed
+            .drain(..)
+            .filter(|(seq, code)| refused_for_good(*code) && *seq != POSITION);
         into.extend(
             refused.map(|(seq, code)| Receipt::Rejected(seq, Rejection::new(code.to_string()))),
         );
@@ -287,7 +390,7 @@ impl Life {
     }
 }
 
-fn purge(producer: &ThreadedProducer<Context, NoCustomPartitioner>) {
+fn purge(producer: &ThreadedProducer) {
     producer.purge(PurgeConfig::default().queue().inflight());
 }
 

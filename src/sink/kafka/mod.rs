@@ -7,6 +7,7 @@ mod life;
 mod partition;
 mod settings;
 mod topic;
+mod transaction;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,12 +18,14 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
 
 use self::life::Life;
+use self::partition::Partitions;
 pub use self::partition::partition_of;
-use self::partition::{Admission, Partitions};
-pub use self::settings::{Sasl, Settings, Tls, Topics};
+pub use self::settings::{Delivery, Sasl, Settings, Tls, Topics};
 use self::topic::{MESSAGE_BYTES_DEFAULT, Topic};
+pub use self::transaction::positions_topic;
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Rejection, Seq};
+use crate::position::Position;
 
 /// A Kafka cluster.
 pub struct KafkaSink {
@@ -61,8 +64,20 @@ impl Sink for KafkaSink {
             life.end().await;
         }
         let config = self.settings.producer(self.batch_bytes);
-        self.life = Some(Life::begin(&config)?);
+        self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
         Ok(())
+    }
+
+    async fn resume(&mut self, log: &str) -> Result<Option<Position>, SinkError> {
+        let life = self.life.as_mut().ok_or_else(not_open)?;
+        let resumed = life.resume(&self.settings, log).await;
+        resumed.map_err(|SinkError(why)| SinkError(life.with_trouble(why)))
+    }
+
+    fn commit(&mut self, position: &Position) {
+        if let Some(life) = &mut self.life {
+            life.commit(position);
+        }
     }
 
     async fn check(&mut self) -> Result<(), SinkError> {
@@ -123,10 +138,7 @@ impl Sink for KafkaSink {
         let Some(life) = &mut self.life else {
             return Err(Refused::Broken(not_open()));
         };
-        let admission = life.admit(*partitions, record.key.as_deref());
-        if admission == Admission::Wait {
-            return Err(Refused::Full);
-        }
+        let admission = life.admit(*partitions, record.key.as_deref())?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in &record.headers {
             headers = headers.insert(Header {

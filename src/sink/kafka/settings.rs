@@ -9,6 +9,8 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
+use crate::event::PipelineName;
+
 /// The widest that librdkafka can be set to; the topic's own limit is checked before.
 const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
 
@@ -20,6 +22,10 @@ pub struct Settings {
     pub brokers: String,
     /// How this client names itself to the brokers.
     pub client_id: String,
+    /// How often a record may arrive.
+    pub delivery: Delivery,
+    /// What the transactional ids of this outbox begin with; needed for exactly-once.
+    pub transactional_id: Option<String>,
     /// `none`, `lz4`, `zstd`, `snappy` or `gzip`.
     pub compression: String,
     /// How long a record waits for others to share its batch.
@@ -37,6 +43,17 @@ pub struct Settings {
     pub sasl: Sasl,
     /// Any librdkafka property; wins over everything above.
     pub properties: BTreeMap<String, String>,
+}
+
+/// How often a record may arrive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Delivery {
+    /// Once, and after a crash perhaps again.
+    #[default]
+    AtLeastOnce,
+    /// Once, for consumers that read what is committed.
+    ExactlyOnce,
 }
 
 /// What happens to topics that do not exist.
@@ -88,6 +105,8 @@ impl fmt::Debug for Settings {
         let Self {
             brokers,
             client_id,
+            delivery,
+            transactional_id,
             compression,
             linger,
             queue_records,
@@ -100,6 +119,8 @@ impl fmt::Debug for Settings {
         f.debug_struct("Settings")
             .field("brokers", brokers)
             .field("client_id", client_id)
+            .field("delivery", delivery)
+            .field("transactional_id", transactional_id)
             .field("compression", compression)
             .field("linger", linger)
             .field("queue_records", queue_records)
@@ -114,6 +135,45 @@ impl fmt::Debug for Settings {
 }
 
 impl Settings {
+    /// The settings of one pipeline: its transactional id is its own.
+    #[must_use]
+    pub fn of_pipeline(mut self, pipeline: &PipelineName) -> Self {
+        if let Some(id) = &mut self.transactional_id {
+            // The last part is the shard.
+            *id = format!("{id}.{pipeline}.0");
+        }
+        self
+    }
+
+    /// The same without transactions.
+    #[must_use]
+    pub fn at_least_once(mut self) -> Self {
+        self.delivery = Delivery::AtLeastOnce;
+        self
+    }
+
+    /// The transactional id, where records are delivered exactly once.
+    pub(super) fn exactly_once(&self) -> Option<&str> {
+        match self.delivery {
+            Delivery::AtLeastOnce => None,
+            Delivery::ExactlyOnce => self.transactional_id.as_deref(),
+        }
+    }
+
+    /// For reading what was committed.
+    pub(super) fn reader(&self, group: &str) -> ClientConfig {
+        let mut config = self.connection();
+        config
+            // Never joined, but there has to be one.
+            .set("group.id", group)
+            .set("enable.auto.commit", "false")
+            .set("auto.offset.reset", "earliest")
+            .set("isolation.level", "read_committed")
+            .set("enable.partition.eof", "true")
+            .set("fetch.wait.max.ms", "10");
+        config
+    }
+
     /// For questions.
     pub(crate) fn client(&self) -> ClientConfig {
         self.with_properties(self.connection())
@@ -174,8 +234,6 @@ impl Settings {
         config
             .set("acks", "all")
             .set("enable.idempotence", "true")
-            // A record that fails for good must not be followed by later ones of its partition.
-            .set("enable.gapless.guarantee", "true")
             // The partition that a Java producer picks for the same key; librdkafka's own default is another.
             .set("partitioner", "murmur2_random")
             .set("compression.type", &self.compression)
@@ -194,11 +252,18 @@ impl Settings {
             .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes.to_string())
             .set("batch.num.messages", "10000")
-            // An outage never rejects an event: no limit.
-            .set("message.timeout.ms", "0")
             // A topic is used only once its existence is known, so that a missing one has been deleted.
             .set("topic.metadata.propagation.max.ms", "2000")
             .set("topic.metadata.refresh.interval.ms", "30000");
+        match self.exactly_once() {
+            // librdkafka gives up what is older than its transaction may be, and the life ends with that.
+            Some(id) => config.set("transactional.id", id),
+            None => config
+                // A record that fails for good must not be followed by later ones of its partition.
+                .set("enable.gapless.guarantee", "true")
+                // An outage never rejects an event: no limit.
+                .set("message.timeout.ms", "0"),
+        };
         // The sink knows murmur2 only: with another choice it can't tell which records are the first of a partition.
         let partitioner = self.properties.get("partitioner");
         if partitioner.is_some_and(|name| !name.starts_with("murmur2")) {

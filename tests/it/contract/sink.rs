@@ -9,7 +9,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use outbox_relay::event::{Record, Seq};
-use outbox_relay::sink::kafka::{KafkaSink, Settings};
+use outbox_relay::sink::kafka::{Delivery, KafkaSink, Settings};
 use outbox_relay::sink::stdout::StdoutSink;
 use outbox_relay::sink::{Receipt, Refused, Sink};
 use rdkafka::mocking::MockCluster;
@@ -46,6 +46,17 @@ async fn kafka_on_a_real_broker() {
     if let Some(brokers) = brokers("contract::sink::kafka_on_a_real_broker") {
         let cluster = None;
         hold(&Kafka { brokers, cluster }).await;
+    }
+}
+
+#[tokio::test]
+async fn kafka_exactly_once() {
+    if let Some(brokers) = brokers("contract::sink::kafka_exactly_once") {
+        hold(&ExactlyOnce(Kafka {
+            brokers,
+            cluster: None,
+        }))
+        .await;
     }
 }
 
@@ -277,6 +288,30 @@ impl Bench for Kafka {
 
     async fn arrived(&self, topic: &str) -> Vec<Arrived> {
         consume(&self.brokers, topic).await
+    }
+}
+
+/// Kafka with transactions.
+struct ExactlyOnce(Kafka);
+
+impl Bench for ExactlyOnce {
+    type Sink = KafkaSink;
+
+    fn sink(&self) -> KafkaSink {
+        KafkaSink::new(Settings {
+            queue_records: 500,
+            delivery: Delivery::ExactlyOnce,
+            transactional_id: Some(topic("transactions")),
+            ..settings(&self.0.brokers)
+        })
+    }
+
+    fn unreachable(&self) -> Option<KafkaSink> {
+        self.0.unreachable()
+    }
+
+    async fn arrived(&self, topic: &str) -> Vec<Arrived> {
+        self.0.arrived(topic).await
     }
 }
 

@@ -9,7 +9,7 @@ use rdkafka::admin::{
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::message::{Headers, Message};
+use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -20,7 +20,7 @@ const PARTITIONS: i32 = 3;
 
 pub(super) struct Kafka {
     pub(super) brokers: String,
-    prefix: String,
+    pub(super) prefix: String,
 }
 
 /// A record as a consumer sees it.
@@ -131,6 +131,25 @@ pub(super) struct Reader {
 }
 
 impl Reader {
+    /// Reads on until there are this many records and no more of them come: where there are transactions the end of a
+    /// partition is no record.
+    pub(super) async fn read_on(&mut self, at_least: usize) -> Vec<Received> {
+        let mut records = Vec::new();
+        loop {
+            let patience = if records.len() < at_least {
+                PATIENCE
+            } else {
+                Duration::from_millis(500)
+            };
+            match timeout(patience, self.consumer.recv()).await {
+                Ok(Ok(record)) => records.push(received(&record)),
+                // Trouble of the consumer passes.
+                Ok(Err(_)) => {}
+                Err(_) => return records,
+            }
+        }
+    }
+
     /// Reads on, up to what is the end now.
     pub(super) async fn read_to_end(&mut self) -> Vec<Received> {
         let mut ends = Vec::new();
@@ -155,21 +174,25 @@ impl Reader {
             let Ok(record) = record else { continue };
             let partition = (record.topic().to_owned(), record.partition());
             self.next.insert(partition, record.offset() + 1);
-            records.push(Received {
-                topic: record.topic().to_owned(),
-                partition: record.partition(),
-                offset: record.offset(),
-                key: record.key().map(<[u8]>::to_vec),
-                value: record.payload().map(<[u8]>::to_vec),
-                headers: record.headers().map_or(Vec::new(), |headers| {
-                    headers
-                        .iter()
-                        .map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec)))
-                        .collect()
-                }),
-                timestamp_ms: record.timestamp().to_millis(),
-            });
+            records.push(received(&record));
         }
         records
+    }
+}
+
+fn received(record: &BorrowedMessage<'_>) -> Received {
+    Received {
+        topic: record.topic().to_owned(),
+        partition: record.partition(),
+        offset: record.offset(),
+        key: record.key().map(<[u8]>::to_vec),
+        value: record.payload().map(<[u8]>::to_vec),
+        headers: record.headers().map_or(Vec::new(), |headers| {
+            headers
+                .iter()
+                .map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec)))
+                .collect()
+        }),
+        timestamp_ms: record.timestamp().to_millis(),
     }
 }

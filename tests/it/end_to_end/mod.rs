@@ -13,6 +13,7 @@
 
 mod broker;
 mod database;
+mod exactly_once;
 mod kafka;
 mod load;
 mod pipelines;

@@ -113,6 +113,7 @@ impl World {
         }
         Tenure {
             position: self.books.position.clone(),
+            log: "sim".to_owned(),
             parked: first
                 .into_iter()
                 .map(|((kind, id), first)| (kind, id, first))

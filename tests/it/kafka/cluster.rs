@@ -1,18 +1,20 @@
 //! A broker to test against: the one of the environment, or one that a test may stop.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use outbox_relay::event::{Record, Seq};
-use outbox_relay::sink::kafka::{KafkaSink, Sasl, Settings, Tls, Topics};
+use outbox_relay::position::Position;
+use outbox_relay::sink::kafka::{Delivery, KafkaSink, Sasl, Settings, Tls, Topics};
 use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink};
 use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{Headers, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use tempfile::TempDir;
@@ -23,11 +25,16 @@ use uuid::Uuid;
 /// For whatever a test waits for: far more than it takes.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
+/// The log that all positions here belong to.
+pub(crate) const LOG: &str = "test";
+
 /// Settings for brokers without encryption: as shipped, with topics of four partitions.
 pub(crate) fn settings(brokers: &str) -> Settings {
     Settings {
         brokers: brokers.to_owned(),
         client_id: "outbox-relay".to_owned(),
+        delivery: Delivery::AtLeastOnce,
+        transactional_id: None,
         compression: "lz4".to_owned(),
         linger: Duration::ZERO,
         queue_records: 20_000,
@@ -124,6 +131,7 @@ pub(crate) async fn open(sink: &mut impl Sink, topics: &[&str]) {
                 Err(NotPrepared::Rejected(rejection)) => panic!("{topic}: {rejection}"),
             }
         }
+        sink.resume(LOG).await.expect("resume");
         return;
     }
 }
@@ -134,10 +142,13 @@ pub(crate) async fn hand_over(sink: &mut impl Sink, seq: u64, record: &Record<'_
     loop {
         match sink.hand_over(Seq(seq), record) {
             Ok(()) => return receipts,
-            Err(Refused::Full) => timeout(LONG, sink.receipts(&mut receipts))
-                .await
-                .expect("room in time")
-                .expect("receipts"),
+            Err(Refused::Full) => {
+                sink.commit(&Position::beginning());
+                timeout(LONG, sink.receipts(&mut receipts))
+                    .await
+                    .expect("room in time")
+                    .expect("receipts");
+            }
             Err(refused) => panic!("record {seq}: {refused:?}"),
         }
     }
@@ -145,6 +156,7 @@ pub(crate) async fn hand_over(sink: &mut impl Sink, seq: u64, record: &Record<'_
 
 /// Waits until this many receipts are there, all of them for records that were delivered.
 pub(crate) async fn delivered(sink: &mut impl Sink, receipts: &mut Vec<Receipt>, count: usize) {
+    sink.commit(&Position::beginning());
     timeout(LONG, async {
         while receipts.len() < count {
             sink.receipts(receipts).await.expect("receipts");
@@ -192,7 +204,7 @@ impl Arrived {
     }
 }
 
-/// Everything that is in a topic now, partition by partition, in the order of the log.
+/// Everything that is committed in a topic now, partition by partition, in the order of the log.
 pub(crate) async fn consume(brokers: &str, topic: &str) -> Vec<Arrived> {
     let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
     tokio::task::spawn_blocking(move || consume_now(&brokers, &topic))
@@ -205,19 +217,16 @@ fn consume_now(brokers: &str, topic: &str) -> Vec<Arrived> {
         .set("bootstrap.servers", brokers)
         .set("group.id", topic)
         .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "false")
+        .set("enable.partition.eof", "true")
         .create()
         .expect("a consumer");
     let metadata = consumer
         .fetch_metadata(Some(topic), LONG)
         .expect("metadata");
     let mut assignment = TopicPartitionList::new();
-    let mut remaining = 0;
+    let mut open = BTreeSet::new();
     for partition in metadata.topics()[0].partitions() {
-        let (low, high) = consumer
-            .fetch_watermarks(topic, partition.id(), LONG)
-            .expect("watermarks");
-        remaining += high - low;
+        open.insert(partition.id());
         assignment
             .add_partition_offset(topic, partition.id(), Offset::Beginning)
             .expect("an offset");
@@ -225,13 +234,16 @@ fn consume_now(brokers: &str, topic: &str) -> Vec<Arrived> {
     consumer.assign(&assignment).expect("an assignment");
     let deadline = Instant::now() + LONG;
     let mut arrived: BTreeMap<i32, Vec<Arrived>> = BTreeMap::new();
-    while remaining > 0 {
-        assert!(Instant::now() < deadline, "{remaining} records are missing");
+    while !open.is_empty() {
+        assert!(Instant::now() < deadline, "{open:?} have no end");
         let Some(message) = consumer.poll(Duration::from_millis(100)) else {
             continue;
         };
+        if let Err(KafkaError::PartitionEOF(partition)) = message {
+            open.remove(&partition);
+            continue;
+        }
         let message = message.expect("a record");
-        remaining -= 1;
         arrived
             .entry(message.partition())
             .or_default()

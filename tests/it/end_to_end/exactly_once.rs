@@ -1,0 +1,258 @@
+//! Exactly-once delivery: the relay dies at every step of a transaction, and a consumer of what is committed sees each event
+//! once and in order.
+
+use std::collections::HashMap;
+
+use super::kafka::Received;
+use super::process::Process;
+use super::{Line, PATIENCE, Seen, eventually, number, run};
+
+const NEWEST: &str = "select coalesce(max(id), 0) from outbox.events";
+const ENTITIES: usize = 20;
+
+async fn line(test: &str) -> Option<Line> {
+    let mut line = Line::create(test).await?;
+    line.kafka.create(&["order"]).await;
+    exactly_once(&mut line);
+    line.setup.set("RELAY__LEASE_TTL", "1s");
+    // Small batches, so that there are some.
+    line.setup.set("RELAY__IN_FLIGHT_EVENTS", "100");
+    // The cursor is of little help.
+    line.setup.set("RELAY__ACKNOWLEDGE_INTERVAL", "3s");
+    Some(line)
+}
+
+fn exactly_once(line: &mut Line) {
+    let id = line.kafka.prefix.clone();
+    line.setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
+    line.setup.set("SINK__KAFKA__TRANSACTIONAL_ID", &id);
+}
+
+/// Emits events with the numbers `from` to `from + count - 1`.
+async fn emit(line: &Line, from: usize, count: usize) {
+    let (to, entities) = (from + count - 1, ENTITIES);
+    run(
+        &line.database.pool,
+        format!(
+            "select outbox.emit('order', (n % {entities})::text, 'counted', n::text::json)
+               from generate_series({from}, {to}) n"
+        ),
+    )
+    .await;
+}
+
+async fn settled(relay: &Process, line: &Line) {
+    let newest = number(&line.database.pool, NEWEST).await;
+    eventually("everything settled", PATIENCE, async || {
+        let cursor = relay.pipeline("main")?["last_id"].as_i64()?;
+        (cursor >= newest).then_some(())
+    })
+    .await;
+}
+
+async fn read(line: &Line, at_least: usize) -> Vec<Received> {
+    line.kafka
+        .reader(&[line.kafka.topic("order")])
+        .read_on(at_least)
+        .await
+}
+
+/// How many records repeat what an earlier one said; nothing may be missing or out of order.
+fn duplicates(records: &[Received], total: usize) -> usize {
+    let mut newest: HashMap<String, usize> = HashMap::new();
+    let (mut seen, mut duplicates) = (vec![false; total], 0);
+    for record in records {
+        let n: usize = record.text().parse().unwrap();
+        if std::mem::replace(&mut seen[n], true) {
+            duplicates += 1;
+            continue;
+        }
+        if let Some(before) = newest.insert(record.key_text().to_owned(), n) {
+            assert!(n == before + ENTITIES, "{n} after {before}");
+        }
+    }
+    let missing = seen.iter().filter(|seen| !**seen).count();
+    assert_eq!(missing, 0, "missing of {total}");
+    duplicates
+}
+
+async fn dies_twice_at(test: &str, point: &str, times: [usize; 2]) {
+    if !cfg!(debug_assertions) {
+        return crate::kafka::cluster::skip(test, "a release build does not die on request");
+    }
+    let Some(mut line) = line(test).await else {
+        return;
+    };
+    emit(&line, 0, 1000).await;
+    for nth in times {
+        line.setup.set("CRASH_AT", &format!("{point}:{nth}"));
+        let mut relay = line.setup.start();
+        let status = relay.exit().await;
+        assert_eq!(status.code(), None, "{point}: {}", relay.log());
+    }
+    line.setup.set("CRASH_AT", "nowhere:1");
+    let relay = line.setup.start();
+    emit(&line, 1000, 200).await;
+    settled(&relay, &line).await;
+    relay.stop().await;
+    let records = read(&line, 1200).await;
+    assert_eq!(duplicates(&records, 1200), 0, "{point}");
+    assert_eq!(records.len(), 1200);
+}
+
+macro_rules! points {
+    ($($name:ident: $first:literal, $second:literal;)*) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            dies_twice_at(concat!("end_to_end::exactly_once::", stringify!($name)), stringify!($name), [$first, $second]).await;
+        })*
+    };
+}
+
+// At the first of these occasions, and later on.
+points! {
+    before_begin: 1, 3;
+    after_begin: 1, 3;
+    after_produce: 50, 250;
+    before_commit: 1, 3;
+    after_commit: 1, 3;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kills_under_load_repeat_nothing() {
+    const KILLS: usize = 10;
+    let Some((mut line, load)) = Line::with_load("kills_under_load_repeat_nothing").await else {
+        return;
+    };
+    exactly_once(&mut line);
+    line.setup.set("RELAY__LEASE_TTL", "1s");
+    let writing = load.start(4);
+    for _ in 0..KILLS {
+        let relay = line.setup.start();
+        eventually("the lease", PATIENCE, async || relay.owns().then_some(())).await;
+        let read = relay
+            .metric("outbox_captured_events_total")
+            .unwrap_or_default();
+        eventually("events under way", PATIENCE, async || {
+            let captured = relay.metric("outbox_captured_events_total")?;
+            (captured > read + fastrand::f64() * 100.0).then_some(())
+        })
+        .await;
+        relay.kill().await;
+    }
+    let relay = line.ready().await;
+    writing.stop().await;
+    let committed = load.committed().await;
+    let mut reader = line.kafka.reader(&load.topics());
+    let mut seen = Seen::default();
+    eventually("everything that was committed", PATIENCE, async || {
+        for record in reader.read_on(0).await {
+            seen.add(&record);
+        }
+        (seen.missing(&committed) == 0).then_some(())
+    })
+    .await;
+    relay.stop().await;
+    for record in reader.read_on(0).await {
+        seen.add(&record);
+    }
+    seen.judge(&committed);
+    eprintln!(
+        "{} records, {} duplicates in {KILLS} kills",
+        seen.records, seen.duplicates
+    );
+    assert_eq!(seen.duplicates, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delivery_can_be_switched_and_switched_back() {
+    let Some(mut line) = line("delivery_can_be_switched_and_switched_back").await else {
+        return;
+    };
+    for (round, delivery) in ["at-least-once", "exactly-once"]
+        .into_iter()
+        .cycle()
+        .take(5)
+        .enumerate()
+    {
+        line.setup.set("SINK__KAFKA__DELIVERY", delivery);
+        let relay = line.setup.start();
+        emit(&line, round * 300, 300).await;
+        settled(&relay, &line).await;
+        relay.stop().await;
+    }
+    let records = read(&line, 1500).await;
+    assert_eq!(duplicates(&records, 1500), 0);
+    // Without a clean stop, events come again where that is what was asked for, and are never lost.
+    for (round, delivery) in ["exactly-once", "at-least-once"]
+        .into_iter()
+        .cycle()
+        .take(6)
+        .enumerate()
+    {
+        line.setup.set("SINK__KAFKA__DELIVERY", delivery);
+        let relay = line.setup.start();
+        eventually("the lease", PATIENCE, async || relay.owns().then_some(())).await;
+        emit(&line, 1500 + round * 300, 300).await;
+        settled(&relay, &line).await;
+        relay.kill().await;
+    }
+    line.setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
+    let relay = line.setup.start();
+    emit(&line, 3300, 300).await;
+    settled(&relay, &line).await;
+    relay.stop().await;
+    let records = read(&line, 3600).await;
+    eprintln!(
+        "{} duplicates of {} records",
+        duplicates(&records, 3600),
+        records.len()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_begins_anew_is_not_held_to_what_was_committed() {
+    let Some(line) = line("a_pipeline_that_begins_anew_is_not_held_to_what_was_committed").await
+    else {
+        return;
+    };
+    emit(&line, 0, 100).await;
+    let relay = line.setup.start();
+    settled(&relay, &line).await;
+    relay.stop().await;
+    run(
+        &line.database.pool,
+        "delete from outbox.cursors; delete from outbox.leases",
+    )
+    .await;
+    let relay = line.setup.start();
+    settled(&relay, &line).await;
+    relay.stop().await;
+    assert_eq!(duplicates(&read(&line, 200).await, 100), 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_refused_transaction_only_the_bad_event_is_parked() {
+    let Some(line) = line("of_a_refused_transaction_only_the_bad_event_is_parked").await else {
+        return;
+    };
+    // The relay lets clocks differ by a day, the broker does not.
+    line.kafka
+        .alter("order", "message.timestamp.before.max.ms", "3600000")
+        .await;
+    emit(&line, 0, 150).await;
+    let bad =
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+               values ('order', 'bad', 'bad', '1', clock_timestamp() - interval '2 hours')";
+    run(&line.database.pool, bad).await;
+    emit(&line, 150, 850).await;
+    let relay = line.setup.start();
+    settled(&relay, &line).await;
+    relay.stop().await;
+    let parked =
+        "select count(*) from outbox.parked where aggregate_id = 'bad' and error is not null";
+    assert_eq!(number(&line.database.pool, parked).await, 1);
+    let records = read(&line, 1000).await;
+    assert_eq!(duplicates(&records, 1000), 0);
+    assert_eq!(records.len(), 1000);
+}
