@@ -258,10 +258,10 @@ mod tests {
     }
 
     /// A pipeline's way through a log: snapshots of transactions that begin and end at random, and stops in each window.
-    fn way(steps: Vec<(u8, Vec<prop::sample::Index>, Vec<i64>)>) -> Vec<Position> {
+    fn way(windows: Vec<(u8, Vec<prop::sample::Index>, Vec<i64>)>) -> Vec<Position> {
         let (mut prev, mut next, mut open) = (Snapshot::nothing(), 3, Vec::new());
         let (mut floor, mut way) = (0, vec![Position::beginning()]);
-        for (begun, ended, mut stops) in steps {
+        for (begun, ended, mut stops) in windows {
             for _ in 0..begun {
                 open.push(next);
                 next += 1;
@@ -278,7 +278,7 @@ mod tests {
                 xmax,
                 in_progress,
             };
-            let ceiling = floor + stops.len() as i64;
+            let ceiling = floor + i64::try_from(stops.len()).unwrap();
             let window = Arc::new(Window {
                 prev,
                 cur: cur.clone(),
@@ -289,8 +289,8 @@ mod tests {
             // A late transaction's ids are low: a window begins below the end of the one before.
             stops.sort_unstable();
             stops.dedup();
-            let stops = stops.into_iter().filter(|stop| *stop < ceiling);
-            way.extend(stops.chain([ceiling]).map(|last_id| Position {
+            let inside = stops.into_iter().filter(|stop| *stop < ceiling);
+            way.extend(inside.chain([ceiling]).map(|last_id| Position {
                 window: window.clone(),
                 last_id: EventId(last_id),
             }));
@@ -303,12 +303,12 @@ mod tests {
     proptest! {
         #[test]
         fn a_pipeline_only_goes_further(
-            steps in prop::collection::vec(
+            windows in prop::collection::vec(
                 (0_u8..4, prop::collection::vec(any::<prop::sample::Index>(), 0..4), prop::collection::vec(0_i64..20, 0..5)),
                 0..20,
             ),
         ) {
-            let way = way(steps);
+            let way = way(windows);
             for (at, position) in way.iter().enumerate() {
                 for (other_at, other) in way.iter().enumerate() {
                     // Windows without a new snapshot hold nothing: between them nothing is lost or repeated.

@@ -463,40 +463,11 @@ impl RawSink {
                     kafka.sasl.password =
                         Some(read_secret("sink.kafka.sasl.password_file", &file)?);
                 }
-                check_delivery(&kafka)?;
+                kafka.check_delivery().map_err(ConfigError::new)?;
                 Ok(Sink::Kafka(Box::new(kafka)))
             }
         }
     }
-}
-
-fn check_delivery(kafka: &kafka::Settings) -> Result<(), ConfigError> {
-    /// What is appended must still fit the name of a topic, which has 249 characters at most.
-    const LENGTH_MAX: usize = 150;
-    if kafka.properties.contains_key("transactional.id") {
-        return Err(ConfigError::new(
-            "sink.kafka.properties has \"transactional.id\": set sink.kafka.delivery = \"exactly-once\" and \
-             sink.kafka.transactional_id instead",
-        ));
-    }
-    let Some(id) = &kafka.transactional_id else {
-        return match kafka.delivery {
-            kafka::Delivery::AtLeastOnce => Ok(()),
-            kafka::Delivery::ExactlyOnce => Err(ConfigError::new(
-                "sink.kafka.transactional_id is missing: sink.kafka.delivery = \"exactly-once\" needs a name that no \
-                 other outbox on the Kafka cluster uses, such as \"shop-relay\"; two outboxes with the same one would \
-                 shut each other out",
-            )),
-        };
-    };
-    let legal = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    if id.is_empty() || id.len() > LENGTH_MAX || !id.chars().all(legal) {
-        return Err(ConfigError::new(format!(
-            "sink.kafka.transactional_id = {id:?}: 1 to {LENGTH_MAX} of A-Z, a-z, 0-9, \".\", \"_\" and \"-\", for a \
-             topic is named after it"
-        )));
-    }
-    Ok(())
 }
 
 impl RawRelay {

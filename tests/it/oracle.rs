@@ -1,4 +1,4 @@
-//! One judge over a history: did what happened keep the promises I1 to I8?
+//! One judge over a history: did what happened keep the promises I1 to I9?
 //!
 //! Knows plain facts only and shares no code with the relay, so that the two can't be wrong in the same way.
 
@@ -24,6 +24,8 @@ pub enum Promise {
     I7,
     /// One owner at a time, and a former owner publishes nothing new.
     I8,
+    /// Where it is asked for, consumers see each event once.
+    I9,
 }
 
 /// Something that happened. Events go by their id; `owner` is one life of a process, `life` one opening of its sink.
@@ -83,6 +85,7 @@ pub struct Bounds {
     pub in_flight_rows: usize,
     pub in_flight_bytes: usize,
     pub page_rows: usize,
+    pub exactly_once: bool,
 }
 
 /// Facts in the order of their times, in milliseconds.
@@ -317,6 +320,8 @@ impl Judge {
                 let what = format!("event {id} of {entity} is in the log before event {missing}");
                 self.broken(Promise::I2, what);
             }
+        } else if self.bounds.exactly_once {
+            self.broken(Promise::I9, format!("event {id} is in the log twice"));
         }
     }
 
@@ -399,6 +404,7 @@ mod tests {
         in_flight_rows: 2,
         in_flight_bytes: 100,
         page_rows: 2,
+        exactly_once: false,
     };
 
     fn committed(id: i64, entity: &str) -> Fact {
@@ -461,11 +467,15 @@ mod tests {
     }
 
     fn broken(facts: impl IntoIterator<Item = Fact>) -> Vec<Promise> {
+        broken_within(facts, &BOUNDS)
+    }
+
+    fn broken_within(facts: impl IntoIterator<Item = Fact>, bounds: &Bounds) -> Vec<Promise> {
         let facts = facts.into_iter().zip(10..);
         let history = History {
             facts: facts.map(|(fact, at_ms)| (at_ms, fact)).collect(),
         };
-        let mut broken: Vec<Promise> = judge(&history, &BOUNDS)
+        let mut broken: Vec<Promise> = judge(&history, bounds)
             .into_iter()
             .map(|violation| violation.promise)
             .collect();
@@ -640,5 +650,16 @@ mod tests {
             until_ms: 14,
         };
         assert_eq!(broken(story([short, handed_over(1)])), [Promise::I8]);
+    }
+
+    #[test]
+    fn i9_refuses_a_second_copy() {
+        let twice = story([appended(1), appended(1)]);
+        let bounds = Bounds {
+            exactly_once: true,
+            ..BOUNDS
+        };
+        assert_eq!(broken(twice.clone()), []);
+        assert_eq!(broken_within(twice, &bounds), [Promise::I9]);
     }
 }

@@ -71,6 +71,7 @@ async fn simulate(seed: u64, weather: Weather) -> Outcome {
         in_flight_rows: settings.in_flight_rows,
         in_flight_bytes: settings.in_flight_bytes,
         page_rows: settings.page.rows,
+        exactly_once: shared.with(|world| world.broker.transactional),
     };
     let many = shared.with(|world| world.rng.bool()) && !weather.fair;
     if weather.fair {
@@ -532,4 +533,7 @@ sabotages! {
     only_hints_lead_to_a_look: HintsOnly breaks I7;
     the_lease_is_granted_twice: GrantTwice breaks I8;
     the_queue_of_an_ended_life_goes_on: KeepSending breaks I8;
+    a_position_is_committed_before_its_records: PositionFirst breaks I3;
+    a_committed_position_is_not_read_back: ForgetPosition breaks I9;
+    a_former_owner_may_commit: NoFencing breaks I9;
 }

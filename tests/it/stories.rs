@@ -38,6 +38,7 @@ fn story(tell: impl AsyncFnOnce(Shared)) {
             shared.with(|world| {
                 become_calm(world);
                 world.log.names_types = false;
+                world.broker.transactional = false;
                 world.books.lease_ttl = LEASE;
                 world.poll_interval = Duration::from_millis(10);
             });
@@ -125,6 +126,7 @@ fn is_well(shared: &Shared) {
             in_flight_rows,
             in_flight_bytes,
             page_rows: page.rows,
+            exactly_once: false,
         };
         let violations = judge(&world.history, &bounds);
         let facts = &world.history.facts;

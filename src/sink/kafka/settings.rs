@@ -152,6 +152,38 @@ impl Settings {
         self
     }
 
+    /// Whether delivery can be what it is set to; else says what to do.
+    pub(crate) fn check_delivery(&self) -> Result<(), String> {
+        /// What is appended must still fit the name of a topic, which has 249 characters at most.
+        const LENGTH_MAX: usize = 150;
+        if self.properties.contains_key("transactional.id") {
+            return Err(
+                "sink.kafka.properties has \"transactional.id\": set sink.kafka.delivery = \"exactly-once\" and \
+                 sink.kafka.transactional_id instead"
+                    .to_owned(),
+            );
+        }
+        let Some(id) = &self.transactional_id else {
+            return match self.delivery {
+                Delivery::AtLeastOnce => Ok(()),
+                Delivery::ExactlyOnce => Err(
+                    "sink.kafka.transactional_id is missing: sink.kafka.delivery = \"exactly-once\" needs a name that \
+                     no other outbox on the Kafka cluster uses, such as \"shop-relay\"; two outboxes with the same one \
+                     would shut each other out"
+                        .to_owned(),
+                ),
+            };
+        };
+        let legal = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if id.is_empty() || id.len() > LENGTH_MAX || !id.chars().all(legal) {
+            return Err(format!(
+                "sink.kafka.transactional_id = {id:?}: 1 to {LENGTH_MAX} of A-Z, a-z, 0-9, \".\", \"_\" and \"-\", for \
+                 a topic is named after it"
+            ));
+        }
+        Ok(())
+    }
+
     /// The transactional id, where records are delivered exactly once.
     pub(super) fn exactly_once(&self) -> Option<&str> {
         match self.delivery {

@@ -126,6 +126,7 @@ async fn kills_under_load_repeat_nothing() {
     };
     exactly_once(&mut line);
     line.setup.set("RELAY__LEASE_TTL", "1s");
+    line.setup.set("RELAY__ACKNOWLEDGE_INTERVAL", "3s");
     let writing = load.start(4);
     for _ in 0..KILLS {
         let relay = line.setup.start();

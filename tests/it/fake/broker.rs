@@ -6,29 +6,32 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use outbox_relay::event::{Record, Rejection, Seq};
+use outbox_relay::position::Position;
 use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::log::{FORBIDDEN, Poison};
+use super::transactions::Transaction;
 use super::{Due, Sabotage, Shared, World};
 use crate::oracle::Fact;
 
 /// A topic and one of its partitions.
 pub type Partition = (String, u64);
 
-struct Carried {
-    seq: Seq,
-    id: i64,
-    partition: Partition,
-    intact: bool,
+pub(super) struct Carried {
+    pub(super) seq: Seq,
+    pub(super) id: i64,
+    pub(super) partition: Partition,
+    pub(super) intact: bool,
     /// Records that left together for one partition share their fate.
     batch: u64,
 }
 
 /// One opening of a sink. It outlives its process: what is on the wire may still land.
-struct Producer {
-    process: u32,
+pub(super) struct Producer {
+    pub(super) process: u32,
     owner: u32,
+    pub(super) transaction: Transaction,
     prepared: BTreeSet<String>,
     queue: VecDeque<Carried>,
     /// What was taken although the queue was full.
@@ -36,12 +39,12 @@ struct Producer {
     wire: BTreeMap<Partition, VecDeque<Carried>>,
     /// In one partition receipts come in order.
     receipt_at: BTreeMap<Partition, Instant>,
-    receipts: BTreeMap<(Instant, u64), Receipt>,
+    pub(super) receipts: BTreeMap<(Instant, u64), Receipt>,
     /// Where an event was rejected nothing that follows is appended.
     torn: BTreeSet<Partition>,
-    dead: Option<String>,
+    pub(super) dead: Option<String>,
     /// The connection is slow to tell the broker that nobody is there any more.
-    lands_from: Option<Instant>,
+    pub(super) lands_from: Option<Instant>,
 }
 
 /// All topics and producers.
@@ -51,8 +54,13 @@ pub struct Broker {
     pub appended: BTreeSet<i64>,
     partitions: u64,
     pub queue_records: usize,
-    latency_ms: u64,
-    producers: BTreeMap<u32, Producer>,
+    pub(super) latency_ms: u64,
+    /// Whether records are published in transactions, with the position behind them.
+    pub transactional: bool,
+    pub(super) committed: Option<Position>,
+    /// The life that has initialised the transactional id last.
+    pub(super) initialised: u32,
+    pub(super) producers: BTreeMap<u32, Producer>,
     opened: u32,
     reject_next: Option<i64>,
     /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
@@ -67,6 +75,9 @@ impl Broker {
             partitions: rng.u64(1..4),
             queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
             latency_ms: rng.u64(1..40),
+            transactional: rng.bool(),
+            committed: None,
+            initialised: 0,
             producers: BTreeMap::new(),
             opened: 0,
             reject_next: None,
@@ -85,7 +96,7 @@ fn down() -> SinkError {
 }
 
 impl World {
-    fn is_down(&self, at: Instant) -> bool {
+    pub(super) fn is_down(&self, at: Instant) -> bool {
         self.broker.down_until.is_some_and(|until| at < until)
     }
 
@@ -97,6 +108,7 @@ impl World {
             Producer {
                 process,
                 owner,
+                transaction: Transaction::default(),
                 prepared: BTreeSet::new(),
                 queue: VecDeque::new(),
                 aside: Vec::new(),
@@ -126,6 +138,8 @@ impl World {
         let producer = self.broker.producers.get_mut(&life).expect("it was opened");
         producer.queue.clear();
         producer.aside.clear();
+        // A request to commit may be on its way.
+        producer.transaction.abandon();
         producer.lands_from = Some(Instant::now() + late);
         for wire in producer.wire.values_mut() {
             if self.rng.bool() {
@@ -156,6 +170,15 @@ impl World {
             return Err(Refused::Rejected(Rejection::new("too large")));
         }
         let id = carried.id;
+        if broker.transactional {
+            if !producer.transaction.take(carried, broker.queue_records)? {
+                return Err(Refused::Full);
+            }
+            let owner = producer.owner;
+            self.note(Fact::HandedOver { owner, life, id });
+            self.note(Fact::Sent { owner, id });
+            return Ok(id);
+        }
         let idle = producer.queue.is_empty();
         if producer.queue.len() < broker.queue_records {
             producer.queue.push_back(carried);
@@ -319,7 +342,13 @@ impl World {
         }
     }
 
-    fn answer(&mut self, at: Instant, life: u32, partition: &Partition, receipt: Receipt) {
+    pub(super) fn answer(
+        &mut self,
+        at: Instant,
+        life: u32,
+        partition: &Partition,
+        receipt: Receipt,
+    ) {
         let late = self.faults.receipts_late;
         let most = self.broker.latency_ms * if self.chance(late) { 50 } else { 1 };
         let mut due = at + self.ms(most);
@@ -418,6 +447,21 @@ impl Sink for FakeSink {
                 .with(|world| world.open_producer(process, owner)),
         );
         Ok(())
+    }
+
+    async fn resume(&mut self, _: &str) -> Result<Option<Position>, SinkError> {
+        self.shared.dawdle().await;
+        let life = self.life();
+        let resumed = self.shared.with(|world| world.resume(life));
+        self.shared.dawdle().await;
+        resumed
+    }
+
+    fn commit(&mut self, position: &Position) {
+        let life = self.life();
+        self.shared
+            .with(|world| world.close_transaction(life, position));
+        self.shared.stir();
     }
 
     async fn check(&mut self) -> Result<(), SinkError> {

@@ -6,6 +6,7 @@
 pub mod books;
 pub mod broker;
 pub mod log;
+mod transactions;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,6 +48,12 @@ pub enum Sabotage {
     GrantTwice,
     /// The sink goes on sending what was queued before it was opened again.
     KeepSending,
+    /// The broker has the position of a transaction before its records.
+    PositionFirst,
+    /// The sink says that no position was committed.
+    ForgetPosition,
+    /// The broker commits for whoever asks.
+    NoFencing,
 }
 
 /// How often things go wrong, per mille of the occasions.
@@ -97,6 +104,8 @@ enum Due {
     Retry(u32),
     /// The next record of a producer reaches a partition.
     Land(u32, Partition),
+    /// The broker hears that a transaction is to be committed.
+    Commit(u32),
     /// A write whose caller has given up takes place.
     Write(LateWrite),
 }
@@ -166,6 +175,7 @@ impl World {
                 Due::Send(producer) => self.send(at, producer),
                 Due::Retry(producer) => self.retry(at, producer),
                 Due::Land(producer, partition) => self.land(at, producer, &partition),
+                Due::Commit(producer) => self.commit_transaction(at, producer),
                 Due::Write(late) => self.write_late(at, &late),
             }
         }
@@ -204,6 +214,13 @@ impl Shared {
             Some(Sabotage::NoFence) => faults.ledger_late = 200,
             Some(Sabotage::ReorderOnFull) => broker.queue_records = 2,
             _ => {}
+        }
+        use Sabotage::{ForgetPosition, NoFencing, PositionFirst};
+        match sabotage {
+            None => {}
+            Some(PositionFirst | ForgetPosition | NoFencing) => broker.transactional = true,
+            // Lies about what has no part in a transaction.
+            Some(_) => broker.transactional = false,
         }
         let now = Instant::now();
         let world = World {
