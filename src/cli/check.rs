@@ -5,6 +5,7 @@ use clap::Args;
 use super::{ConfigArgs, Outcome};
 use crate::config::{Config, PipelineConfig, Sink, Source};
 use crate::relay::Policy;
+use crate::sink::kafka::Delivery;
 use crate::source::postgres::CaptureMode;
 
 /// Read the configuration, and say what is wrong with it or what it means.
@@ -68,7 +69,16 @@ fn sink(config: &Config) -> String {
             } else {
                 "topics have to be there"
             };
-            format!("Kafka at {}, {tls}, {sasl}, {topics}", settings.brokers)
+            let delivery = match (settings.delivery, &settings.transactional_id) {
+                (Delivery::ExactlyOnce, Some(id)) => {
+                    format!("exactly once, with transactional ids {id}.PIPELINE.0")
+                }
+                _ => "at least once".to_owned(),
+            };
+            format!(
+                "Kafka at {}, {tls}, {sasl}, {topics}, {delivery}",
+                settings.brokers
+            )
         }
         Sink::Stdout => "the standard output".to_owned(),
     }

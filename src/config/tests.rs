@@ -150,6 +150,10 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         ("", &[("RELAY_LOG__COLOUR", "red")]),
         ("[source.postgres]\nurl_file = \"/none\"", &[]),
         ("[sink.kafka.sasl]\npassword_file = \"/none\"", &[]),
+        ("[sink.kafka]\ndelivery = \"exactly-twice\"", &[]),
+        ("[sink.kafka]\ndelivery = \"exactly-once\"", &[]),
+        ("[sink.kafka]\ntransactional_id = \"a b\"", &[]),
+        ("[sink.kafka.properties]\n\"transactional.id\" = \"x\"", &[]),
     ];
     let mut lines = String::new();
     for (toml, env) in cases {
@@ -177,6 +181,10 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         RELAY_LOG__COLOUR: log.colour: no such setting; there is level, format
         source.postgres.url and source.postgres.url_file are both set
         sink.kafka.sasl.password_file = "/none": No such file or directory (os error 2)
+        relay.toml: sink.kafka.delivery = "exactly-twice": has to be one of at-least-once, exactly-once; did you mean "exactly-once"?
+        sink.kafka.transactional_id is missing: sink.kafka.delivery = "exactly-once" needs a name that no other outbox on the Kafka cluster uses, such as "shop-relay"; two outboxes with the same one would shut each other out
+        sink.kafka.transactional_id = "a b": 1 to 150 of A-Z, a-z, 0-9, ".", "_" and "-", for a topic is named after it
+        sink.kafka.properties has "transactional.id": set sink.kafka.delivery = "exactly-once" and sink.kafka.transactional_id instead
     "#]].assert_eq(&lines);
 }
 

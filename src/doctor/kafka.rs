@@ -10,13 +10,14 @@ use anyhow::anyhow;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::metadata::MetadataBroker;
 use rdkafka::producer::{BaseProducer, Producer, ProducerContext};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::Finding;
+use super::{Finding, answered, transactions};
 use crate::config::PipelineConfig;
 use crate::route::illegal_topic;
 use crate::sink::kafka::Settings;
@@ -34,6 +35,8 @@ struct Cluster {
     /// Host and port, as clients are told to use them.
     brokers: Vec<(String, i32)>,
     topics: BTreeSet<String>,
+    /// One of its brokers.
+    broker: Option<i32>,
 }
 
 /// What librdkafka said on the way.
@@ -81,6 +84,9 @@ pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -
         Ok(cluster) => {
             findings.extend(unreachable_brokers(settings, &cluster.brokers).await);
             findings.extend(judge_topics(settings, &topics, &cluster));
+            let transactions =
+                transactions::examine(settings, pipelines, &cluster.topics, cluster.broker).await;
+            findings.extend(answered("transactions", transactions));
         }
         Err(Unreached { said, troubles }) => {
             findings.push(judge_trouble(settings, &said, &troubles));
@@ -166,6 +172,7 @@ async fn cluster(settings: &Settings) -> Result<Cluster, Unreached> {
                 .iter()
                 .map(|topic| topic.name().to_owned())
                 .collect(),
+            broker: metadata.brokers().first().map(MetadataBroker::id),
         })
     })
     .await;
@@ -373,6 +380,7 @@ mod tests {
         let cluster = Cluster {
             brokers: vec![("kafka".to_owned(), 9092)],
             topics: ["shop.order".to_owned()].into(),
+            broker: Some(1),
         };
         let missing = judge_topics(&settings, &topics, &cluster);
         assert_eq!(missing.len(), 2);

@@ -6,6 +6,7 @@
 mod kafka;
 mod postgres;
 mod sqlite;
+mod transactions;
 
 use anyhow::Error;
 use serde::Serialize;

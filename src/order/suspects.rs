@@ -32,8 +32,10 @@ impl Suspects {
 
     /// Notes that an event has arrived, or is settled in another way.
     pub fn acquit(&mut self, id: EventId) {
-        self.many.remove(&id);
-        self.few.remove(&id);
+        if !self.is_empty() {
+            self.many.remove(&id);
+            self.few.remove(&id);
+        }
     }
 
     /// Whether the event has to be in flight alone: refused once more, it is to blame.

@@ -249,6 +249,7 @@ impl<K: Sink> Publisher<'_, K> {
                     life.uncommitted = true;
                 }
                 Verdict::LeftOut => {
+                    self.suspects.acquit(event.id);
                     let seq = life
                         .in_flight
                         .push(event.id, 0, event.occurred_at_us, Topics::NONE);

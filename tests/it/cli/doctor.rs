@@ -1,5 +1,6 @@
 //! `doctor` finds what was broken on purpose, and its remedy mends it.
 
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use serde::Deserialize;
 use sqlx::Connection;
 use tempfile::TempDir;
@@ -506,6 +507,40 @@ async fn missing_topics_are_named_with_the_command_that_makes_them() {
     let mut replicated = env.clone();
     replicated.push(("RELAY_SINK__KAFKA__TOPICS__REPLICATION_FACTOR", "99"));
     only("replication_factor", &replicated).await;
+}
+
+#[tokio::test]
+async fn what_exactly_once_needs_is_looked_at() {
+    let Some(brokers) = needed("what_exactly_once_needs_is_looked_at", "KAFKA_BROKERS") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let id = format!("doctor-{}", uuid::Uuid::new_v4().simple());
+    let env = with_kafka(
+        &folder,
+        &[
+            ("RELAY_SINK__KAFKA__BROKERS", &brokers),
+            ("RELAY_SINK__KAFKA__DELIVERY", "exactly-once"),
+            ("RELAY_SINK__KAFKA__TRANSACTIONAL_ID", &id),
+        ],
+    )
+    .await;
+    let mut env: Vec<(&str, &str)> = env.iter().map(|(n, v)| (&n[..], &v[..])).collect();
+    healthy(&env).await;
+    env.push(("RELAY_SINK__KAFKA__TOPICS__CREATE", "false"));
+    let finding = only("positions_topic", &env).await;
+    let create = format!("--create --topic {id}.main.0.positions --partitions 1");
+    assert!(finding.command().contains(&create), "{finding:?}");
+    let admin = crate::kafka::cluster::admin(&brokers);
+    let positions = format!("{id}.main.0.positions");
+    let topic = NewTopic::new(&positions, 1, TopicReplication::Fixed(1));
+    let created = admin.create_topics([&topic], &AdminOptions::new()).await;
+    created.unwrap()[0].as_ref().unwrap();
+    let finding = only("positions_topic", &env).await;
+    assert!(
+        finding.command().contains("cleanup.policy=compact"),
+        "{finding:?}"
+    );
 }
 
 #[tokio::test]

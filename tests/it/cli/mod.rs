@@ -224,7 +224,7 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
     expect![[r#"
         the configuration is right
           from      PostgreSQL at 127.0.0.1:1, database "shop", as "relay", polling
-          to        Kafka at kafka-1:9092,kafka-2:9092, TLS, login by SCRAM-SHA-512, topics are created
+          to        Kafka at kafka-1:9092,kafka-2:9092, TLS, login by SCRAM-SHA-512, topics are created, at least once
           pipeline  all: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a reason to stop
           pipeline  orders: order, cart to topic shop.{aggregate_type}, key {aggregate_id}; what is rejected is parked
     "#]]

@@ -2,10 +2,16 @@
 //! once and in order.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use super::kafka::Received;
-use super::process::Process;
-use super::{Line, PATIENCE, Seen, eventually, number, run};
+use tokio::time::sleep;
+
+use super::kafka::{Kafka, Received};
+use super::load::{Load, Seen};
+use super::process::{Process, Setup};
+use super::services::Own;
+use super::{Line, PATIENCE, eventually, number, run};
+use crate::harness::postgres::TestDatabase;
 
 const NEWEST: &str = "select coalesce(max(id), 0) from outbox.events";
 const ENTITIES: usize = 20;
@@ -143,8 +149,65 @@ async fn kills_under_load_repeat_nothing() {
     }
     let relay = line.ready().await;
     writing.stop().await;
+    let seen = everything(&load, &line.kafka).await;
+    relay.stop().await;
+    eprintln!(
+        "{} records, {} duplicates in {KILLS} kills",
+        seen.records, seen.duplicates
+    );
+    assert_eq!(seen.duplicates, 0);
+}
+
+/// Longer than a transaction may take, so that the broker gives some of them up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let Some(mut own) = Own::kafka("a_broker_that_freezes_or_dies_makes_nothing_come_twice") else {
+        return;
+    };
+    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
+    let load = Load::prepare(&database.options, &kafka).await;
+    let mut setup = Setup::new(&database.url);
+    setup.kafka(&kafka);
+    setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
+    setup.set("SINK__KAFKA__TRANSACTIONAL_ID", "shop");
+    setup.config("[sink.kafka.properties]\n\"transaction.timeout.ms\" = \"3000\"");
+    let relay = setup.start();
+    relay.ready().await;
+    let writing = load.start(2);
+    writing.commits(100).await;
+    own.signal("STOP");
+    writing.commits(50).await;
+    sleep(Duration::from_secs(5)).await;
+    own.signal("CONT");
+    relay.ready().await;
+    writing.commits(100).await;
+    own.signal("KILL");
+    writing.commits(50).await;
+    let reason = relay
+        .not_ready(&["kafka", "broker", "127.0.0.1", "connect", "timed out"])
+        .await;
+    eprintln!("{reason}");
+    own.start();
+    relay.ready().await;
+    writing.commits(50).await;
+    writing.stop().await;
+    let seen = everything(&load, &kafka).await;
+    eprintln!("{} records, {} duplicates", seen.records, seen.duplicates);
+    assert_eq!(seen.duplicates, 0);
+    assert_eq!(
+        number(&database.pool, "select count(*) from outbox.parked").await,
+        0
+    );
+    relay.stop().await;
+}
+
+/// All that was committed, and what follows it, as a consumer sees it.
+async fn everything(load: &Load, kafka: &Kafka) -> Seen {
     let committed = load.committed().await;
-    let mut reader = line.kafka.reader(&load.topics());
+    let mut reader = kafka.reader(&load.topics());
     let mut seen = Seen::default();
     eventually("everything that was committed", PATIENCE, async || {
         for record in reader.read_on(0).await {
@@ -153,16 +216,11 @@ async fn kills_under_load_repeat_nothing() {
         (seen.missing(&committed) == 0).then_some(())
     })
     .await;
-    relay.stop().await;
     for record in reader.read_on(0).await {
         seen.add(&record);
     }
     seen.judge(&committed);
-    eprintln!(
-        "{} records, {} duplicates in {KILLS} kills",
-        seen.records, seen.duplicates
-    );
-    assert_eq!(seen.duplicates, 0);
+    seen
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,3 +7,4 @@ mod partition;
 mod record;
 mod security;
 mod topic;
+mod transactions;
