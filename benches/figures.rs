@@ -107,6 +107,7 @@ async fn measure(world: &World, events: i64) -> Anyhow<()> {
         "  relay / naked: median {:.2} of {ratios:.2?}",
         ratios[ROUNDS / 2]
     );
+    deliveries(world, &mut db, events).await?;
     for mode in ["listen", "poll"] {
         latency(world, &mut db, mode).await?;
     }
@@ -165,6 +166,51 @@ async fn drain(world: &World, events: i64, topic: &str) -> Anyhow<Drain> {
         peak_mib,
         first_ms,
     })
+}
+
+/// Exactly-once beside at-least-once, from the first record to a cursor behind the last one: what is visible to a consumer
+/// of committed records can't be told from the ends of the partitions.
+async fn deliveries(world: &World, db: &mut PgConnection, events: i64) -> Anyhow<()> {
+    let mut ratios = Vec::new();
+    for round in 0..ROUNDS {
+        let mut rates = Vec::new();
+        for delivery in ["at-least-once", "exactly-once"] {
+            let topic = format!("{}{round}", &delivery[..delivery.find('-').unwrap_or(0)]);
+            world.create_topic(&topic).await?;
+            let watch = world.consumer()?;
+            let mut relay = world.relay("run", &topic, "poll");
+            relay
+                .env("RELAY_SINK__KAFKA__DELIVERY", delivery)
+                .env("RELAY_SINK__KAFKA__TRANSACTIONAL_ID", "figures")
+                .env("RELAY_RELAY__ACKNOWLEDGE_INTERVAL", "10ms");
+            let mut relay = Relay(relay.spawn()?);
+            let first = wait_for(&watch, &topic, 1, &mut relay)?;
+            let cursor = "select coalesce(max(last_id), 0) from outbox.cursors where pipeline = $1";
+            while sqlx::query_scalar::<_, i64>(cursor)
+                .bind(&topic)
+                .fetch_one(&mut *db)
+                .await?
+                < events
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let rate = events as f64 / first.elapsed().as_secs_f64();
+            let (cpu, peak_mib) = usage(relay.0.id())?;
+            let cpu_us = cpu.as_secs_f64() * 1e6 / events as f64;
+            println!(
+                "  {delivery:<13} {round}: {rate:>9.0} events/s, {cpu_us:.2} us CPU/event, peak {peak_mib:.0} MiB"
+            );
+            stop(&mut relay)?;
+            rates.push(rate);
+        }
+        ratios.push(rates[1] / rates[0]);
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!(
+        "  exactly-once / at-least-once: median {:.2} of {ratios:.2?}",
+        ratios[ROUNDS / 2]
+    );
+    Ok(())
 }
 
 /// The limit: in this process, so its CPU is that of the process meanwhile.

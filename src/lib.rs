@@ -30,7 +30,8 @@
 //! * **I6** A rejected event affects its own entity and nobody else; a failing pipeline no other pipeline.
 //! * **I7** Hints change latency only.
 //! * **I8** Of many replicas one owns a pipeline; an owner that lost its lease publishes nothing new.
-//! * **I9** Exactly-once delivery is not there yet: delivery is at least once, consumers deduplicate by the header `id`.
+//! * **I9** In exactly-once mode a consumer of committed records sees each event once, across any crash of relay and broker.
+//!   Else delivery is at least once, and consumers deduplicate by the header `id`.
 //!
 //! # The layers
 //!
