@@ -39,6 +39,7 @@ macro_rules! kept_by {
                 a_time_starts_with_the_first_event_from_then_on,
                 a_time_to_come_starts_with_what_comes,
                 the_start_is_decided_once,
+                the_log_keeps_its_name_while_its_positions_mean_the_same,
                 of_two_that_race_one_wins,
                 of_two_that_race_for_an_expired_lease_one_wins,
             }
@@ -435,6 +436,39 @@ async fn winners<L: Ledger + 'static>(mut first: L, mut second: L) -> usize {
         .iter()
         .filter(|acquired| matches!(acquired, Acquired::Ours(_)))
         .count()
+}
+
+/// A position that was written down elsewhere counts only under the name of the log that it came from.
+async fn the_log_keeps_its_name_while_its_positions_mean_the_same<B: Books>(mut books: B) {
+    let name = async |books: &B, holder: &str| {
+        let mut ledger = books.ledger(settings(holder, LONG));
+        let tenure = ours(&mut ledger).await;
+        ledger.release().await.unwrap();
+        tenure.log
+    };
+    let first = name(&books, "first").await;
+    assert_eq!(name(&books, "second").await, first);
+    books.forget_cursors().await;
+    assert_ne!(
+        name(&books, "third").await,
+        first,
+        "a cursor that began anew"
+    );
+}
+
+#[tokio::test]
+async fn a_crash_of_the_server_gives_the_log_another_name() {
+    let Some(books) = PolledPostgres::create().await else {
+        return;
+    };
+    let mut ledger = books.ledger(settings("first", LONG));
+    let first = ours(&mut ledger).await.log;
+    ledger.release().await.unwrap();
+    // Which is what a crash does to an unlogged table.
+    let emptied = sqlx::query("truncate outbox.incarnation").execute(&books.database.pool);
+    emptied.await.unwrap();
+    let mut ledger = books.ledger(settings("second", LONG));
+    assert_ne!(ours(&mut ledger).await.log, first);
 }
 
 /// Asks without a pause until the dead holder's lease is taken: by this one (true) or by another.

@@ -14,6 +14,9 @@ pub trait Books: Log {
 
     /// The parked events of the pipeline in the order of their ids: payload, encoded payload, headers and error.
     async fn parked(&mut self) -> Vec<ParkedRow>;
+
+    /// Deletes the cursors, so that every pipeline begins anew.
+    async fn forget_cursors(&mut self);
 }
 
 pub type ParkedRow = (
@@ -40,6 +43,12 @@ impl Books for SqliteLog {
         .await
         .unwrap()
     }
+
+    async fn forget_cursors(&mut self) {
+        let mut connection = self.file.connect().await;
+        let deleted = sqlx::query("delete from outbox_cursors").execute(&mut connection);
+        deleted.await.unwrap();
+    }
 }
 
 impl Books for PolledPostgres {
@@ -56,5 +65,10 @@ impl Books for PolledPostgres {
         .fetch_all(&self.database.pool)
         .await
         .unwrap()
+    }
+
+    async fn forget_cursors(&mut self) {
+        let deleted = sqlx::query("delete from outbox.cursors").execute(&self.database.pool);
+        deleted.await.unwrap();
     }
 }
