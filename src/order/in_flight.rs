@@ -171,8 +171,10 @@ impl InFlight {
     #[must_use]
     pub fn taken_up(&self) -> Option<Position> {
         let last = self.slots.back()?;
-        let page = self.marks.back()?;
-        Some(if page.end_seq == self.next_seq().0 {
+        let end_seq = self.next_seq().0;
+        // A page may have begun of which nothing is taken up: its window is not this event's.
+        let page = self.marks.iter().find(|page| page.end_seq >= end_seq)?;
+        Some(if page.end_seq == end_seq {
             page.end.clone()
         } else {
             Position {

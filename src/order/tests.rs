@@ -113,6 +113,21 @@ fn room_ends_with_rows_or_bytes() {
 }
 
 #[test]
+fn behind_the_last_event_is_inside_its_page_or_at_the_end_of_it() {
+    let mut in_flight = InFlight::new(10, 1000);
+    assert_eq!(in_flight.taken_up(), None);
+    in_flight.begin_page(2, end(102));
+    in_flight.push(EventId(1), 1, 0, 0);
+    let inside = in_flight.taken_up().unwrap();
+    assert_eq!((inside.last_id.0, inside.window.ceiling.0), (1, 102));
+    let seq = in_flight.push(EventId(2), 1, 0, 0);
+    assert_eq!(in_flight.taken_up(), Some(end(102)));
+    in_flight.settle(seq);
+    in_flight.begin_page(1, end(105));
+    assert_eq!(in_flight.taken_up(), Some(end(102)), "nothing of the next page");
+}
+
+#[test]
 fn one_event_larger_than_all_room_is_taken_when_alone() {
     let mut in_flight = InFlight::new(4, 35);
     assert!(in_flight.has_room_for(1000));

@@ -246,7 +246,6 @@ impl<K: Sink> Publisher<'_, K> {
                     }
                     life.in_flight
                         .push(event.id, bytes, event.occurred_at_us, topic);
-                    life.uncommitted = true;
                 }
                 Verdict::LeftOut => {
                     self.suspects.acquit(event.id);
@@ -317,7 +316,10 @@ impl<K: Sink> Publisher<'_, K> {
             Err(rejection) => return Verdict::Rejected(rejection),
         };
         match self.sink.hand_over(life.in_flight.next_seq(), &record) {
-            Ok(()) => Verdict::HandedOver(life.topics.index_of(&record.topic, self.metrics)),
+            Ok(()) => {
+                life.uncommitted = true;
+                Verdict::HandedOver(life.topics.index_of(&record.topic, self.metrics))
+            }
             Err(Refused::Full) => Verdict::Paused(Pause::Blocked),
             Err(Refused::Unprepared) => match life.topics.refusal(&record.topic) {
                 Some(rejection) => Verdict::Rejected(rejection),
