@@ -124,7 +124,11 @@ fn behind_the_last_event_is_inside_its_page_or_at_the_end_of_it() {
     assert_eq!(in_flight.taken_up(), Some(end(102)));
     in_flight.settle(seq);
     in_flight.begin_page(1, end(105));
-    assert_eq!(in_flight.taken_up(), Some(end(102)), "nothing of the next page");
+    assert_eq!(
+        in_flight.taken_up(),
+        Some(end(102)),
+        "nothing of the next page"
+    );
 }
 
 #[test]

@@ -216,8 +216,7 @@ async fn acquire(
     let row = fetch_one(
         connection,
         format!(
-            "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline, \
-                    begun || '/' || (select oid from pg_database where datname = current_database()) \
+            "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline \
                from outbox.cursors where {}",
             of_pipeline(settings)
         ),
@@ -237,28 +236,9 @@ async fn acquire(
             }
             position
         }
-        None => {
-            let position = starting_position(connection, settings.start, newest).await?;
-            let written = execute(
-                connection,
-                format!(
-                    "update outbox.cursors set {}, system_identifier = {identity}, timeline = {timeline} \
-                      where {}",
-                    set_position(&position),
-                    fence.holds(settings)
-                ),
-            )
-            .await
-            .context("write the first cursor")?;
-            ensure!(
-                written == 1,
-                "the lease was lost while the first cursor was written"
-            );
-            position
-        }
+        None => begin(connection, settings, &fence, newest, timeline).await?,
     };
-    let begun: String = get(&row, 8)?;
-    let log = format!("{identity}/{timeline}/{incarnation}/{begun}");
+    let log = log_name(connection, settings, &fence, timeline).await?;
     let parked = parked_entities(connection, settings).await?;
     let tenure = Tenure {
         position,
@@ -266,6 +246,61 @@ async fn acquire(
         parked,
     };
     Ok(Taken::Ours(fence, tenure))
+}
+
+/// Writes the first cursor of a pipeline.
+async fn begin(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    fence: &Fence,
+    newest_before_lease: EventId,
+    timeline: i32,
+) -> Result<Position, anyhow::Error> {
+    let position = starting_position(connection, settings.start, newest_before_lease).await?;
+    let written = execute(
+        connection,
+        format!(
+            "update outbox.cursors set {}, system_identifier = {}, timeline = {timeline} where {}",
+            set_position(&position),
+            fence.system_identifier,
+            fence.holds(settings)
+        ),
+    )
+    .await
+    .context("write the first cursor")?;
+    ensure!(
+        written == 1,
+        "the lease was lost while the first cursor was written"
+    );
+    Ok(position)
+}
+
+/// Transaction ids mean something within one life of one server; a copy of the database beside it goes its own way.
+async fn log_name(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    fence: &Fence,
+    timeline: i32,
+) -> Result<String, anyhow::Error> {
+    let row = fetch_one(
+        connection,
+        format!(
+            "select begun || '/' || (select oid from pg_database where datname = current_database()) \
+               from outbox.cursors where {}",
+            of_pipeline(settings)
+        ),
+    )
+    .await
+    .context("read which cursor this is")?;
+    let Fence {
+        incarnation,
+        system_identifier,
+        ..
+    } = fence;
+    let begun: String = get(&row, 0)?;
+    Ok(format!(
+        "{system_identifier}/{timeline}/{incarnation}/{begun}"
+    ))
 }
 
 /// Asked before anything is written, so that a standby costs the database nothing but a look.
