@@ -96,7 +96,7 @@ async fn dies_twice_at(test: &str, point: &str, times: [usize; 2]) {
         let status = relay.exit().await;
         assert_eq!(status.code(), None, "{point}: {}", relay.log());
     }
-    line.setup.set("CRASH_AT", "nowhere:1");
+    line.setup.unset("CRASH_AT");
     let relay = line.setup.start();
     emit(&line, 1000, 200).await;
     settled(&relay, &line).await;
@@ -314,4 +314,23 @@ async fn of_a_refused_transaction_only_the_bad_event_is_parked() {
     let records = read(&line, 1000).await;
     assert_eq!(duplicates(&records, 1000), 0);
     assert_eq!(records.len(), 1000);
+}
+
+/// What is published again on request has no part in the transactions of the pipeline that goes on meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_does_not_shut_the_pipeline_out() {
+    let Some(line) = line("a_replay_does_not_shut_the_pipeline_out").await else {
+        return;
+    };
+    emit(&line, 0, 100).await;
+    let relay = line.setup.start();
+    settled(&relay, &line).await;
+    let mut replay = line.setup.command("replay");
+    replay.args(["start", "--entity", "order/7"]);
+    let replayed = replay.output().unwrap();
+    assert_eq!(replayed.status.code(), Some(0), "{replayed:?}");
+    emit(&line, 100, 100).await;
+    settled(&relay, &line).await;
+    relay.stop().await;
+    assert_eq!(duplicates(&read(&line, 205).await, 200), 5);
 }
