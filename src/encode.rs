@@ -96,6 +96,54 @@ pub fn encode<'a>(
     })
 }
 
+/// Of an error in a header; the whole one is in the database.
+const ERROR_BYTES_MAX: usize = 4096;
+
+/// Makes the copy of an event that can't be published, for the topic of the dead letters: value, key and headers as its
+/// record has them, as far as one can be made of it, and what is known about the failure in headers `dead-letter-…`.
+#[must_use]
+pub fn dead_letter<'a>(
+    event: &'a Event,
+    (route, encoding): (&'a Route, &'a Encoding),
+    (topic, rejection): (&'a str, &'a Rejection),
+) -> Record<'a> {
+    let mut record = encode(event, route, encoding).unwrap_or_else(|_| unencoded(event));
+    let Rejection(error) = rejection;
+    let error = &error[..error.floor_char_boundary(ERROR_BYTES_MAX)];
+    record.headers.extend([
+        text_header("dead-letter-error", error),
+        // It is redriven from the database, and not copied again.
+        text_header("dead-letter-attempts", "1"),
+        (
+            "dead-letter-topic".into(),
+            Some(into_bytes(route.topic.render(event))),
+        ),
+        text_header("dead-letter-aggregate-type", &event.aggregate_type),
+        text_header("dead-letter-aggregate-id", &event.aggregate_id),
+    ]);
+    record.topic = Cow::Borrowed(topic);
+    record
+}
+
+/// For what can't be encoded: the payload, and the headers as they were written in one.
+fn unencoded(event: &Event) -> Record<'_> {
+    let mut headers = plain_headers(event, 6);
+    if let Some(own) = &event.headers {
+        headers.push(text_header("dead-letter-headers", own));
+    }
+    let value = match &event.payload {
+        Payload::Ambiguous(json, _) => Some(&json[..]),
+        payload => payload.bytes(),
+    };
+    Record {
+        topic: Cow::Borrowed(""),
+        key: Some(Cow::Borrowed(event.aggregate_id.as_bytes())),
+        value: value.map(Cow::Borrowed),
+        headers,
+        timestamp_ms: (event.occurred_at_us / 1000).max(0),
+    }
+}
+
 const CLOUDEVENTS_JSON: &str = "application/cloudevents+json; charset=UTF-8";
 
 fn plain_headers(event: &Event, own: usize) -> Headers<'_> {

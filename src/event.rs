@@ -174,6 +174,21 @@ impl Rejection {
     }
 }
 
+/// An entity that waits behind a parked event.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HeldEntity {
+    /// The kind of entity.
+    pub aggregate_type: String,
+    /// The entity.
+    pub aggregate_id: String,
+    /// Its first parked event.
+    pub first: EventId,
+    /// Its last parked event.
+    pub last: EventId,
+    /// How many of its events are parked.
+    pub events: usize,
+}
+
 /// Where a new pipeline begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {

@@ -49,6 +49,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 mod crash;
+mod database;
 mod demo;
 pub mod doctor;
 pub mod encode;

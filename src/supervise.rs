@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, anyhow};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sqlx::sqlite::SqliteConnectOptions;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -74,20 +74,15 @@ pub async fn run(
     others.spawn(keep_metrics_small(metrics.clone()));
     if let Some(listener) = listener {
         tracing::info!(address = %config.admin.listen, "admin interface");
-        others.spawn(async move {
-            if let Err(error) = admin::serve(
-                listener,
-                Shown {
-                    holder,
-                    pipelines: shown,
-                    metrics,
-                },
-            )
-            .await
-            {
-                tracing::error!(error = %format!("{error:#}"), "the admin interface ended");
-            }
-        });
+        let interface = Shown {
+            holder,
+            pipelines: shown,
+            metrics,
+            source: config.source.clone(),
+            token: config.admin.token.clone(),
+            database_turns: Semaphore::new(admin::DATABASE_TURNS),
+        };
+        others.spawn(async move { match admin::serve(listener, interface).await {} });
     }
     let ended = tokio::select! {
         () = stop => Ok(()),

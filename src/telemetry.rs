@@ -77,6 +77,18 @@ const PARKED: Metric = counter(
     "outbox_parked_events_total",
     "events set aside: rejected, or waiting behind a rejected one",
 );
+const REDRIVEN: Metric = counter(
+    "outbox_redriven_events_total",
+    "parked events that were published after all",
+);
+const DROPPED: Metric = counter(
+    "outbox_dropped_events_total",
+    "events given up: rejected where the policy is to drop, or dropped by an operator",
+);
+const LETTER_REFUSED: Metric = counter(
+    "outbox_dead_letters_refused_total",
+    "dead letters that the topic for them refused too; they are stored all the same",
+);
 const RESTARTS: Metric = counter(
     "outbox_restarts_total",
     "times that the pipeline began again from its last position after trouble",
@@ -97,6 +109,10 @@ const OLDEST: Metric = gauge(
 const WAITING: Metric = gauge(
     "outbox_waiting_entities",
     "entities that wait behind a parked event",
+);
+const SET_ASIDE: Metric = gauge(
+    "outbox_set_aside_events",
+    "events that are parked or dead letters; at parked_max the pipeline halts",
 );
 const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the pipeline");
 const READY: Metric = gauge(
@@ -126,7 +142,7 @@ const RETIRED_UNPUBLISHED: Metric = counter(
 const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
 
 /// All metrics.
-pub const METRICS: [Metric; 22] = [
+pub const METRICS: [Metric; 26] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -135,12 +151,16 @@ pub const METRICS: [Metric; 22] = [
     FILTERED,
     DELIVERED,
     PARKED,
+    REDRIVEN,
+    DROPPED,
+    LETTER_REFUSED,
     RESTARTS,
     IN_FLIGHT_EVENTS,
     IN_FLIGHT_BYTES,
     BACKLOG,
     OLDEST,
     WAITING,
+    SET_ASIDE,
     OWNER,
     READY,
     LATENCY,
@@ -187,6 +207,8 @@ pub struct Levels {
     pub oldest_unpublished: Duration,
     /// Entities behind a parked event.
     pub waiting_entities: usize,
+    /// Events that are parked or dead letters.
+    pub set_aside_events: usize,
 }
 
 /// Whether a pipeline moves or stands by. Set from its status when the metrics are asked for: most of what is in its way
@@ -206,12 +228,16 @@ pub struct PipelineMetrics {
     blocked_time: Counter,
     filtered: Counter,
     parked: Counter,
+    redriven: Counter,
+    dropped: Counter,
+    letter_refused: Counter,
     restarts: Counter,
     in_flight_events: Gauge,
     in_flight_bytes: Gauge,
     backlog: Gauge,
     oldest: Gauge,
     waiting: Gauge,
+    set_aside: Gauge,
     owner: Gauge,
     latency: Histogram,
 }
@@ -232,12 +258,16 @@ impl PipelineMetrics {
             blocked_time: counter(BLOCKED_TIME),
             filtered: counter(FILTERED),
             parked: counter(PARKED),
+            redriven: counter(REDRIVEN),
+            dropped: counter(DROPPED),
+            letter_refused: counter(LETTER_REFUSED),
             restarts: counter(RESTARTS),
             in_flight_events: gauge(IN_FLIGHT_EVENTS),
             in_flight_bytes: gauge(IN_FLIGHT_BYTES),
             backlog: gauge(BACKLOG),
             oldest: gauge(OLDEST),
             waiting: gauge(WAITING),
+            set_aside: gauge(SET_ASIDE),
             owner: gauge(OWNER),
             latency: metrics::histogram!(LATENCY.name, labels()),
             pipeline: pipeline.to_owned(),
@@ -278,6 +308,21 @@ impl PipelineMetrics {
         self.parked.increment(events as u64);
     }
 
+    /// Parked events that were published after all.
+    pub fn redriven(&self, events: u64) {
+        self.redriven.increment(events);
+    }
+
+    /// Events that were given up.
+    pub fn dropped(&self, events: u64) {
+        self.dropped.increment(events);
+    }
+
+    /// A dead letter that its topic refused.
+    pub fn dead_letter_refused(&self) {
+        self.letter_refused.increment(1);
+    }
+
     /// The pipeline begins again.
     pub fn restarted(&self) {
         self.restarts.increment(1);
@@ -297,12 +342,14 @@ impl PipelineMetrics {
             backlog_ids,
             oldest_unpublished,
             waiting_entities,
+            set_aside_events,
         } = levels;
         self.in_flight_events.set(in_flight_events as f64);
         self.in_flight_bytes.set(in_flight_bytes as f64);
         self.backlog.set(backlog_ids as f64);
         self.oldest.set(oldest_unpublished.as_secs_f64());
         self.waiting.set(waiting_entities as f64);
+        self.set_aside.set(set_aside_events as f64);
     }
 
     /// Passes on what was tallied since the last time.

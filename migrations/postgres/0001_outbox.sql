@@ -272,7 +272,7 @@ create table outbox.leases (
 ) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 
 -- Events that were rejected, and those of the same entity that wait behind them, with all that is needed to publish
--- them later, so that they outlive the log's retention.
+-- them later, so that they outlive the log's retention. Operators only write `wanted`; the owner of the pipeline does it.
 create table outbox.parked (
     pipeline       text        not null,
     id             bigint      not null,
@@ -285,14 +285,40 @@ create table outbox.parked (
     content_type   text,
     headers        json,
     occurred_at    timestamptz not null,
+    -- As in the log: tells whether a cursor has passed the event.
+    xid            xid8,
+    -- Whether later events of the entity wait behind it; a dead letter holds nobody up.
+    holds          boolean     not null default true,
     -- Null for an event that only waits behind a rejected one.
     error          text,
+    -- How often it was rejected, and each time when and why: [{"at": …, "error": …}].
+    attempts       integer     not null default 0,
+    history        jsonb       not null default '[]',
+    -- What an operator asked for, until it is done.
+    wanted         text,
     parked_at      timestamptz not null default clock_timestamp(),
-    primary key (pipeline, id)
+    primary key (pipeline, id),
+    constraint parked_wanted check (wanted in ('redrive', 'drop'))
 );
 
 -- Finds the oldest waiting event of an entity.
 create index parked_entity on outbox.parked (pipeline, aggregate_type, aggregate_id, id);
+-- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
+create index parked_wanted on outbox.parked (pipeline, id) where wanted is not null;
+
+-- What operators asked for: who, when, of which events, why. The relay's role may add to it and change nothing.
+create table outbox.acts (
+    id            bigint      generated always as identity primary key,
+    at            timestamptz not null default clock_timestamp(),
+    -- As the database knows them, and as they name themselves: OS user and host, or the address of an HTTP client.
+    database_user text        not null default session_user,
+    who           text        not null,
+    action        text        not null,
+    pipeline      text,
+    selector      text        not null,
+    events        bigint      not null,
+    reason        text
+);
 
 -- Replays that were asked for, and how far they have come.
 create table outbox.replays (
@@ -515,6 +541,8 @@ grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
 grant select, insert on outbox.incarnation to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
+-- Not the columns that say when, and as whom the database knows them.
+grant select, insert (who, action, pipeline, selector, events, reason) on outbox.acts to outbox_relay;
 
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),

@@ -67,7 +67,7 @@ create table outbox_leases (
 );
 
 -- Events that were rejected, and those of the same entity that wait behind them, with all that is needed to publish
--- them later, so that they outlive the log's retention.
+-- them later, so that they outlive the log's retention. Operators only write `wanted`; the owner of the pipeline does it.
 create table outbox_parked (
     pipeline       text    not null,
     id             integer not null,
@@ -80,11 +80,36 @@ create table outbox_parked (
     content_type   text,
     headers        text,
     occurred_at    integer not null,
+    -- Whether later events of the entity wait behind it; a dead letter holds nobody up.
+    holds          integer not null default 1,
     -- Null for an event that only waits behind a rejected one.
     error          text,
+    -- How often it was rejected, and each time when and why: [{"at": …, "error": …}].
+    attempts       integer not null default 0,
+    history        text    not null default '[]',
+    -- What an operator asked for, until it is done.
+    wanted         text,
     parked_at      integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
-    primary key (pipeline, id)
+    primary key (pipeline, id),
+    constraint parked_wanted check (wanted in ('redrive', 'drop'))
 );
 
 -- Finds the oldest waiting event of an entity.
 create index outbox_parked_entity on outbox_parked (pipeline, aggregate_type, aggregate_id, id);
+-- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
+create index outbox_parked_wanted on outbox_parked (pipeline, id) where wanted is not null;
+
+-- What operators asked for: who, when, of which events, why.
+create table outbox_acts (
+    id            integer primary key autoincrement,
+    at            integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    -- There are no users in a file.
+    database_user text    not null default '',
+    -- OS user and host, or the address of an HTTP client.
+    who           text    not null,
+    action        text    not null,
+    pipeline      text,
+    selector      text    not null,
+    events        integer not null,
+    reason        text
+);

@@ -103,8 +103,13 @@ fn describe(config: &PipelineConfig) -> String {
         takes.join("; ")
     };
     let rejected = match pipeline.on_rejected {
-        Policy::Park => "parked",
-        Policy::Halt => "a reason to stop",
+        Policy::Park => "parked".to_owned(),
+        Policy::DeadLetter => match &pipeline.dead_letter_topic {
+            Some(topic) => format!("a dead letter, copied to topic {topic}"),
+            None => "a dead letter".to_owned(),
+        },
+        Policy::Drop => "DROPPED".to_owned(),
+        Policy::Halt => "a reason to stop".to_owned(),
     };
     format!(
         "{}: {takes} to topic {}, key {}; what is rejected is {rejected}",

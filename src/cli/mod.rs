@@ -1,11 +1,11 @@
 //! The commands. They print; nothing below them does.
 
-mod books;
 mod check;
 mod demo;
 mod doctor;
 mod migrate;
 mod parked;
+mod redrive;
 mod replay;
 mod run;
 mod show;
@@ -50,8 +50,10 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Show where every pipeline stands.
     Status(status::StatusArgs),
-    /// Look at events that were rejected, and those that wait behind them.
+    /// Look at events that were set aside, publish them after all, or give them up.
     Parked(parked::Parked),
+    /// Show what operators asked for: when, who, of which events, why.
+    Acts(redrive::Acts),
     /// Publish retained events again.
     Replay(replay::Replay),
     /// Print a completion script.
@@ -93,6 +95,7 @@ pub async fn main() -> ExitCode {
         Command::Doctor(doctor) => doctor.run().await,
         Command::Status(status) => status.run().await,
         Command::Parked(parked) => parked.run().await,
+        Command::Acts(acts) => acts.run().await,
         Command::Replay(replay) => replay.run().await,
         Command::Completions { shell } => {
             clap_complete::generate(

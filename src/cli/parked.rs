@@ -1,16 +1,20 @@
-//! `outbox-relay parked`: events that were set aside. Never prints payloads.
+//! `outbox-relay parked`: events that were set aside. Payloads are printed by `show` alone.
 
-use anyhow::Error;
+use std::time::Duration;
+
+use anyhow::{Error, bail};
 use clap::{Args, Subcommand};
 use comfy_table::Cell;
 
-use super::books::Database;
-use super::show;
+use super::redrive::{Drop, Redrive};
+use super::show::{self, BOLD, DIM};
 use super::{ConfigArgs, Outcome};
-use crate::event::PipelineName;
-use crate::ledger::view::ParkedEntities;
+use crate::config::Config;
+use crate::database::Database;
+use crate::event::{EventId, PipelineName};
+use crate::ledger::acts::{Action, EntityName, ParkedDetail, ParkedEvent, ParkedEvents, Selector};
 
-/// Look at events that were rejected, and those that wait behind them.
+/// Look at events that were set aside, publish them after all, or give them up.
 #[derive(Debug, Args)]
 pub(super) struct Parked {
     #[command(subcommand)]
@@ -19,8 +23,49 @@ pub(super) struct Parked {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// List the entities with parked events, longest parked first.
+    /// List rejected events, longest parked first, and how many events wait behind each.
     List(List),
+    /// Show one event: error, history, headers, payload.
+    Show(Show),
+    /// Publish rejected events after all, and then what waits behind them, in order.
+    Redrive(Redrive),
+    /// Give rejected events up, and publish what waits behind them, in order.
+    Drop(Drop),
+}
+
+/// Which events are meant: those that match all of these.
+#[derive(Debug, Args)]
+pub(super) struct Filter {
+    /// Of this pipeline.
+    #[arg(long, value_name = "NAME")]
+    pub(super) pipeline: Option<PipelineName>,
+    /// Of this entity.
+    #[arg(long, value_name = "TYPE/ID")]
+    entity: Option<EntityName>,
+    /// With this text in the error.
+    #[arg(long, value_name = "TEXT")]
+    error: Option<String>,
+    /// Set aside at least this long ago: 90s, 1h, 2d.
+    #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
+    older_than: Option<Duration>,
+}
+
+impl Filter {
+    pub(super) fn selector(self, id: Option<i64>) -> Selector {
+        let Self {
+            pipeline,
+            entity,
+            error,
+            older_than,
+        } = self;
+        Selector {
+            pipeline,
+            id: id.map(EventId),
+            entity,
+            error,
+            older_than,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -30,18 +75,37 @@ struct List {
     /// Print a JSON array.
     #[arg(long)]
     json: bool,
-    /// Of this pipeline only.
-    #[arg(long, value_name = "NAME")]
-    pipeline: Option<PipelineName>,
-    /// At most so many entities.
+    #[command(flatten)]
+    filter: Filter,
+    /// At most so many events.
     #[arg(long, value_name = "N", default_value_t = 100)]
     limit: u32,
+}
+
+#[derive(Debug, Args)]
+struct Show {
+    /// The event's place in the log, as `parked list` has it.
+    id: i64,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print a JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Of this pipeline, where several have parked the event.
+    #[arg(long, value_name = "NAME")]
+    pipeline: Option<PipelineName>,
+    /// The whole payload, whatever its size.
+    #[arg(long)]
+    payload: bool,
 }
 
 impl Parked {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         match self.command {
             Command::List(list) => list.run().await,
+            Command::Show(show) => show.run().await,
+            Command::Redrive(redrive) => redrive.run().await,
+            Command::Drop(drop) => drop.run().await,
         }
     }
 }
@@ -50,9 +114,10 @@ impl List {
     async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
-        let parked = database.parked(self.pipeline.as_ref(), self.limit).await?;
+        let selector = self.filter.selector(None);
+        let parked = database.parked(&selector, self.limit).await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&parked.entities)?);
+            anstream::println!("{}", serde_json::to_string_pretty(&parked.events)?);
         } else {
             show_table(&parked);
         }
@@ -60,38 +125,140 @@ impl List {
     }
 }
 
-fn show_table(parked: &ParkedEntities) {
-    let ParkedEntities { entities, total } = parked;
-    if entities.is_empty() {
+/// What an operator has to know besides the error.
+fn state(event: &ParkedEvent) -> &'static str {
+    match (event.wanted, event.holds) {
+        (Some(Action::Redrive), _) => "being redriven",
+        (Some(Action::Drop), _) => "being dropped",
+        (None, true) => "entity waits",
+        (None, false) => "dead letter",
+    }
+}
+
+pub(super) fn show_table(parked: &ParkedEvents) {
+    let ParkedEvents { events, total } = parked;
+    if events.is_empty() {
         anstream::println!("nothing is parked");
         return;
     }
     let mut table = show::table(&[
         "PIPELINE",
+        ">ID",
         "ENTITY",
-        ">FIRST",
         "EVENT",
         "SINCE",
+        "STATE",
         ">WAITING BEHIND",
+        ">ATTEMPTS",
         "ERROR",
     ]);
-    for entity in entities {
+    for event in events {
         table.add_row(vec![
-            Cell::new(&entity.pipeline),
-            Cell::new(show::plain(&format!(
-                "{} {}",
-                entity.aggregate_type, entity.aggregate_id
-            ))),
-            show::number(Some(entity.first_id)),
-            Cell::new(show::plain(&entity.event_type)),
-            Cell::new(show::age(entity.parked_seconds)),
-            show::number(Some(entity.waiting_events)),
-            Cell::new(show::plain(entity.error.as_deref().unwrap_or("-"))),
+            Cell::new(&event.pipeline),
+            show::number(Some(event.id)),
+            Cell::new(entity(event)),
+            Cell::new(show::plain(&event.event_type)),
+            Cell::new(show::age(event.parked_seconds)),
+            Cell::new(state(event)),
+            show::number(Some(event.waiting_events)),
+            show::number(Some(event.attempts)),
+            Cell::new(show::plain(event.error.as_deref().unwrap_or("-"))),
         ]);
     }
     show::print_table(&mut table);
-    let shown = i64::try_from(entities.len()).unwrap_or(i64::MAX);
+    let shown = i64::try_from(events.len()).unwrap_or(i64::MAX);
     if shown < *total {
-        anstream::println!("{shown} of {total} entities; --limit {total} shows all");
+        anstream::println!("{shown} of {total} events; --limit {total} shows all");
+    }
+}
+
+/// As `--entity` takes it.
+fn entity(event: &ParkedEvent) -> String {
+    show::plain(&format!("{}/{}", event.aggregate_type, event.aggregate_id))
+}
+
+impl Show {
+    /// Enough to see what it is.
+    const PAYLOAD_BYTES: u32 = 2000;
+    /// As much as a database takes for one value.
+    const WHOLE: u32 = 1 << 30;
+
+    async fn run(self) -> Result<Outcome, Error> {
+        let config: Config = self.config.load()?;
+        let mut database = Database::open(&config.source).await?;
+        let selector = Selector {
+            pipeline: self.pipeline,
+            id: Some(EventId(self.id)),
+            ..Selector::default()
+        };
+        let most = if self.payload {
+            Self::WHOLE
+        } else {
+            Self::PAYLOAD_BYTES
+        };
+        let found = database.show(&selector, most).await?;
+        if found.is_empty() {
+            bail!(
+                "event {} is not parked: see `outbox-relay parked list`",
+                self.id
+            );
+        }
+        for detail in &found {
+            if self.json {
+                anstream::println!("{}", serde_json::to_string_pretty(detail)?);
+            } else {
+                show_detail(detail);
+            }
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+fn show_detail(detail: &ParkedDetail) {
+    let ParkedDetail {
+        event,
+        occurred_at,
+        behind,
+        history,
+        content_type,
+        headers,
+        payload,
+        payload_hex,
+        payload_bytes,
+    } = detail;
+    let line = |name: &str, value: &str| anstream::println!("{DIM}{name:<13}{DIM:#}{value}");
+    anstream::println!("{BOLD}event {} of {}{BOLD:#}", event.id, entity(event));
+    line("pipeline", &event.pipeline);
+    line("event id", &event.event_id);
+    line("event type", &show::plain(&event.event_type));
+    line("emitted", occurred_at);
+    line(
+        "set aside",
+        &format!("{} ago", show::age(event.parked_seconds)),
+    );
+    line("state", state(event));
+    line("error", &show::plain(event.error.as_deref().unwrap_or("-")));
+    if let Some(oldest) = behind {
+        line("waits behind", &format!("event {oldest}"));
+    }
+    line("behind it", &format!("{} events", event.waiting_events));
+    line("attempts", &event.attempts.to_string());
+    for rejected in history {
+        line(
+            &"",
+            &format!("{} {}", rejected.at, show::plain(&rejected.error)),
+        );
+    }
+    line(
+        "content type",
+        &show::plain(content_type.as_deref().unwrap_or("-")),
+    );
+    line("headers", &show::plain(headers.as_deref().unwrap_or("-")));
+    let shown = payload.as_deref().map(show::plain).or(payload_hex.clone());
+    line("payload", shown.as_deref().unwrap_or("none: a tombstone"));
+    let shown_bytes = payload.as_ref().map_or(0, String::len)
+        + payload_hex.as_ref().map_or(0, |hex| hex.len() / 2);
+    if i64::try_from(shown_bytes).unwrap_or(i64::MAX) < *payload_bytes {
+        anstream::println!("({shown_bytes} of {payload_bytes} bytes; --payload shows all)");
     }
 }

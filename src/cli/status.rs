@@ -12,11 +12,11 @@ use comfy_table::Cell;
 use serde::Serialize;
 use tokio::time::sleep;
 
-use super::books::Database;
 use super::show::{self, BOLD, GREEN, RED, YELLOW};
 use super::{ConfigArgs, Outcome};
 use crate::admin::{self, Overview};
 use crate::config::Config;
+use crate::database::Database;
 use crate::ledger::view::{Books, LogSize, PipelineBooks, Server};
 use crate::reason::reason;
 use crate::relay::status::State;

@@ -4,6 +4,7 @@
 
 mod environment;
 mod error;
+mod pipeline;
 mod retention;
 
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::providers::{Format, Toml};
@@ -23,11 +24,10 @@ use sqlx::postgres::PgConnectOptions;
 
 use self::environment::Environment;
 pub use self::error::ConfigError;
+use self::pipeline::{RawPipeline, resolve_pipelines};
 use self::retention::RawRetention;
-use crate::encode::{self, Encoding};
-use crate::event::{PipelineName, Start};
-use crate::relay::{Pipeline, Policy};
-use crate::route::{Filter, Route, Template};
+use crate::event::Start;
+use crate::relay::Pipeline;
 use crate::sink::kafka;
 use crate::source::PageLimits;
 use crate::source::postgres::CaptureMode;
@@ -113,6 +113,7 @@ struct RawRelay {
     acknowledge_interval: Duration,
     #[serde(with = "humantime_serde")]
     drain_timeout: Duration,
+    redrive_rate: usize,
 }
 
 /// The bounds of each pipeline.
@@ -126,6 +127,30 @@ pub struct Admin {
     pub enabled: bool,
     /// Where it listens.
     pub listen: SocketAddr,
+    /// What whoever changes something has to know; without it nothing can be changed there.
+    pub token: Option<SecretString>,
+    token_file: Option<PathBuf>,
+}
+
+impl Admin {
+    fn resolve(mut self) -> Result<Self, ConfigError> {
+        const CHARACTERS_MIN: usize = 16;
+        if let Some(file) = self.token_file.take() {
+            if self.token.is_some() {
+                return Err(ConfigError::new(
+                    "admin.token and admin.token_file are both set",
+                ));
+            }
+            self.token = Some(read_secret("admin.token_file", &file)?);
+        }
+        let short = |token: &SecretString| token.expose_secret().len() < CHARACTERS_MIN;
+        if self.token.as_ref().is_some_and(short) {
+            return Err(ConfigError::new(format!(
+                "admin.token is too easy to guess: it has to have at least {CHARACTERS_MIN} characters"
+            )));
+        }
+        Ok(self)
+    }
 }
 
 /// Logging.
@@ -212,46 +237,6 @@ struct RawSink {
     kafka: kafka::Settings,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPipeline {
-    start: StartText,
-    topic: Template,
-    key: Template,
-    format: encode::Format,
-    cloudevents_source: String,
-    on_rejected: Policy,
-    filter: Filter,
-}
-
-#[derive(Deserialize)]
-#[serde(try_from = "String")]
-struct StartText(Start);
-
-impl TryFrom<String> for StartText {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        let start = match &text[..] {
-            "earliest" => Start::Earliest,
-            "latest" => Start::Latest,
-            time => {
-                let time = humantime::parse_rfc3339_weak(time).map_err(|_| {
-                    format!("{time:?} is neither \"earliest\" nor \"latest\" nor a time such as \"2026-01-31T00:00:00Z\"")
-                })?;
-                let since = time
-                    .duration_since(UNIX_EPOCH)
-                    .map_err(|_| "the time is before 1970".to_owned())?;
-                Start::Time(
-                    i64::try_from(since.as_micros())
-                        .map_err(|_| "the time is too late".to_owned())?,
-                )
-            }
-        };
-        Ok(Self(start))
-    }
-}
-
 impl Config {
     /// Reads the configuration. `env` is the environment as data: pairs of name and value.
     ///
@@ -293,7 +278,7 @@ impl Config {
             relay: relay.resolve()?,
             retention: retention.resolve(&pipelines)?,
             pipelines,
-            admin,
+            admin: admin.resolve()?,
             log,
             given: Given(flat(&figment)),
         })
@@ -318,49 +303,6 @@ fn flat(figment: &Figment) -> BTreeMap<String, Value> {
         add("", dict, &mut settings);
     }
     settings
-}
-
-fn resolve_pipelines(
-    figment: &Figment,
-    mut names: Vec<String>,
-) -> Result<Vec<PipelineConfig>, ConfigError> {
-    if names.is_empty() {
-        names.push("main".to_owned());
-    }
-    names
-        .into_iter()
-        .map(|name| {
-            let key = format!("pipelines.{name}");
-            let pipeline_name = PipelineName::from_str(&name)
-                .map_err(|reason| ConfigError::new(format!("{key}: {reason}")))?;
-            let layered = figment.focus("pipeline").merge(figment.focus(&key));
-            let raw: RawPipeline = layered
-                .extract()
-                .map_err(|error| ConfigError::from_figment(&error, &key, figment))?;
-            let RawPipeline {
-                start,
-                topic,
-                key,
-                format,
-                cloudevents_source,
-                on_rejected,
-                filter,
-            } = raw;
-            Ok(PipelineConfig {
-                pipeline: Pipeline {
-                    name: pipeline_name,
-                    filter,
-                    route: Route { topic, key },
-                    encoding: Encoding {
-                        format,
-                        cloudevents_source,
-                    },
-                    on_rejected,
-                },
-                start: start.0,
-            })
-        })
-        .collect()
 }
 
 impl RawSource {
@@ -480,10 +422,12 @@ impl RawRelay {
             lease_ttl,
             acknowledge_interval,
             drain_timeout,
+            redrive_rate,
         } = self;
         for (key, value) in [
             ("page_events", page_events),
             ("in_flight_events", in_flight_events),
+            ("redrive_rate", redrive_rate),
         ] {
             if value == 0 {
                 return Err(ConfigError::new(format!(
@@ -507,6 +451,7 @@ impl RawRelay {
             lease_ttl,
             drain_timeout,
             acknowledge_interval,
+            redrive_rate,
         })
     }
 }

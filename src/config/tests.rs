@@ -3,6 +3,7 @@ use std::io::Write;
 use expect_test::expect;
 
 use super::*;
+use crate::encode;
 
 fn load(toml: &str, env: &[(&str, &str)]) -> Result<Config, String> {
     let mut file = tempfile::Builder::new()
@@ -28,7 +29,8 @@ const URL: (&str, &str) = (
 
 #[test]
 fn the_shipped_file_and_a_url_are_enough() {
-    let config = load("", &[URL]).unwrap();
+    let token = ("RELAY_ADMIN__TOKEN", "planted-secret-of-the-admin");
+    let config = load("", &[URL, token]).unwrap();
     assert_eq!(config.pipelines.len(), 1);
     assert_eq!(config.pipelines[0].pipeline.name.as_str(), "main");
     assert!(!format!("{config:?}").contains("planted-secret"));
@@ -44,9 +46,9 @@ fn the_defaults_are_pinned() {
         ..
     } = load("", &[URL]).unwrap();
     expect![[r#"
-        PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park }, start: Earliest }
-        Settings { page: PageLimits { rows: 5000, bytes: 2097152 }, in_flight_rows: 20000, in_flight_bytes: 16777216, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms }
-        Admin { enabled: true, listen: 127.0.0.1:9187 }
+        PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest }
+        Settings { page: PageLimits { rows: 5000, bytes: 2097152 }, in_flight_rows: 20000, in_flight_bytes: 16777216, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms, redrive_rate: 500 }
+        Admin { enabled: true, listen: 127.0.0.1:9187, token: None, token_file: None }
         Log { level: "info", format: Text }
     "#]]
     .assert_eq(&format!("{:?}\n{relay:?}\n{admin:?}\n{log:?}\n", pipelines[0]));
@@ -130,6 +132,18 @@ fn pipelines_inherit_what_they_do_not_say() {
 }
 
 #[test]
+fn a_pipeline_that_parks_does_not_mind_the_topic_of_dead_letters() {
+    let all = "[pipeline]\non_rejected = \"dead_letter\"\ndead_letter_topic = \"dead\"\n\
+               [pipelines.letters]\n[pipelines.parks]\non_rejected = \"park\"\n";
+    let config = load(all, &[URL]).unwrap();
+    let topics = config
+        .pipelines
+        .iter()
+        .map(|p| p.pipeline.dead_letter_topic.as_deref());
+    assert_eq!(topics.collect::<Vec<_>>(), [Some("dead"), None]);
+}
+
+#[test]
 fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
     let cases: &[(&str, &[(&str, &str)])] = &[
         ("[sink.kafka]\nbroker = \"x\"", &[]),
@@ -154,6 +168,19 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         ("[sink.kafka]\ndelivery = \"exactly-once\"", &[]),
         ("[sink.kafka]\ntransactional_id = \"a b\"", &[]),
         ("[sink.kafka.properties]\n\"transactional.id\" = \"x\"", &[]),
+        ("[admin]\ntoken = \"short\"", &[]),
+        (
+            "[admin]\ntoken_file = \"/none\"",
+            &[("RELAY_ADMIN__TOKEN", "a-token-that-is-long-enough")],
+        ),
+        ("[pipelines.orders]\nparked_max = 0", &[]),
+        ("[pipelines.orders]\ndead_letter_topic = \"dead\"", &[]),
+        (
+            "[pipelines.orders]\ndead_letter_topic = \"dead letters\"",
+            &[],
+        ),
+        ("[pipelines.orders]\non_rejected = \"ignore\"", &[]),
+        ("[relay]\nredrive_rate = 0", &[]),
     ];
     let mut lines = String::new();
     for (toml, env) in cases {
@@ -185,6 +212,13 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         sink.kafka.transactional_id is missing: sink.kafka.delivery = "exactly-once" needs a name that no other outbox on the Kafka cluster uses, such as "shop-relay"; two outboxes with the same one would shut each other out
         sink.kafka.transactional_id = "a b": 1 to 150 of A-Z, a-z, 0-9, ".", "_" and "-", for a topic is named after it
         sink.kafka.properties has "transactional.id": set sink.kafka.delivery = "exactly-once" and sink.kafka.transactional_id instead
+        admin.token is too easy to guess: it has to have at least 16 characters
+        admin.token and admin.token_file are both set
+        pipelines.orders.parked_max = 0: has to be at least 1; to set nothing aside say on_rejected = "halt" or "drop"
+        pipelines.orders.dead_letter_topic is set and on_rejected is not "dead_letter": nothing would go there
+        relay.toml: pipelines.orders.dead_letter_topic: the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-'
+        relay.toml: pipelines.orders.on_rejected = "ignore": has to be one of park, dead_letter, drop, halt; there is park, dead_letter, drop, halt
+        relay.redrive_rate = 0: has to be at least 1
     "#]].assert_eq(&lines);
 }
 

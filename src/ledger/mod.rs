@@ -2,6 +2,7 @@
 //!
 //! Every write is fenced by the epoch of the lease: an owner that was replaced changes nothing (I8).
 
+pub mod acts;
 pub mod postgres;
 pub mod sqlite;
 pub mod view;
@@ -9,7 +10,7 @@ pub mod view;
 use std::future::Future;
 use std::time::Duration;
 
-use crate::event::{Event, EventId, PipelineName, Start};
+use crate::event::{Event, EventId, HeldEntity, PipelineName, Start};
 use crate::position::Position;
 
 /// What a ledger needs to know about its pipeline.
@@ -47,8 +48,10 @@ pub struct Tenure {
     /// Names the log and this cursor in it: positions that were written down elsewhere mean something only under the same
     /// name. Another database, a restored or crashed one, and a cursor that was begun anew have other names.
     pub log: String,
-    /// Entities that wait behind a parked event: aggregate type, aggregate id, and the id of their first parked event.
-    pub parked: Vec<(String, String, EventId)>,
+    /// Entities that wait behind a parked event.
+    pub held: Vec<HeldEntity>,
+    /// Events that are set aside and hold nobody up.
+    pub dead_letters: Vec<EventId>,
 }
 
 /// Whether a fenced write took place.
@@ -68,6 +71,44 @@ pub struct Parked {
     pub event: Event,
     /// Why it was rejected; none when it only waits behind one that was.
     pub error: Option<String>,
+    /// Whether later events of its entity wait behind it; a dead letter holds nobody up.
+    pub holds: bool,
+}
+
+/// A parked event whose turn it is: an operator asked for it, or for one before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Due {
+    /// The whole event.
+    pub event: Event,
+    /// How often it was rejected.
+    pub attempts: u32,
+    /// Whether its entity waits for it.
+    pub holds: bool,
+    /// It is not to be published but forgotten.
+    pub drop: bool,
+}
+
+/// What became of due events.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resolved {
+    /// Delivered: no longer set aside.
+    pub delivered: Vec<EventId>,
+    /// Dropped on request; those that nobody wants dropped any more stay.
+    pub dropped: Vec<EventId>,
+    /// Rejected once more, with the reason: they wait until somebody asks again.
+    pub rejected: Vec<(EventId, String)>,
+}
+
+/// The answer to [`Ledger::resolve`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// Written. Of these entities (aggregate type and id) nothing is parked any more that holds them.
+    Written {
+        /// In no order.
+        free: Vec<(String, String)>,
+    },
+    /// Not written, as [`Fenced::Lost`].
+    Lost,
 }
 
 /// The books could not be read or written; whether a write took place is unknown.
@@ -79,7 +120,9 @@ pub struct LedgerError(#[from] pub anyhow::Error);
 ///
 /// The contract: of many holders at most one is told [`Acquired::Ours`] until its lease ends or is released; what
 /// [`acknowledge`](Ledger::acknowledge) wrote is what the next tenure starts with; a write by a former owner answers
-/// [`Fenced::Lost`] and changes nothing; parking the same event twice keeps the first.
+/// [`Fenced::Lost`] and changes nothing; parking the same event twice keeps the first. Of one entity parked events become
+/// due from its oldest on, and none behind one that was rejected and that nobody asked for, and none that the cursor has not
+/// passed; they stay due, whoever owns the pipeline, until [`resolve`](Ledger::resolve) says what became of them.
 pub trait Ledger: Send {
     /// Takes the lease if nobody else has it, and reads where to continue.
     ///
@@ -110,6 +153,25 @@ pub trait Ledger: Send {
         &mut self,
         parked: &[Parked],
     ) -> impl Future<Output = Result<Fenced, LedgerError>> + Send;
+
+    /// Parked events whose turn it is, by their ids: at most `rows`, and unless the first alone has more, at most `bytes`.
+    ///
+    /// # Errors
+    /// When the database can't be asked.
+    fn due(
+        &mut self,
+        rows: usize,
+        bytes: usize,
+    ) -> impl Future<Output = Result<Vec<Due>, LedgerError>> + Send;
+
+    /// Writes what became of due events. What waits behind those that are not set aside any more is due.
+    ///
+    /// # Errors
+    /// When the answer is unknown.
+    fn resolve(
+        &mut self,
+        resolved: &Resolved,
+    ) -> impl Future<Output = Result<Resolution, LedgerError>> + Send;
 
     /// Gives the lease back, so that a standby takes over at once.
     ///
@@ -152,6 +214,20 @@ impl Ledger for AnyLedger {
         match self {
             Self::Postgres(ledger) => ledger.park(parked).await,
             Self::Sqlite(ledger) => ledger.park(parked).await,
+        }
+    }
+
+    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.due(rows, bytes).await,
+            Self::Sqlite(ledger) => ledger.due(rows, bytes).await,
+        }
+    }
+
+    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.resolve(resolved).await,
+            Self::Sqlite(ledger) => ledger.resolve(resolved).await,
         }
     }
 

@@ -8,6 +8,8 @@ use crate::position::Position;
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     id: EventId,
+    /// How far into its page the position is once this slot has left.
+    passes: EventId,
     bytes: usize,
     occurred_at_us: i64,
     tag: u32,
@@ -87,9 +89,28 @@ impl InFlight {
 
     /// Takes up the next event of the log.
     pub fn push(&mut self, id: EventId, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
+        self.push_slot(id, id, bytes, occurred_at_us, tag)
+    }
+
+    /// Takes up an event that the position has passed already, inside of a page that ends where the one before ends:
+    /// the position stays where it is.
+    pub fn push_again(&mut self, id: EventId, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
+        let passes = self.marks.back().map_or(id, |page| page.end.last_id);
+        self.push_slot(id, passes, bytes, occurred_at_us, tag)
+    }
+
+    fn push_slot(
+        &mut self,
+        id: EventId,
+        passes: EventId,
+        bytes: usize,
+        occurred_at_us: i64,
+        tag: u32,
+    ) -> Seq {
         let seq = self.next_seq();
         self.slots.push_back(Slot {
             id,
+            passes,
             bytes,
             occurred_at_us,
             tag,
@@ -143,7 +164,7 @@ impl InFlight {
         let oldest_us = self.oldest_us();
         let mut last_id = None;
         while let Some(slot) = self.slots.front().filter(|slot| slot.settled) {
-            last_id = Some(slot.id);
+            last_id = Some(slot.passes);
             self.bytes -= slot.bytes;
             self.base += 1;
             self.slots.pop_front();
@@ -179,9 +200,15 @@ impl InFlight {
         } else {
             Position {
                 window: page.end.window.clone(),
-                last_id: last.id,
+                last_id: last.passes,
             }
         })
+    }
+
+    /// Whether this event and all before it are settled and released.
+    #[must_use]
+    pub fn is_released(&self, seq: Seq) -> bool {
+        seq.0 < self.base
     }
 
     /// Events taken up and not released.

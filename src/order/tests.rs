@@ -6,7 +6,7 @@ use expect_test::{Expect, expect};
 use proptest::prelude::*;
 
 use super::{InFlight, Settled, Suspects, Waiting};
-use crate::event::{Event, EventId, Payload, Seq};
+use crate::event::{Event, EventId, HeldEntity, Payload, Seq};
 use crate::position::{Position, Window};
 
 fn end(ceiling: i64) -> Position {
@@ -25,19 +25,28 @@ fn end(ceiling: i64) -> Position {
 fn check(story: &str, expected: &Expect) {
     let mut in_flight = InFlight::new(4, 35);
     let mut seen = String::new();
+    let mut last = end(0);
     for step in story.split(';').map(str::trim) {
         let (verb, numbers) = step.split_once(' ').unwrap();
         let numbers = numbers.split(' ').map(|n| n.parse::<i64>().unwrap());
         match verb {
             "page" => {
                 let ids: Vec<i64> = numbers.collect();
-                in_flight.begin_page(ids.len(), end(ids[ids.len() - 1] + 100));
+                last = end(ids[ids.len() - 1] + 100);
+                in_flight.begin_page(ids.len(), last.clone());
                 for id in ids {
                     let room = in_flight.has_room_for(10);
                     in_flight.push(EventId(id), 10, id, 0);
                     if !room {
                         writeln!(seen, "no room for {id}").unwrap();
                     }
+                }
+            }
+            "again" => {
+                let ids: Vec<i64> = numbers.collect();
+                in_flight.begin_page(ids.len(), last.clone());
+                for id in ids {
+                    in_flight.push_again(EventId(id), 10, id, 0);
                 }
             }
             "settle" => {
@@ -152,6 +161,64 @@ fn event(id: i64, aggregate_type: &'static str, aggregate_id: &'static str) -> E
         headers: None,
         occurred_at_us: 0,
     }
+}
+
+#[test]
+fn events_that_come_again_move_no_position() {
+    check(
+        "page 1 2; again 8 9; settle 0 1 2; page 5; settle 3 4",
+        &expect![[r#"
+            3 events to 102/102
+            2 events to 105/105
+        "#]],
+    );
+    check(
+        "page 1 2; again 8 9; settle 1 3; settle 0; settle 2",
+        &expect![[r#"
+            nothing of 4
+            2 events to 102/102
+            2 events to 102/102
+        "#]],
+    );
+}
+
+#[test]
+fn an_event_is_released_with_all_before_it() {
+    let mut in_flight = InFlight::new(4, 35);
+    in_flight.begin_page(2, end(2));
+    let [first, second] = [1, 2].map(|id| in_flight.push(EventId(id), 1, 0, 0));
+    in_flight.settle(second);
+    in_flight.advance();
+    assert!(!in_flight.is_released(second));
+    in_flight.settle(first);
+    assert!(!in_flight.is_released(first));
+    in_flight.advance();
+    assert!(in_flight.is_released(first) && in_flight.is_released(second));
+}
+
+#[test]
+fn an_entity_is_counted_and_let_go() {
+    let mut waiting = Waiting::new([HeldEntity {
+        aggregate_type: "order".to_owned(),
+        aggregate_id: "1".to_owned(),
+        first: EventId(3),
+        last: EventId(5),
+        events: 2,
+    }]);
+    for id in [5, 6, 6] {
+        waiting.park(&event(id, "order", "1"));
+    }
+    waiting.park(&event(7, "order", "2"));
+    assert_eq!((waiting.events_of("order", "1"), waiting.events()), (3, 4));
+    assert!(waiting.has(&event(5, "order", "1")) && !waiting.has(&event(7, "order", "1")));
+    waiting.remove("order", "1", 2);
+    waiting.remove("customer", "1", 2);
+    assert_eq!((waiting.events_of("order", "1"), waiting.events()), (1, 2));
+    assert!(waiting.holds(&event(9, "order", "1")));
+    waiting.release("order", "1");
+    waiting.release("customer", "1");
+    assert!(!waiting.holds(&event(9, "order", "1")) && waiting.holds(&event(9, "order", "2")));
+    assert_eq!((waiting.len(), waiting.events()), (1, 1));
 }
 
 #[test]

@@ -2,52 +2,117 @@
 
 use std::collections::HashMap;
 
-use crate::event::{Event, EventId};
+use crate::event::{Event, EventId, HeldEntity};
 
-/// The first parked event of each entity that waits.
+/// Every entity that waits.
 #[derive(Debug, Default)]
 pub struct Waiting {
-    /// Aggregate type → aggregate id → first parked event.
-    entities: HashMap<String, HashMap<String, EventId>>,
+    /// Aggregate type → aggregate id → its parked events.
+    entities: HashMap<String, HashMap<String, Held>>,
+    /// Of all entities.
+    events: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    first: EventId,
+    last: EventId,
+    events: usize,
 }
 
 impl Waiting {
-    /// From aggregate type, aggregate id and first parked event.
+    /// What is parked already.
     #[must_use]
-    pub fn new(parked: impl IntoIterator<Item = (String, String, EventId)>) -> Self {
+    pub fn new(held: impl IntoIterator<Item = HeldEntity>) -> Self {
         let mut waiting = Self::default();
-        for (aggregate_type, aggregate_id, first) in parked {
-            waiting
-                .entities
-                .entry(aggregate_type)
-                .or_default()
-                .insert(aggregate_id, first);
+        for entity in held {
+            let HeldEntity {
+                aggregate_type,
+                aggregate_id,
+                first,
+                last,
+                events,
+            } = entity;
+            waiting.events += events;
+            let of_type = waiting.entities.entry(aggregate_type).or_default();
+            of_type.insert(
+                aggregate_id,
+                Held {
+                    first,
+                    last,
+                    events,
+                },
+            );
         }
         waiting
     }
 
-    /// Notes that an event of the entity is parked.
+    fn held(&self, event: &Event) -> Option<&Held> {
+        if self.entities.is_empty() {
+            return None;
+        }
+        self.entities
+            .get(&event.aggregate_type[..])?
+            .get(&event.aggregate_id[..])
+    }
+
+    /// Notes that an event of the entity is parked. Within one entity the order of the ids is the commit order, so one that
+    /// is not newer than all before has been parked already and is read again.
     pub fn park(&mut self, event: &Event) {
-        let first = self
+        let known = self.has(event);
+        let held = self
             .entities
             .entry(event.aggregate_type.to_string())
             .or_default()
             .entry(event.aggregate_id.to_string())
-            .or_insert(event.id);
-        *first = event.id.min(*first);
+            .or_insert(Held {
+                first: event.id,
+                last: event.id,
+                events: 0,
+            });
+        held.first = event.id.min(held.first);
+        held.last = event.id.max(held.last);
+        if !known {
+            held.events += 1;
+            self.events += 1;
+        }
+    }
+
+    /// Whether the event itself is parked.
+    #[must_use]
+    pub fn has(&self, event: &Event) -> bool {
+        self.held(event)
+            .is_some_and(|held| (held.first..=held.last).contains(&event.id))
     }
 
     /// Whether the event has to wait: an event of its entity that precedes it (or it itself, when the log is read again)
-    /// is parked. Within one entity the order of the ids is the commit order.
+    /// is parked.
     #[must_use]
     pub fn holds(&self, event: &Event) -> bool {
-        if self.entities.is_empty() {
-            return false;
+        self.held(event).is_some_and(|held| held.first <= event.id)
+    }
+
+    /// Notes that this many parked events of an entity are there no more.
+    pub fn remove(&mut self, aggregate_type: &str, aggregate_id: &str, events: usize) {
+        let of_type = self.entities.get_mut(aggregate_type);
+        if let Some(held) = of_type.and_then(|entities| entities.get_mut(aggregate_id)) {
+            let events = events.min(held.events);
+            held.events -= events;
+            self.events -= events;
         }
-        self.entities
-            .get(&event.aggregate_type[..])
-            .and_then(|entities| entities.get(&event.aggregate_id[..]))
-            .is_some_and(|first| *first <= event.id)
+    }
+
+    /// Lets the entity go: none of its events is parked any more.
+    pub fn release(&mut self, aggregate_type: &str, aggregate_id: &str) {
+        let Some(of_type) = self.entities.get_mut(aggregate_type) else {
+            return;
+        };
+        if let Some(held) = of_type.remove(aggregate_id) {
+            self.events -= held.events;
+        }
+        if of_type.is_empty() {
+            self.entities.remove(aggregate_type);
+        }
     }
 
     /// How many entities wait.
@@ -60,5 +125,20 @@ impl Waiting {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entities.is_empty()
+    }
+
+    /// How many events are parked.
+    #[must_use]
+    pub fn events(&self) -> usize {
+        self.events
+    }
+
+    /// How many of one entity.
+    #[must_use]
+    pub fn events_of(&self, aggregate_type: &str, aggregate_id: &str) -> usize {
+        self.entities
+            .get(aggregate_type)
+            .and_then(|entities| entities.get(aggregate_id))
+            .map_or(0, |held| held.events)
     }
 }

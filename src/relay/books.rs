@@ -1,19 +1,23 @@
-//! Keeps the ledger while a pipeline runs: renews the lease, moves the cursor, parks events.
+//! Keeps the ledger while a pipeline runs: renews the lease, moves the cursor, parks events, looks for due ones.
 //!
-//! The one user of the ledger's connection; its three duties come one after the other, each a single short statement.
+//! The one user of the ledger's connection; its duties come one after the other, each a short transaction.
 
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::ledger::{Fenced, Ledger, LedgerError, Parked};
+use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved};
 use crate::position::Position;
 
-/// Events to park, and where to say that they are.
-pub(super) struct ParkOrder {
-    pub(super) parked: Vec<Parked>,
-    pub(super) done: oneshot::Sender<()>,
+/// What the loop wants of the books, and where to answer.
+pub(super) enum Order {
+    /// Set these aside, and say that they are.
+    Park(Vec<Parked>, oneshot::Sender<()>),
+    /// Say which parked events are due, as soon as there are any.
+    Due(oneshot::Sender<Vec<Due>>),
+    /// Write what became of them, and say which entities are free.
+    Resolve(Resolved, oneshot::Sender<Vec<(String, String)>>),
 }
 
 /// The ends of the channels that the books hold.
@@ -22,7 +26,7 @@ pub(super) struct Desk {
     pub(super) settled: watch::Receiver<Position>,
     /// How far that is durable.
     pub(super) durable: watch::Sender<Position>,
-    pub(super) orders: mpsc::Receiver<ParkOrder>,
+    pub(super) orders: mpsc::Receiver<Order>,
     /// Until when the lease holds if it is not renewed.
     pub(super) lease_until: watch::Sender<Instant>,
 }
@@ -42,11 +46,32 @@ pub(super) struct Pace {
     pub(super) lease_ttl: Duration,
     /// The cursor moves at most this often; what is confirmed meanwhile rides along.
     pub(super) acknowledge_interval: Duration,
+    /// Due events at once, and their bytes.
+    pub(super) due_rows: usize,
+    pub(super) due_bytes: usize,
+    /// Due events in a second.
+    pub(super) redrive_rate: usize,
+}
+
+impl Pace {
+    fn renew_interval(&self) -> Duration {
+        self.lease_ttl / 3
+    }
+
+    /// How long after this many due events the next ones are looked for. An idle relay looks as often as it renews.
+    fn look_interval(&self, found: usize) -> Duration {
+        if found == 0 {
+            self.renew_interval()
+        } else {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            Duration::from_secs(1) * found / u32::try_from(self.redrive_rate.max(1)).unwrap_or(1)
+        }
+    }
 }
 
 /// Runs until the pipeline drops its ends of the channels, or the lease is lost.
 pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace) -> Closed {
-    let renew_interval = pace.lease_ttl / 3;
+    let renew_interval = pace.renew_interval();
     // A third of the lease after it was asked for.
     let mut renew_at = desk
         .lease_until
@@ -54,10 +79,14 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
         .checked_sub(2 * renew_interval)
         .unwrap_or_else(Instant::now);
     let mut acknowledge_at = Instant::now();
+    let mut look_at = Instant::now();
+    let mut asker: Option<oneshot::Sender<Vec<Due>>> = None;
     loop {
         let durable = desk.durable.borrow().clone();
         let deadline = *desk.lease_until.borrow();
-        // In this order: without a lease nothing else counts; a parked event holds up its pipeline; the cursor can wait.
+        let asked = asker.as_ref().is_some_and(|asker| !asker.is_closed());
+        // In this order: without a lease nothing else counts; a parked event holds up its pipeline; what is due was asked
+        // for by a person; the cursor can wait.
         let done = tokio::select! {
             biased;
             () = sleep_until(renew_at) => {
@@ -69,13 +98,41 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                 }
                 renewed
             }
-            Some(order) = desk.orders.recv() => {
-                let parked = timeout_at(deadline, ledger.park(&order.parked)).await;
-                if matches!(parked, Ok(Ok(Fenced::Written))) {
-                    // Whoever asked may have ended its life meanwhile; the event is parked all the same.
-                    let _ = order.done.send(());
+            Some(order) = desk.orders.recv() => match order {
+                Order::Park(parked, done) => {
+                    let parked = timeout_at(deadline, ledger.park(&parked)).await;
+                    if matches!(parked, Ok(Ok(Fenced::Written))) {
+                        // Whoever asked may have ended its life meanwhile; the event is parked all the same.
+                        let _ = done.send(());
+                    }
+                    parked
                 }
-                parked
+                Order::Due(new) => {
+                    asker = Some(new);
+                    continue;
+                }
+                Order::Resolve(resolved, done) => {
+                    let written = timeout_at(deadline, ledger.resolve(&resolved)).await;
+                    written.map(|written| written.map(|resolution| match resolution {
+                        Resolution::Written { free } => {
+                            let _ = done.send(free);
+                            Fenced::Written
+                        }
+                        Resolution::Lost => Fenced::Lost,
+                    }))
+                }
+            },
+            () = sleep_until(look_at), if asked => {
+                let due = timeout_at(deadline, ledger.due(pace.due_rows, pace.due_bytes)).await;
+                let found = due.as_ref().map_or(0, |due| due.as_ref().map_or(0, Vec::len));
+                look_at = Instant::now() + pace.look_interval(found);
+                due.map(|due| due.map(|due| {
+                    if let Some(asker) = asker.take_if(|_| !due.is_empty()) {
+                        // If the life that asked has ended they are found again.
+                        let _ = asker.send(due);
+                    }
+                    Fenced::Written
+                }))
             }
             moved = moved_from(&mut desk.settled, &durable, acknowledge_at) => {
                 let Some(position) = moved else {

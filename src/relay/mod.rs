@@ -12,9 +12,12 @@
 
 mod books;
 mod publish;
+mod redrive;
+mod reject;
 pub mod status;
+mod topics;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +28,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::books::{Closed, Desk, Pace};
 use self::publish::{Ended, Publisher};
+use self::redrive::Try;
+use self::reject::Full;
 use self::status::{State, Status};
 use crate::encode::Encoding;
 use crate::event::{EventId, PipelineName, Rejection};
@@ -43,6 +48,10 @@ pub enum Policy {
     /// It is set aside with its error; its entity waits, everybody else flows.
     #[default]
     Park,
+    /// It is set aside with its error, and its entity goes on without it.
+    DeadLetter,
+    /// It is counted and logged, and gone.
+    Drop,
     /// The pipeline stops.
     Halt,
 }
@@ -60,6 +69,12 @@ pub struct Pipeline {
     pub encoding: Encoding,
     /// What happens to events that can't be published.
     pub on_rejected: Policy,
+    /// Where copies of dead letters go.
+    pub dead_letter_topic: Option<String>,
+    /// Events that may be set aside in all.
+    pub parked_max: usize,
+    /// Events of one entity that may be set aside.
+    pub parked_max_per_entity: usize,
 }
 
 impl Pipeline {
@@ -93,6 +108,8 @@ pub struct Settings {
     pub drain_timeout: Duration,
     /// The cursor is written at most this often.
     pub acknowledge_interval: Duration,
+    /// Parked events that are published again in a second, at most.
+    pub redrive_rate: usize,
 }
 
 /// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
@@ -221,7 +238,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let Tenure {
             position,
             log,
-            parked,
+            held,
+            dead_letters,
         } = tenure;
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
@@ -237,6 +255,14 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let pace = Pace {
             lease_ttl: self.settings.lease_ttl,
             acknowledge_interval: self.settings.acknowledge_interval,
+            due_rows: self
+                .settings
+                .page
+                .rows
+                .min(self.settings.redrive_rate)
+                .max(1),
+            due_bytes: self.settings.page.bytes,
+            redrive_rate: self.settings.redrive_rate,
         };
         let mut lives = Lives {
             pipeline: &self.pipeline,
@@ -248,8 +274,10 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             metrics,
             now_us: self.now_us,
             log,
-            waiting: Waiting::new(parked),
+            waiting: Waiting::new(held),
+            dead_letters: dead_letters.into_iter().collect(),
             condemned: HashMap::new(),
+            full: None,
             suspects: Suspects::default(),
             durable: durable_seen,
             orders,
@@ -330,10 +358,12 @@ struct Lives<'a, S, K> {
     /// The name of the log that the positions belong to.
     log: String,
     waiting: Waiting,
-    condemned: HashMap<EventId, Rejection>,
+    dead_letters: HashSet<EventId>,
+    condemned: HashMap<(EventId, Try), Rejection>,
+    full: Option<Full>,
     suspects: Suspects,
     durable: watch::Receiver<Position>,
-    orders: mpsc::Sender<books::ParkOrder>,
+    orders: mpsc::Sender<books::Order>,
     lease_until: watch::Receiver<Instant>,
     /// Whether the topics that are known beforehand were there once.
     topics_ready: bool,
@@ -347,11 +377,11 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             let reason = match self.live(settled, stop).await {
                 Ended::Stopped => return Over::Stopped,
                 Ended::LeaseLost => return Over::LeaseLost,
-                Ended::Condemned(id, rejection) => {
+                Ended::Condemned(id, this, rejection) => {
                     tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
                         "the broker refused an event after its hand-over, reading again to set it aside");
                     self.suspects.acquit(id);
-                    self.condemned.insert(id, rejection);
+                    self.condemned.insert((id, this), rejection);
                     continue;
                 }
                 Ended::Suspected(rejection) => {
@@ -362,6 +392,14 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Halted(id, rejection) => {
                     self.halt(format!("event {id}: {rejection}"), stop).await;
                     return Over::Stopped;
+                }
+                Ended::Full(full) => {
+                    self.full = Some(full);
+                    continue;
+                }
+                Ended::Room => {
+                    self.full = None;
+                    continue;
                 }
                 Ended::Sink(error) => error.to_string(),
                 Ended::Source(error) => return Over::Trouble(error.to_string()),
@@ -384,6 +422,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         if let Err(error) = self.sink.open().await {
             return Ended::Sink(error);
         }
+        if let Some(Full { reason, .. }) = &self.full {
+            let reason = reason.clone();
+            self.set_state(State::Halted { reason });
+        }
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ended::Stopped,
@@ -405,7 +447,9 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             orders: &self.orders,
             lease_until: &self.lease_until,
             waiting: &mut self.waiting,
-            condemned: &self.condemned,
+            dead_letters: &mut self.dead_letters,
+            condemned: &mut self.condemned,
+            full: self.full.as_ref(),
             suspects: &mut self.suspects,
             answered,
             now_us: self.now_us,
@@ -417,10 +461,11 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             answers,
             metrics: self.metrics,
         };
+        let reads = self.full.is_none();
         tokio::select! {
             biased;
             ended = publisher.run(pages_read, stop) => ended,
-            error = reader.run(self.source, stop) => Ended::Source(error),
+            error = reader.run(self.source, stop), if reads => Ended::Source(error),
         }
     }
 

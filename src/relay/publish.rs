@@ -2,18 +2,20 @@
 //!
 //! The stages meet here and nowhere else: order → route → encode → sink, for each event, in the order of the log.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
 
-use metrics::Counter;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::books::ParkOrder;
+use super::books::Order;
+use super::redrive::{Redrive, Try};
+use super::reject::Full;
 use super::status::{State, Status};
+use super::topics::Topics;
 use super::{Pipeline, Policy, Settings};
 use crate::encode::encode;
 use crate::event::{Event, EventId, Rejection, Seq};
@@ -43,9 +45,13 @@ pub(super) enum Ended {
     /// it can't take.
     Suspected(Rejection),
     /// The broker refused an event that was alone: begin again, and set it aside this time.
-    Condemned(EventId, Rejection),
+    Condemned(EventId, Try, Rejection),
     /// An event was rejected and the policy is to halt.
     Halted(EventId, Rejection),
+    /// Nothing more may be set aside.
+    Full(Full),
+    /// There is room again.
+    Room,
     /// The lease has run out.
     LeaseLost,
 }
@@ -59,11 +65,15 @@ pub(super) struct Publisher<'a, K> {
     pub(super) status: &'a watch::Sender<Status>,
     pub(super) new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
     pub(super) settled: &'a watch::Sender<Position>,
-    pub(super) orders: &'a mpsc::Sender<ParkOrder>,
+    pub(super) orders: &'a mpsc::Sender<Order>,
     pub(super) lease_until: &'a watch::Receiver<Instant>,
     pub(super) waiting: &'a mut Waiting,
+    /// Events that are set aside and hold nobody up.
+    pub(super) dead_letters: &'a mut HashSet<EventId>,
     /// Events that the broker refused in an earlier life, with its reason.
-    pub(super) condemned: &'a HashMap<EventId, Rejection>,
+    pub(super) condemned: &'a mut HashMap<(EventId, Try), Rejection>,
+    /// What keeps this life from taking pages: it only makes room.
+    pub(super) full: Option<&'a Full>,
     /// Events that were refused together in an earlier life, of which no innocent one must be set aside (I6).
     pub(super) suspects: &'a mut Suspects,
     /// Whether the source has answered in this life.
@@ -73,26 +83,31 @@ pub(super) struct Publisher<'a, K> {
 }
 
 /// The state of one life; dropping it loses nothing that is not read again.
-struct Life {
-    in_flight: InFlight,
+pub(super) struct Life {
+    pub(super) in_flight: InFlight,
     /// That of the pipeline, where no other was given since.
     filter: Option<Arc<Filter>>,
-    /// The rest of the page that is being handed over.
-    pending: VecDeque<Event>,
-    parking: Vec<Parked>,
-    parking_seqs: Vec<Seq>,
-    topics: Topics,
+    /// The rest of the page, or of the batch of parked events, that is being handed over.
+    pub(super) pending: VecDeque<Event>,
+    pub(super) parking: Vec<Parked>,
+    pub(super) parking_seqs: Vec<Seq>,
+    /// Copies of dead letters that are in flight.
+    pub(super) copies: HashSet<Seq>,
+    pub(super) redrive: Redrive,
+    pub(super) topics: Topics,
+    /// Where the last page ends.
+    end: Position,
     latencies: LatencyTally,
     filtered: u64,
     heard_at: Instant,
     /// Whether something was handed over since the last batch ended.
-    uncommitted: bool,
+    pub(super) uncommitted: bool,
     /// The suspect that is in flight, alone.
     on_trial: Option<EventId>,
 }
 
 /// Why the hand-over paused.
-enum Pause {
+pub(super) enum Pause {
     /// Nothing at hand.
     Starved,
     /// No room in flight, or the sink's queue is full.
@@ -110,7 +125,7 @@ impl<K: Sink> Publisher<'_, K> {
         pages: mpsc::Receiver<Page>,
         stop: &CancellationToken,
     ) -> Ended {
-        let mut life = Life::new(self.settings);
+        let mut life = Life::new(self.settings, self.settled.borrow().clone());
         let ended = self.take_turns(&mut life, pages, stop).await;
         self.report(&mut life, None);
         ended
@@ -135,10 +150,11 @@ impl<K: Sink> Publisher<'_, K> {
             if drain_until.is_some() && life.in_flight.rows() == 0 {
                 return Ended::Stopped;
             }
+            self.ask_for_due(life);
             let paused_at = Instant::now();
             let mut lost = None;
             // In this order: receipts make room; a request to stop waits for nobody; a page is taken only when the last
-            // one is handed over.
+            // one is handed over, and parked events, of which there are few, before it.
             tokio::select! {
                 biased;
                 received = self.sink.receipts(&mut receipts), if life.in_flight.rows() > 0 => {
@@ -146,16 +162,24 @@ impl<K: Sink> Publisher<'_, K> {
                 }
                 () = stop.cancelled(), if drain_until.is_none() => {
                     drain_until = Some(Instant::now() + self.settings.drain_timeout);
-                    life.pending.clear();
+                    life.leave_the_rest();
                 }
                 () = until(drain_until) => return Ended::Stopped,
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
+                due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
+                    self.begin_batch(life, due);
+                }
                 Some(page) = pages.recv(), if life.pending.is_empty() && drain_until.is_none() => {
                     self.begin(life, page);
                 }
                 // Its sender lives as long as this life.
                 Ok(()) = self.answered.changed() => self.tick(life).await,
-                _ = ticks.tick() => self.tick(life).await,
+                _ = ticks.tick() => {
+                    self.tick(life).await;
+                    if self.full.is_some_and(|full| self.has_room(full)) && life.is_idle() {
+                        return Ended::Room;
+                    }
+                }
             }
             match pause {
                 Pause::Starved => self.metrics.starved(paused_at.elapsed()),
@@ -191,6 +215,7 @@ impl<K: Sink> Publisher<'_, K> {
             life.heard_at = Instant::now();
         }
         life.filter.clone_from(&self.new_filter.borrow());
+        life.end = page.end.clone();
         life.in_flight.begin_page(page.events.len(), page.end);
         life.pending = page.events.into();
     }
@@ -209,11 +234,12 @@ impl<K: Sink> Publisher<'_, K> {
         // Before anything can end the life: the next one must not find an entity waiting for an event that nobody stored.
         self.park(life).await;
         self.advance(life);
+        self.finish_batch(life).await;
         let mut pause = paused?;
         if let Pause::Prepare(topic) = &pause {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => life.pending.clear(),
+                () = stop.cancelled() => life.leave_the_rest(),
                 prepared = self.sink.prepare(topic) => match prepared {
                     Ok(()) => {}
                     Err(NotPrepared::Rejected(rejection)) => life.topics.refuse(topic, rejection),
@@ -239,35 +265,48 @@ impl<K: Sink> Publisher<'_, K> {
                 life.pending.push_front(event);
                 return Ok(pause);
             }
-            match self.judge(life, &event) {
-                Verdict::HandedOver(topic) => {
-                    if self.suspects.is_tried_alone(event.id) {
-                        life.on_trial = Some(event.id);
-                    }
-                    life.in_flight
-                        .push(event.id, bytes, event.occurred_at_us, topic);
-                }
-                Verdict::LeftOut => {
-                    self.suspects.acquit(event.id);
-                    let seq = life
-                        .in_flight
-                        .push(event.id, 0, event.occurred_at_us, Topics::NONE);
-                    life.in_flight.settle(seq);
-                    life.filtered += 1;
-                }
-                Verdict::Wait => self.set_aside(life, event, bytes, None),
-                Verdict::Rejected(rejection) => match self.pipeline.on_rejected {
-                    Policy::Park => self.set_aside(life, event, bytes, Some(rejection)),
-                    Policy::Halt => return Err(Ended::Halted(event.id, rejection)),
-                },
-                Verdict::Paused(pause) => {
-                    life.pending.push_front(event);
-                    return Ok(pause);
-                }
-                Verdict::Broken(error) => return Err(Ended::Sink(error)),
+            let paused = if life.redrive.is_handing_over() {
+                self.redrive(life, &event, bytes)?
+            } else {
+                self.take_up(life, &event, bytes)?
+            };
+            if let Some(pause) = paused {
+                life.pending.push_front(event);
+                return Ok(pause);
+            }
+            if life.in_flight.rows() > 0 && self.suspects.is_tried_alone(event.id) {
+                life.on_trial = Some(event.id);
             }
         }
         Ok(Pause::Turn)
+    }
+
+    /// Takes up the next event of the log; says why the hand-over has to pause with the event still at hand.
+    fn take_up(
+        &mut self,
+        life: &mut Life,
+        event: &Event,
+        bytes: usize,
+    ) -> Result<Option<Pause>, Ended> {
+        match self.judge(life, event) {
+            Verdict::HandedOver(topic) => {
+                life.in_flight
+                    .push(event.id, bytes, event.occurred_at_us, topic);
+            }
+            Verdict::LeftOut => {
+                self.suspects.acquit(event.id);
+                let seq = life
+                    .in_flight
+                    .push(event.id, 0, event.occurred_at_us, Topics::NONE);
+                life.in_flight.settle(seq);
+                life.filtered += 1;
+            }
+            Verdict::Wait => return self.set_aside(life, event, bytes, None),
+            Verdict::Rejected(rejection) => return self.reject(life, event, bytes, rejection),
+            Verdict::Paused(pause) => return Ok(Some(pause)),
+            Verdict::Broken(error) => return Err(Ended::Sink(error)),
+        }
+        Ok(None)
     }
 
     /// While somebody is suspected the flight is narrow, and whatever comes after one that is tried alone waits for the
@@ -294,23 +333,26 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Takes one event through filter, order, route and encoding to the sink.
     fn judge(&mut self, life: &mut Life, event: &Event) -> Verdict {
-        let Pipeline {
-            filter,
-            route,
-            encoding,
-            ..
-        } = self.pipeline;
-        match life.filter.as_deref().unwrap_or(filter).admits(event) {
+        let filter = life.filter.as_deref().unwrap_or(&self.pipeline.filter);
+        match filter.admits(event) {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
             Err(rejection) => return Verdict::Rejected(rejection),
         }
-        if let Some(rejection) = self.condemned.get(&event.id) {
+        if let Some(rejection) = self.condemned.get(&(event.id, Try::First)) {
             return Verdict::Rejected(rejection.clone());
         }
         if self.waiting.holds(event) {
             return Verdict::Wait;
         }
+        self.offer(life, event)
+    }
+
+    /// Through route and encoding to the sink.
+    pub(super) fn offer(&mut self, life: &mut Life, event: &Event) -> Verdict {
+        let Pipeline {
+            route, encoding, ..
+        } = self.pipeline;
         let record = match encode(event, route, encoding) {
             Ok(record) => record,
             Err(rejection) => return Verdict::Rejected(rejection),
@@ -330,48 +372,14 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    fn set_aside(
-        &mut self,
-        life: &mut Life,
-        event: Event,
-        bytes: usize,
-        rejection: Option<Rejection>,
-    ) {
-        if let Some(rejection) = &rejection {
-            tracing::error!(
-                pipeline = %self.pipeline.name,
-                event = event.id.0,
-                reason = %rejection,
-                "parked an event; later events of its entity wait"
-            );
-        }
-        self.waiting.park(&event);
-        self.suspects.acquit(event.id);
-        let seq = life
-            .in_flight
-            .push(event.id, bytes, event.occurred_at_us, Topics::NONE);
-        life.parking_seqs.push(seq);
-        life.parking.push(Parked {
-            event,
-            error: rejection.map(|Rejection(reason)| reason),
-        });
-    }
-
-    /// Waits until what was set aside is durable; only then is it settled.
-    async fn park(&mut self, life: &mut Life) {
-        if life.parking.is_empty() {
-            return;
-        }
-        let parked = std::mem::take(&mut life.parking);
-        self.metrics.parked(parked.len());
-        let (done, parked_durably) = oneshot::channel();
-        let ordered = self.orders.send(ParkOrder { parked, done }).await.is_ok();
-        if !ordered || parked_durably.await.is_err() {
+    /// Gives the books an order and waits for their answer.
+    pub(super) async fn tell_books<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> T {
+        let (done, answer) = oneshot::channel();
+        let ordered = self.orders.send(order(done)).await.is_ok();
+        match answer.await {
+            Ok(answer) if ordered => answer,
             // The books are closed, which ends this tenure from outside.
-            return std::future::pending().await;
-        }
-        for seq in life.parking_seqs.drain(..) {
-            life.in_flight.settle(seq);
+            _ => std::future::pending().await,
         }
     }
 
@@ -405,10 +413,11 @@ impl<K: Sink> Publisher<'_, K> {
                         .expect("a record in flight has an event");
                     refused.push(id);
                     let alone = life.on_trial == Some(id);
-                    ended = ended.or(Some(match self.pipeline.on_rejected {
+                    let this = life.try_of(seq);
+                    ended = ended.or(Some(match (self.pipeline.on_rejected, this) {
                         _ if !alone => Ended::Suspected(rejection),
-                        Policy::Park => Ended::Condemned(id, rejection),
-                        Policy::Halt => Ended::Halted(id, rejection),
+                        (Policy::Halt, Try::First) => Ended::Halted(id, rejection),
+                        _ => Ended::Condemned(id, this, rejection),
                     }));
                 }
             }
@@ -426,7 +435,7 @@ impl<K: Sink> Publisher<'_, K> {
         life.on_trial = life.on_trial.filter(|on_trial| *on_trial != id);
     }
 
-    fn advance(&mut self, life: &mut Life) {
+    pub(super) fn advance(&mut self, life: &mut Life) {
         if let Some(advance) = life.in_flight.advance() {
             self.settled.send_replace(advance.position);
         }
@@ -437,6 +446,11 @@ impl<K: Sink> Publisher<'_, K> {
         let silent = life.heard_at.elapsed();
         // A source that has not answered yet may be what is in the way.
         let mut state = self.answered.borrow().then_some(State::Running);
+        if let Some(full) = self.full {
+            state = Some(State::Halted {
+                reason: full.reason.clone(),
+            });
+        }
         if life.in_flight.rows() > 0 && silent >= STALL {
             let unknown = || format!("the sink has confirmed nothing for {} s", silent.as_secs());
             state = Some(State::Stalled {
@@ -480,12 +494,13 @@ impl<K: Sink> Publisher<'_, K> {
             backlog_ids: (status.newest_id - last_id).max(0),
             oldest_unpublished: Duration::from_micros(u64::try_from(age_us).unwrap_or(0)),
             waiting_entities: status.waiting_entities,
+            set_aside_events: self.set_aside_events(),
         });
     }
 }
 
 /// What became of one event.
-enum Verdict {
+pub(super) enum Verdict {
     /// On its way, to the topic with this index.
     HandedOver(u32),
     /// Not for this pipeline.
@@ -499,13 +514,16 @@ enum Verdict {
 }
 
 impl Life {
-    fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings, end: Position) -> Self {
         Self {
             in_flight: InFlight::new(settings.in_flight_rows, settings.in_flight_bytes),
             filter: None,
             pending: VecDeque::new(),
             parking: Vec::new(),
             parking_seqs: Vec::new(),
+            copies: HashSet::new(),
+            redrive: Redrive::default(),
+            end,
             topics: Topics::default(),
             latencies: LatencyTally::default(),
             filtered: 0,
@@ -514,70 +532,32 @@ impl Life {
             on_trial: None,
         }
     }
-}
 
-/// Topics by small numbers, with what was delivered to each since the last report.
-#[derive(Default)]
-struct Topics {
-    known: Vec<TopicTally>,
-    refused: HashMap<String, (Instant, Rejection)>,
-}
-
-struct TopicTally {
-    name: String,
-    delivered: u64,
-    counter: Counter,
-}
-
-impl Topics {
-    /// The tag of an event that goes nowhere.
-    const NONE: u32 = u32::MAX;
-    /// For this long a topic that can't be used is not asked about again.
-    const REFUSAL: Duration = Duration::from_secs(10);
-
-    fn index_of(&mut self, name: &str, metrics: &PipelineMetrics) -> u32 {
-        let index = self
-            .known
-            .iter()
-            .position(|topic| topic.name == name)
-            .unwrap_or_else(|| {
-                let counter = metrics.delivered(name);
-                self.known.push(TopicTally {
-                    name: name.to_owned(),
-                    delivered: 0,
-                    counter,
-                });
-                self.known.len() - 1
-            });
-        u32::try_from(index).unwrap_or(Self::NONE)
+    /// The next `events` events are not the log's: the position stays where the last page ends.
+    pub(super) fn begin_interlude(&mut self, events: usize) {
+        if self.in_flight.rows() == 0 {
+            self.heard_at = Instant::now();
+        }
+        self.in_flight.begin_page(events, self.end.clone());
     }
 
-    fn delivered(&mut self, tag: u32) {
-        if let Some(topic) = self.known.get_mut(tag as usize) {
-            topic.delivered += 1;
+    /// Hands nothing more over.
+    fn leave_the_rest(&mut self) {
+        self.pending.clear();
+        self.redrive.cut();
+    }
+
+    fn try_of(&self, seq: Seq) -> Try {
+        if self.copies.contains(&seq) {
+            Try::DeadLetter
+        } else {
+            self.redrive.try_of(seq).unwrap_or(Try::First)
         }
     }
 
-    /// Passes the tallies on and returns their sum.
-    fn flush(&mut self) -> u64 {
-        self.known
-            .iter_mut()
-            .map(|topic| {
-                let delivered = std::mem::take(&mut topic.delivered);
-                topic.counter.increment(delivered);
-                delivered
-            })
-            .sum()
-    }
-
-    fn refuse(&mut self, name: &str, rejection: Rejection) {
-        self.refused
-            .insert(name.to_owned(), (Instant::now(), rejection));
-    }
-
-    fn refusal(&self, name: &str) -> Option<Rejection> {
-        let (at, rejection) = self.refused.get(name)?;
-        (at.elapsed() < Self::REFUSAL).then(|| rejection.clone())
+    /// Nothing is at hand, and nothing in flight.
+    fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.in_flight.rows() == 0
     }
 }
 

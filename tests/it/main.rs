@@ -13,6 +13,7 @@
 mod cli;
 mod contract {
     mod ledger;
+    mod parked;
     mod sink;
     mod source;
 }

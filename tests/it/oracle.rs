@@ -49,6 +49,12 @@ pub enum Fact {
     Confirmed { life: u32, id: i64 },
     /// An event is durably set aside; `reason` if it says why.
     Parked { owner: u32, id: i64, reason: bool },
+    /// An event is set aside no more.
+    Unparked { id: i64 },
+    /// An operator asks for a parked event to be published, or to be dropped.
+    Wanted { id: i64, drop: bool },
+    /// What was wrong with an event is mended: it is poison no more.
+    Mended { id: i64 },
     /// The cursor was written: it passed these events, and went back before those.
     Moved {
         passed: Vec<i64>,
@@ -86,6 +92,20 @@ pub struct Bounds {
     pub in_flight_bytes: usize,
     pub page_rows: usize,
     pub exactly_once: bool,
+    pub parked_max: usize,
+    pub parked_max_per_entity: usize,
+    pub rejected: Rejected,
+}
+
+/// What is to become of poison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejected {
+    /// It waits, and its entity behind it.
+    Waits,
+    /// It is set aside alone.
+    DeadLetter,
+    /// It is gone.
+    Dropped,
 }
 
 /// Facts in the order of their times, in milliseconds.
@@ -133,6 +153,12 @@ struct Judge {
     appended: BTreeSet<i64>,
     confirmed: BTreeSet<i64>,
     parked: BTreeSet<i64>,
+    /// Operators asked for them to be dropped.
+    unwanted: BTreeSet<i64>,
+    /// They were.
+    dropped: BTreeSet<i64>,
+    mended: BTreeSet<i64>,
+    ever_handed_over: BTreeSet<i64>,
     past: BTreeSet<i64>,
     /// Per life: handed over and not confirmed.
     unconfirmed: BTreeMap<u32, BTreeSet<i64>>,
@@ -154,6 +180,10 @@ impl Judge {
             appended: BTreeSet::new(),
             confirmed: BTreeSet::new(),
             parked: BTreeSet::new(),
+            unwanted: BTreeSet::new(),
+            dropped: BTreeSet::new(),
+            mended: BTreeSet::new(),
+            ever_handed_over: BTreeSet::new(),
             past: BTreeSet::new(),
             unconfirmed: BTreeMap::new(),
             handed_over: BTreeMap::new(),
@@ -202,6 +232,17 @@ impl Judge {
                 self.unconfirmed.entry(*life).or_default().remove(id);
             }
             Fact::Parked { owner, id, reason } => self.park(*owner, *id, *reason),
+            Fact::Unparked { id } => self.unpark(*id),
+            Fact::Wanted { id, drop } => {
+                if *drop {
+                    self.unwanted.insert(*id);
+                } else {
+                    self.unwanted.remove(id);
+                }
+            }
+            Fact::Mended { id } => {
+                self.mended.insert(*id);
+            }
             Fact::Moved { passed, regained } => self.advance(passed, regained),
             Fact::Leased { owner, until_ms } => {
                 let other = self
@@ -242,7 +283,10 @@ impl Judge {
 
     fn capture(&mut self, owner: u32, ids: &[i64]) {
         let wanted = |id: &&i64| self.committed.get(id).is_some_and(|event| event.wanted);
-        let ids: Vec<i64> = ids.iter().filter(wanted).copied().collect();
+        // Of these nothing is heard any more.
+        let silent = |id: &&i64| self.is_given_up(**id);
+        let ids = ids.iter().filter(wanted).filter(|id| !silent(id));
+        let ids: Vec<i64> = ids.copied().collect();
         let read = self.read.entry(owner).or_default();
         read.extend(ids);
         let (rows, most) = (read.len(), 3 * self.bounds.page_rows);
@@ -272,7 +316,11 @@ impl Judge {
             );
             return;
         };
-        let last = self.handed_over.insert((life, entity.clone()), place);
+        let last = if self.has_place(id) {
+            self.handed_over.insert((life, entity.clone()), place)
+        } else {
+            None
+        };
         if last.is_some_and(|last| last >= place) {
             self.broken(
                 Promise::I2,
@@ -280,6 +328,7 @@ impl Judge {
             );
         }
         self.read.entry(owner).or_default().remove(&id);
+        self.ever_handed_over.insert(id);
         let unconfirmed = self.unconfirmed.entry(life).or_default();
         unconfirmed.insert(id);
         let rows = unconfirmed.len();
@@ -314,9 +363,12 @@ impl Judge {
                 format!("event {id} is not in the log as it was written"),
             );
         }
-        if self.appended.insert(id) {
+        if self.appended.insert(id) && self.has_place(id) {
             let before = &self.entities[&entity][..place];
-            if let Some(missing) = before.iter().find(|id| !self.appended.contains(id)) {
+            let missing = |id: &&i64| {
+                self.has_place(**id) && !self.appended.contains(id) && !self.dropped.contains(id)
+            };
+            if let Some(missing) = before.iter().find(missing) {
                 let what = format!("event {id} of {entity} is in the log before event {missing}");
                 self.broken(Promise::I2, what);
             }
@@ -325,12 +377,36 @@ impl Judge {
         }
     }
 
-    /// Whether an event is poison or comes after one of its entity.
-    fn is_held_up(&self, id: i64) -> bool {
+    /// Whether the order of its entity counts for an event: not for poison that nobody waits for.
+    fn has_place(&self, id: i64) -> bool {
+        self.bounds.rejected == Rejected::Waits
+            || !self.committed.get(&id).is_some_and(|event| event.poison)
+    }
+
+    /// Whether an event is poison or comes after one of its entity; mended and dropped ones left out if so asked.
+    fn is_held_up(&self, id: i64, still: bool) -> bool {
+        let poison = |id: &i64| {
+            self.committed[id].poison
+                && !(still && (self.mended.contains(id) || self.dropped.contains(id)))
+        };
+        if self.bounds.rejected != Rejected::Waits {
+            return poison(&id);
+        }
         self.place(id).is_some_and(|(entity, place)| {
             let events = &self.entities[&entity][..=place];
-            events.iter().any(|id| self.committed[id].poison)
+            events.iter().any(poison)
         })
+    }
+
+    fn unpark(&mut self, id: i64) {
+        self.parked.remove(&id);
+        if self.unwanted.contains(&id) {
+            self.dropped.insert(id);
+        } else if !self.confirmed.contains(&id) {
+            let what =
+                format!("event {id} is set aside no more, and neither confirmed nor dropped");
+            self.broken(Promise::I3, what);
+        }
     }
 
     /// Whether nothing but the event itself stops its entity.
@@ -348,11 +424,30 @@ impl Judge {
             let what = format!("event {id} was rejected and is parked without a reason");
             self.broken(Promise::I6, what);
         }
-        if !self.is_held_up(id) {
+        if !self.is_held_up(id, false) {
             self.broken(
                 Promise::I6,
                 format!("event {id} is parked: nothing of its entity was rejected"),
             );
+        }
+        let entity = &self.committed[&id].entity;
+        let same = |other: &&i64| self.committed[other].entity == *entity;
+        let (all, of_entity) = (self.parked.len(), self.parked.iter().filter(same).count());
+        let Bounds {
+            parked_max,
+            parked_max_per_entity,
+            ..
+        } = self.bounds;
+        let waits = self.bounds.rejected == Rejected::Waits;
+        // What was refused after its hand-over is set aside however little room is left.
+        if !first_word || self.ever_handed_over.contains(&id) {
+            return;
+        }
+        if all > parked_max || (waits && of_entity > parked_max_per_entity) {
+            let what = format!(
+                "{all} events are parked, {of_entity} of {entity}; {parked_max} and {parked_max_per_entity} allowed"
+            );
+            self.broken(Promise::I5, what);
         }
     }
 
@@ -365,6 +460,8 @@ impl Judge {
             self.committed.get(id).is_none_or(|event| event.wanted)
                 && !self.confirmed.contains(id)
                 && !self.parked.contains(id)
+                && !self.dropped.contains(id)
+                && !self.is_given_up(**id)
         });
         if let Some(id) = unsettled {
             let what = format!("the cursor passed event {id}: neither confirmed nor parked");
@@ -372,6 +469,12 @@ impl Judge {
         }
         self.past.retain(|id| !regained.contains(id));
         self.past.extend(passed);
+    }
+
+    /// Rejected where nothing is kept of it.
+    fn is_given_up(&self, id: i64) -> bool {
+        let poison = self.committed.get(&id).is_some_and(|event| event.poison);
+        self.bounds.rejected == Rejected::Dropped && poison
     }
 
     fn rest(&mut self) {
@@ -383,10 +486,14 @@ impl Judge {
             } else {
                 Promise::I7
             };
-            if !appended && !parked {
+            let gone = self.dropped.contains(&id) || self.is_given_up(id);
+            if !appended && !parked && !gone {
                 self.broken(lost, format!("event {id} is neither delivered nor parked"));
-            } else if appended && self.is_held_up(id) {
+            } else if appended && self.is_held_up(id, true) {
                 let what = format!("event {id} is delivered past a rejected one");
+                self.broken(Promise::I6, what);
+            } else if !appended && !gone && !self.is_held_up(id, true) {
+                let what = format!("event {id} is still parked, and nothing holds it any more");
                 self.broken(Promise::I6, what);
             }
             if !self.past.contains(&id) {
@@ -405,6 +512,9 @@ mod tests {
         in_flight_bytes: 100,
         page_rows: 2,
         exactly_once: false,
+        parked_max: 3,
+        parked_max_per_entity: 2,
+        rejected: Rejected::Waits,
     };
 
     fn committed(id: i64, entity: &str) -> Fact {
@@ -617,6 +727,61 @@ mod tests {
             reason: false,
         });
         assert_eq!(broken(facts), [Promise::I6]);
+    }
+
+    /// Event 1 is poison and both of its entity are parked.
+    fn poisoned(rest: impl IntoIterator<Item = Fact>) -> Vec<Fact> {
+        let mut facts = story([]);
+        facts[1] = Fact::Committed(Committed {
+            poison: true,
+            ..event(1, "a")
+        });
+        facts.extend(
+            [
+                &delivered(2)[..],
+                &[parked(1), parked(3), moved(&[1, 2, 3])],
+            ]
+            .concat(),
+        );
+        facts.extend(rest);
+        facts
+    }
+
+    #[test]
+    fn a_redriven_entity_is_accepted_in_its_order_only() {
+        let mended = [Fact::Mended { id: 1 }];
+        let unparked = [1, 3].map(|id| Fact::Unparked { id });
+        let good = [
+            &mended[..],
+            &delivered(1),
+            &delivered(3),
+            &unparked,
+            &[Fact::Quiet],
+        ]
+        .concat();
+        assert_eq!(broken(poisoned(good)), []);
+        let early = [&mended[..], &unparked[..1], &delivered(1)].concat();
+        assert_eq!(broken(poisoned(early)), [Promise::I3]);
+        let overtaken = [&mended[..], &delivered(3)].concat();
+        assert_eq!(broken(poisoned(overtaken)), [Promise::I2]);
+        let left = [&mended[..], &delivered(1), &[Fact::Quiet]].concat();
+        assert_eq!(broken(poisoned(left)), [Promise::I6]);
+    }
+
+    #[test]
+    fn a_dropped_event_is_missed_by_nobody() {
+        let wanted = Fact::Wanted { id: 1, drop: true };
+        let unparked = [1, 3].map(|id| Fact::Unparked { id });
+        let good = [&[wanted.clone(), unparked[0].clone()][..], &delivered(3)].concat();
+        let good = [&good[..], &[unparked[1].clone(), Fact::Quiet]].concat();
+        assert_eq!(broken(poisoned(good)), []);
+        assert_eq!(broken(poisoned([unparked[0].clone()])), [Promise::I3]);
+    }
+
+    #[test]
+    fn i5_refuses_more_parked_events_than_allowed() {
+        let later = (4..=5).flat_map(|id| [committed(id, "a"), parked(id)]);
+        assert_eq!(broken(poisoned(later)), [Promise::I5]);
     }
 
     #[test]

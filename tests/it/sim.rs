@@ -20,11 +20,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::fake::books::FakeLedger;
+use crate::fake::books::{FakeLedger, Wanted};
 use crate::fake::broker::FakeSink;
 use crate::fake::log::{CHANGED, FORBIDDEN, FakeSource, Poison, UNWANTED};
 use crate::fake::{Faults, Sabotage, Shared, World};
-use crate::oracle::{Bounds, Fact, History, Promise, Violation, judge};
+use crate::oracle::{Bounds, Fact, History, Promise, Rejected, Violation, judge};
 
 /// What one seed led to.
 struct Outcome {
@@ -67,7 +67,15 @@ fn run(seed: u64, weather: Weather) -> Outcome {
 async fn simulate(seed: u64, weather: Weather) -> Outcome {
     let shared = Shared::new(seed, weather.sabotage);
     let settings = shared.with(random_settings);
+    let rules = shared.with(Rules::random);
     let bounds = Bounds {
+        parked_max: rules.parked_max,
+        parked_max_per_entity: rules.parked_max_per_entity,
+        rejected: match rules.policy {
+            Policy::DeadLetter => Rejected::DeadLetter,
+            Policy::Drop => Rejected::Dropped,
+            Policy::Park | Policy::Halt => Rejected::Waits,
+        },
         in_flight_rows: settings.in_flight_rows,
         in_flight_bytes: settings.in_flight_bytes,
         page_rows: settings.page.rows,
@@ -79,7 +87,7 @@ async fn simulate(seed: u64, weather: Weather) -> Outcome {
     }
     let closing = CancellationToken::new();
     let driver = async {
-        weather_passes(&shared).await;
+        weather_passes(&shared, &rules).await;
         closing.cancel();
     };
     // Each has a waker of its own: nobody is polled because of what happens to another.
@@ -89,7 +97,7 @@ async fn simulate(seed: u64, weather: Weather) -> Outcome {
         all.push(Box::pin(process(
             &shared,
             number,
-            settings.clone(),
+            (settings.clone(), &rules),
             &closing,
         )));
     }
@@ -124,11 +132,54 @@ fn random_settings(world: &mut World) -> Settings {
         lease_ttl,
         drain_timeout: Duration::from_millis(rng.u64(0..3000)),
         acknowledge_interval: Duration::from_millis(rng.u64(0..300)),
+        redrive_rate: rng.usize(1..200),
+    }
+}
+
+/// What becomes of rejected events.
+pub struct Rules {
+    policy: Policy,
+    parked_max: usize,
+    parked_max_per_entity: usize,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Park,
+            parked_max: 1000,
+            parked_max_per_entity: 1000,
+        }
+    }
+}
+
+impl Rules {
+    fn random(world: &mut World) -> Self {
+        let mut rules = Self::default();
+        rules.policy = match world.rng.u32(0..6) {
+            0 => Policy::DeadLetter,
+            1 => Policy::Drop,
+            _ => Policy::Park,
+        };
+        let narrow = world.is(Sabotage::Hoard);
+        if narrow || world.rng.u32(0..4) == 0 {
+            rules.parked_max = world.rng.usize(1..8);
+        }
+        if narrow || world.rng.u32(0..4) == 0 {
+            rules.parked_max_per_entity = world.rng.usize(1..4);
+        }
+        world.drops = rules.policy == Policy::Drop;
+        rules
+    }
+
+    /// Where so little is allowed an event that nobody asks for keeps the whole pipeline.
+    fn are_narrow(&self) -> bool {
+        self.parked_max.min(self.parked_max_per_entity) < 1000
     }
 }
 
 /// What all relays here do.
-pub fn pipeline(names_types: bool) -> Pipeline {
+pub fn pipeline(names_types: bool, rules: &Rules) -> Pipeline {
     let filter = if names_types {
         Filter {
             aggregate_types: ["order", "customer"].map(str::to_owned).to_vec(),
@@ -151,12 +202,20 @@ pub fn pipeline(names_types: bool) -> Pipeline {
             format: Format::Plain,
             cloudevents_source: String::new(),
         },
-        on_rejected: Policy::Park,
+        on_rejected: rules.policy,
+        dead_letter_topic: None,
+        parked_max: rules.parked_max,
+        parked_max_per_entity: rules.parked_max_per_entity,
     }
 }
 
 /// One replica: life after life, ended by a crash, by a request, or by the end of the run.
-async fn process(shared: &Shared, number: u32, settings: Settings, closing: &CancellationToken) {
+async fn process(
+    shared: &Shared,
+    number: u32,
+    (settings, rules): (Settings, &Rules),
+    closing: &CancellationToken,
+) {
     while !closing.is_cancelled() {
         let (owner, polls_left, stop_after) = shared.with(|world| {
             world.owners += 1;
@@ -169,8 +228,13 @@ async fn process(shared: &Shared, number: u32, settings: Settings, closing: &Can
         if shared.with(|world| world.is(Sabotage::Greedy)) {
             settings.in_flight_rows += 10;
         }
+        let mut pipeline = pipeline(shared.with(|world| world.log.names_types), rules);
+        if shared.with(|world| world.is(Sabotage::Hoard)) {
+            pipeline.parked_max += 10;
+            pipeline.parked_max_per_entity += 10;
+        }
         let relay = Relay {
-            pipeline: pipeline(shared.with(|world| world.log.names_types)),
+            pipeline,
             settings,
             source: FakeSource::new(shared, owner),
             sink: FakeSink::new(shared, number, owner),
@@ -249,11 +313,12 @@ impl<F: Future<Output = ()>> Future for Mortal<F> {
 }
 
 /// Chaos, then fair weather until everything has come to rest.
-async fn weather_passes(shared: &Shared) {
+async fn weather_passes(shared: &Shared, rules: &Rules) {
     let mut writers = Writers::default();
     let steps = shared.with(|world| world.rng.u32(20..200));
     for _ in 0..steps {
         writers.step(shared);
+        shared.with(operator_acts);
         let pause = shared.with(|world| match world.rng.u32(0..20) {
             0..12 => Duration::ZERO,
             12..19 => world.ms(40),
@@ -268,7 +333,11 @@ async fn weather_passes(shared: &Shared) {
     shared.with(become_calm);
     shared.stir();
     let rest = async {
-        while !shared.with(|world| world.is_quiet()) {
+        loop {
+            shared.with(|world| operator_cleans_up(world, rules));
+            if shared.with(|world| world.is_quiet()) {
+                break;
+            }
             sleep(Duration::from_millis(100)).await;
         }
     };
@@ -282,6 +351,46 @@ pub fn become_calm(world: &mut World) {
     world.calm = true;
     world.faults = Faults::default();
     world.broker.down_until = None;
+}
+
+/// Now and then somebody asks for a parked event, in good time or not, and whether or not the cause is mended.
+fn operator_acts(world: &mut World) {
+    if world.rng.u32(0..15) > 0 {
+        return;
+    }
+    let ids: Vec<i64> = world.books.parked.keys().copied().collect();
+    let Some(id) = ids.get(world.rng.usize(0..ids.len().max(1))).copied() else {
+        return;
+    };
+    match world.rng.u32(0..6) {
+        0 => world.want(id, Wanted::Drop),
+        1 => world.want(id, Wanted::Redrive),
+        _ => drop(mend_and_redrive(world, id)),
+    }
+}
+
+fn mend_and_redrive(world: &mut World, id: i64) -> bool {
+    if world.log.poison(id).is_some() && !world.log.mend(id) {
+        return false;
+    }
+    world.note(Fact::Mended { id });
+    world.want(id, Wanted::Redrive);
+    true
+}
+
+/// What is mended is asked for; of the rest some is dropped and some stays.
+fn operator_cleans_up(world: &mut World, rules: &Rules) {
+    let ids: Vec<i64> = world.books.parked.keys().copied().collect();
+    for id in ids {
+        let row = &world.books.parked[&id];
+        let stays = id % 3 == 0 && world.log.poison(id).is_some() && !rules.are_narrow();
+        if !row.rejected || row.wanted.is_some() || stays {
+            continue;
+        }
+        if id % 3 == 1 || !mend_and_redrive(world, id) {
+            world.want(id, Wanted::Drop);
+        }
+    }
 }
 
 /// The service: transactions that hold the entities that they write until they end.
@@ -536,4 +645,8 @@ sabotages! {
     a_position_is_committed_before_its_records: PositionFirst breaks I3;
     a_committed_position_is_not_read_back: ForgetPosition breaks I9;
     a_former_owner_may_commit: NoFencing breaks I9;
+    an_entity_is_free_while_events_of_it_are_parked: FreeEarly breaks I2;
+    parked_events_are_removed_before_they_are_delivered: RemoveWhenDue breaks I3;
+    the_newest_due_events_come_first: NewestDueFirst breaks I2;
+    more_is_set_aside_than_allowed: Hoard breaks I5;
 }

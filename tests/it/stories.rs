@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use outbox_relay::event::{Record, Seq};
-use outbox_relay::ledger::{Acquired, Fenced, Ledger, LedgerError, Parked};
+use outbox_relay::ledger::{
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
+};
 use outbox_relay::position::Position;
 use outbox_relay::relay::status::Status;
 use outbox_relay::relay::{Relay, Settings};
@@ -20,8 +22,8 @@ use crate::fake::Shared;
 use crate::fake::books::FakeLedger;
 use crate::fake::broker::FakeSink;
 use crate::fake::log::{FakeSource, Poison};
-use crate::oracle::{Bounds, Fact, judge};
-use crate::sim::{become_calm, pipeline};
+use crate::oracle::{Bounds, Fact, Rejected, judge};
+use crate::sim::{Rules, become_calm, pipeline};
 
 const LEASE: Duration = Duration::from_secs(2);
 const OWNER: u32 = 1;
@@ -57,12 +59,13 @@ fn settings() -> Settings {
         lease_ttl: LEASE,
         drain_timeout: Duration::from_secs(5),
         acknowledge_interval: Duration::from_millis(10),
+        redrive_rate: 10,
     }
 }
 
 fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<S, K, L> {
     Relay {
-        pipeline: pipeline(false),
+        pipeline: pipeline(false, &Rules::default()),
         settings: settings(),
         source,
         sink,
@@ -127,6 +130,9 @@ fn is_well(shared: &Shared) {
             in_flight_bytes,
             page_rows: page.rows,
             exactly_once: false,
+            parked_max: 1000,
+            parked_max_per_entity: 1000,
+            rejected: Rejected::Waits,
         };
         let violations = judge(&world.history, &bounds);
         let facts = &world.history.facts;
@@ -167,6 +173,14 @@ impl Ledger for SlowLedger {
 
     async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
         self.ledger.park(parked).await
+    }
+
+    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
+        self.ledger.due(rows, bytes).await
+    }
+
+    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
+        self.ledger.resolve(resolved).await
     }
 
     async fn release(&mut self) -> Result<(), LedgerError> {

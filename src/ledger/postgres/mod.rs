@@ -3,6 +3,7 @@
 //! The frequent statements go by the simple protocol, one round trip each, so that they work through a transaction-mode
 //! pooler; what they inline is numbers and names of a closed alphabet. Time is the database's.
 
+mod parked;
 mod restored;
 
 use std::sync::Arc;
@@ -14,8 +15,10 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
-use crate::event::{EventId, Payload, Start};
+use super::{
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Settings, Tenure,
+};
+use crate::event::{EventId, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::{NEWEST_ID, connect};
 
@@ -149,7 +152,21 @@ impl Ledger for PostgresLedger {
 
     async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
         self.with(async |connection, settings, fence| {
-            park(connection, settings, fence, parked).await
+            parked::park(connection, settings, fence, parked).await
+        })
+        .await
+    }
+
+    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
+        self.with(async |connection, settings, _| {
+            parked::due(connection, settings, rows, bytes).await
+        })
+        .await
+    }
+
+    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
+        self.with(async |connection, settings, fence| {
+            parked::resolve(connection, settings, fence, resolved).await
         })
         .await
     }
@@ -239,11 +256,11 @@ async fn acquire(
         None => begin(connection, settings, &fence, newest, timeline).await?,
     };
     let log = log_name(connection, settings, &fence, timeline).await?;
-    let parked = parked_entities(connection, settings).await?;
     let tenure = Tenure {
         position,
         log,
-        parked,
+        held: parked::held(connection, settings).await?,
+        dead_letters: parked::dead_letters(connection, settings).await?,
     };
     Ok(Taken::Ours(fence, tenure))
 }
@@ -417,80 +434,6 @@ async fn starting_position(
         window: Arc::new(window),
         last_id: before_first,
     })
-}
-
-async fn parked_entities(
-    connection: &mut PgConnection,
-    settings: &Settings,
-) -> Result<Vec<(String, String, EventId)>, anyhow::Error> {
-    let rows = connection
-        .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select aggregate_type, aggregate_id, min(id) from outbox.parked where pipeline = {} group by 1, 2",
-            literal(settings.pipeline.as_str())
-        ))))
-        .await
-        .context("read the parked entities")?;
-    rows.iter()
-        .map(|row| Ok((get(row, 0)?, get(row, 1)?, EventId(get(row, 2)?))))
-        .collect()
-}
-
-async fn park(
-    connection: &mut PgConnection,
-    settings: &Settings,
-    fence: &Fence,
-    parked: &[Parked],
-) -> Result<Fenced, anyhow::Error> {
-    // Payloads need bound parameters. Prepared and used inside one transaction, which a pooler keeps on one server.
-    let mut transaction = connection.begin().await.context("begin to park")?;
-    let ours = transaction
-        .execute(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select 1 from outbox.cursors where {} for update",
-            fence.holds(settings)
-        ))))
-        .await
-        .context("check the lease")?;
-    if ours.rows_affected() == 0 {
-        return Ok(Fenced::Lost);
-    }
-    for Parked { event, error } in parked {
-        let (json, bytes) = match &event.payload {
-            Payload::Json(json) => (Some(String::from_utf8_lossy(json)), None),
-            Payload::Encoded(bytes) => (None, Some(&bytes[..])),
-            Payload::Ambiguous(json, bytes) => {
-                (Some(String::from_utf8_lossy(json)), Some(&bytes[..]))
-            }
-            Payload::Tombstone => (None, None),
-        };
-        sqlx::query(
-            "insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \
-                    payload_bytes, content_type, headers, occurred_at, error) \
-             values ($1, $2, $3::text::uuid, $4, $5, $6, $7::text::json, $8, $9, $10::text::json, \
-                    timestamptz 'epoch' + $11 * interval '1 microsecond', $12) \
-             on conflict (pipeline, id) do nothing",
-        )
-        .persistent(false)
-        .bind(settings.pipeline.as_str())
-        .bind(event.id.0)
-        .bind(event.event_id.to_string())
-        .bind(&event.aggregate_type[..])
-        .bind(&event.aggregate_id[..])
-        .bind(&event.event_type[..])
-        .bind(json.as_deref())
-        .bind(bytes)
-        .bind(event.content_type.as_deref())
-        .bind(event.headers.as_deref())
-        .bind(event.occurred_at_us)
-        .bind(error.as_deref())
-        .execute(&mut *transaction)
-        .await
-        .with_context(|| format!("park event {}", event.id))?;
-    }
-    transaction
-        .commit()
-        .await
-        .context("commit what was parked")?;
-    Ok(Fenced::Written)
 }
 
 fn stored_position(row: &PgRow) -> Result<Option<Position>, anyhow::Error> {

@@ -111,38 +111,6 @@ pub struct OpenTransaction {
     pub state: Option<String>,
 }
 
-/// An entity with parked events.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ParkedEntity {
-    /// Whose books.
-    pub pipeline: String,
-    /// The kind of entity.
-    pub aggregate_type: String,
-    /// The entity.
-    pub aggregate_id: String,
-    /// The first event that is parked: it was rejected.
-    pub first_id: i64,
-    /// What consumers would know it by.
-    pub event_id: String,
-    /// What happened.
-    pub event_type: String,
-    /// Why it was rejected.
-    pub error: Option<String>,
-    /// How long it has been parked.
-    pub parked_seconds: f64,
-    /// Events of the entity that wait behind it.
-    pub waiting_events: i64,
-}
-
-/// The entities with parked events, and how many there are in all.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ParkedEntities {
-    /// Those that were asked for, longest parked first.
-    pub entities: Vec<ParkedEntity>,
-    /// All of them.
-    pub total: i64,
-}
-
 fn backlog(newest_id: i64, last_id: i64) -> i64 {
     (newest_id - last_id).max(0)
 }

@@ -6,10 +6,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
-use super::{
-    Books, LogSize, Moved, Owner, ParkedEntities, ParkedEntity, PipelineBooks, Server, backlog,
-};
-use crate::event::PipelineName;
+use super::{Books, LogSize, Moved, Owner, PipelineBooks, Server, backlog};
 use crate::position::Snapshot;
 use crate::reason::reason;
 use crate::source::postgres::{NEWEST_ID, ask};
@@ -95,11 +92,6 @@ struct Age {
 struct ParkedCount {
     events: i64,
     entities: i64,
-}
-
-#[derive(Deserialize)]
-struct Total {
-    total: i64,
 }
 
 /// Reads the books.
@@ -243,44 +235,4 @@ fn of_open_transactions(snapshot: &Snapshot, condition: &str) -> Option<String> 
             xids.join(",")
         )
     })
-}
-
-/// Lists the entities with parked events, longest parked first; never their payloads.
-///
-/// # Errors
-/// When the database refuses, in particular when it is not migrated.
-pub async fn parked(
-    connection: &mut PgConnection,
-    pipeline: Option<&PipelineName>,
-    limit: u32,
-) -> Result<ParkedEntities, anyhow::Error> {
-    let of_pipeline = pipeline.map_or("true".to_owned(), |pipeline| {
-        format!("pipeline = {}", ask::literal(pipeline.as_str()))
-    });
-    // One pass over the parked events, which are few; then their first ones by primary key.
-    let entities = format!(
-        "select pipeline, aggregate_type, aggregate_id, min(id) as first_id, count(*) - 1 as waiting_events \
-           from outbox.parked where {of_pipeline} group by 1, 2, 3"
-    );
-    let Total { total } = ask::one(
-        connection,
-        &format!("select count(*) as total from ({entities}) entity"),
-    )
-    .await
-    .context("count the parked entities")?;
-    let entities: Vec<ParkedEntity> = ask::all(
-        connection,
-        &format!(
-            "select entity.pipeline, entity.aggregate_type, entity.aggregate_id, entity.first_id, p.event_id, \
-                    p.event_type, p.error, \
-                    extract(epoch from clock_timestamp() - p.parked_at)::float8 as parked_seconds, \
-                    entity.waiting_events \
-               from ({entities}) entity \
-               join outbox.parked p on p.pipeline = entity.pipeline and p.id = entity.first_id \
-              order by p.parked_at, entity.first_id limit {limit}"
-        ),
-    )
-    .await
-    .context("list the parked entities")?;
-    Ok(ParkedEntities { entities, total })
 }

@@ -4,8 +4,8 @@ use anyhow::Context;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
-use super::{Books, LogSize, Owner, ParkedEntities, ParkedEntity, PipelineBooks, backlog};
-use crate::event::{EventId, PipelineName};
+use super::{Books, LogSize, Owner, PipelineBooks, backlog};
+use crate::event::EventId;
 use crate::source::sqlite::newest_id;
 
 /// Everything about every pipeline. The oldest event is the first after the cursor, found by its id.
@@ -41,16 +41,6 @@ select page_count * page_size,
                    / max((now.us - recent.occurred_at) / 1000000.0, 0.001)
           from first, last, recent, now)
   from pragma_page_count(), pragma_page_size()";
-
-const PARKED: &str = "
-select e.pipeline, e.aggregate_type, e.aggregate_id, e.first_id, p.event_id, p.event_type, p.error,
-       (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000 - p.parked_at) / 1000000.0,
-       e.waiting, count(*) over ()
-  from (select pipeline, aggregate_type, aggregate_id, min(id) as first_id, count(*) - 1 as waiting
-          from outbox_parked where ?1 is null or pipeline = ?1 group by 1, 2, 3) e
-  join outbox_parked p on p.pipeline = e.pipeline and p.id = e.first_id
- order by p.parked_at, e.first_id
- limit ?2";
 
 /// Reads the books.
 ///
@@ -110,43 +100,6 @@ fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Erro
         parked_events: row.try_get_unchecked(7)?,
         parked_entities: row.try_get_unchecked(8)?,
         moved: None,
-    })
-}
-
-/// Lists the entities with parked events, longest parked first; never their payloads.
-///
-/// # Errors
-/// When the file can't be read or is not migrated.
-pub async fn parked(
-    connection: &mut SqliteConnection,
-    pipeline: Option<&PipelineName>,
-    limit: u32,
-) -> Result<ParkedEntities, anyhow::Error> {
-    let query = sqlx::query(PARKED)
-        .bind(pipeline.map(PipelineName::as_str))
-        .bind(limit);
-    let rows = rows(query, connection)
-        .await
-        .context("list the parked entities")?;
-    let total = match rows.first() {
-        Some(row) => row.try_get_unchecked(9)?,
-        None => 0,
-    };
-    let entities = rows.iter().map(entity).collect::<Result<_, _>>()?;
-    Ok(ParkedEntities { entities, total })
-}
-
-fn entity(row: &SqliteRow) -> Result<ParkedEntity, sqlx::Error> {
-    Ok(ParkedEntity {
-        pipeline: row.try_get_unchecked(0)?,
-        aggregate_type: row.try_get_unchecked(1)?,
-        aggregate_id: row.try_get_unchecked(2)?,
-        first_id: row.try_get_unchecked(3)?,
-        event_id: row.try_get_unchecked(4)?,
-        event_type: row.try_get_unchecked(5)?,
-        error: row.try_get_unchecked(6)?,
-        parked_seconds: row.try_get_unchecked(7)?,
-        waiting_events: row.try_get_unchecked(8)?,
     })
 }
 

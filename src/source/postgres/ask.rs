@@ -60,6 +60,19 @@ pub(crate) async fn all_within<T: DeserializeOwned>(
     serde_json::from_str(&answer).context("understand the answer")
 }
 
+/// The document that a statement ends with which changes something.
+///
+/// # Errors
+/// When the server refuses or is silent, or the answer has another shape; then nothing is changed.
+pub(crate) async fn change<T: DeserializeOwned>(
+    connection: &mut PgConnection,
+    statement: &str,
+    limit: Duration,
+) -> Result<T, anyhow::Error> {
+    let answer = ask(connection, statement, limit).await?;
+    serde_json::from_str(&answer).context("understand the answer")
+}
+
 async fn ask(
     connection: &mut PgConnection,
     question: &str,

@@ -1,5 +1,6 @@
 //! The commands as people run them: what they print, where, and how they end.
 
+mod admin;
 mod doctor;
 mod status;
 
@@ -70,6 +71,10 @@ async fn the_help_is_pinned() {
         &["status"],
         &["parked"],
         &["parked", "list"],
+        &["parked", "show"],
+        &["parked", "redrive"],
+        &["parked", "drop"],
+        &["acts"],
         &["replay"],
         &["replay", "start"],
         &["replay", "resume"],
@@ -149,6 +154,9 @@ async fn a_wrong_command_line_is_exit_code_2() {
     for args in [
         &["statsu"][..],
         &["parked", "list", "--pipeline", "No Name"],
+        &["parked", "list", "--entity", "order"],
+        &["parked", "drop", "--all"],
+        &["parked", "redrive", "5", "--all"],
         &[],
     ] {
         let ran = relay(args, &[]).await.ends_with(2);
@@ -162,7 +170,13 @@ async fn a_database_that_is_not_there_is_named() {
         ("RELAY_SOURCE__POSTGRES__URL", NOBODY),
         ("RELAY_ADMIN__ENABLED", "false"),
     ];
-    for args in [&["status"][..], &["parked", "list"], &["migrate"]] {
+    for args in [
+        &["status"][..],
+        &["parked", "list"],
+        &["parked", "redrive", "--all"],
+        &["acts"],
+        &["migrate"],
+    ] {
         let ran = relay(args, &env).await.ends_with(1);
         for part in ["127.0.0.1:1", "\"shop\"", "Connection refused"] {
             assert!(ran.err.contains(part), "{args:?}: {}", ran.err);
@@ -214,6 +228,9 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
         ("RELAY_SINK__KAFKA__SASL__PASSWORD", PLANTED),
         ("RELAY_SINK__KAFKA__PROPERTIES__SSL_KEY_PASSWORD", PLANTED),
         ("RELAY_PIPELINES__ALL__ON_REJECTED", "halt"),
+        ("RELAY_PIPELINES__LETTERS__ON_REJECTED", "dead_letter"),
+        ("RELAY_PIPELINES__LETTERS__DEAD_LETTER_TOPIC", "dead"),
+        ("RELAY_PIPELINES__LOSSY__ON_REJECTED", "drop"),
         ("RELAY_PIPELINES__ORDERS__TOPIC", "shop.{aggregate_type}"),
         (
             "RELAY_PIPELINES__ORDERS__FILTER__AGGREGATE_TYPES",
@@ -226,6 +243,8 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
           from      PostgreSQL at 127.0.0.1:1, database "shop", as "relay", polling
           to        Kafka at kafka-1:9092,kafka-2:9092, TLS, login by SCRAM-SHA-512, topics are created, at least once
           pipeline  all: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a reason to stop
+          pipeline  letters: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a dead letter, copied to topic dead
+          pipeline  lossy: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is DROPPED
           pipeline  orders: order, cart to topic shop.{aggregate_type}, key {aggregate_id}; what is rejected is parked
     "#]]
     .assert_eq(&out);

@@ -11,7 +11,7 @@ use super::{Ran, program, relay};
 use crate::fresh::{empty_database, run};
 
 /// A daemon that does not outlive its test.
-struct Daemon(Child);
+pub(super) struct Daemon(pub(super) Child);
 
 impl Drop for Daemon {
     fn drop(&mut self) {
@@ -26,7 +26,7 @@ fn start(env: &[(&str, &str)]) -> Daemon {
     Daemon(command.spawn().unwrap())
 }
 
-fn free_address() -> String {
+pub(super) fn free_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
 }
@@ -37,7 +37,7 @@ async fn seen(env: &[(&str, &str)]) -> Value {
 }
 
 /// Waits for a fact that the status shows.
-async fn until(env: &[(&str, &str)], fact: impl Fn(&Value) -> bool) -> Value {
+pub(super) async fn until(env: &[(&str, &str)], fact: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let seen = seen(env).await;
@@ -103,7 +103,7 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
             assert!(out.contains("main: no relay owns it"), "{out}");
 
             let Ran { out, .. } = relay(&["parked", "list"], &env).await.ends_with(0);
-            assert!(out.contains("big order 17"), "{out}");
+            assert!(out.contains("big order/17"), "{out}");
             assert!(
                 out.contains("the topic name has the character ' '"),
                 "{out}"
@@ -112,7 +112,7 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
                 .await
                 .ends_with(0);
             let parked: Value = serde_json::from_str(&out).unwrap();
-            assert_eq!(parked[0]["first_id"], 1);
+            assert_eq!(parked[0]["id"], 1);
             assert_eq!(parked[0]["event_type"], "placed");
             assert_eq!(parked[0]["waiting_events"], 1);
             let none = ["parked", "list", "--pipeline", "other"];
@@ -209,7 +209,7 @@ async fn the_books_of_sqlite_are_shown() {
     assert_eq!(shown["books"]["pipelines"][0]["backlog_ids"], 2);
     assert!(shown["books"]["pipelines"][0]["oldest_unpublished_seconds"].is_number());
     let Ran { out, .. } = relay(&["parked", "list"], &env).await.ends_with(0);
-    assert!(out.contains("big order 17"), "{out}");
+    assert!(out.contains("big order/17"), "{out}");
 }
 
 #[tokio::test]

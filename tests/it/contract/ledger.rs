@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_relay::event::{Event, EventId, Payload, Start};
+use outbox_relay::event::{Event, EventId, HeldEntity, Payload, Start};
 use outbox_relay::ledger::{Acquired, Fenced, Ledger, Parked, Settings, Tenure};
 use outbox_relay::position::{Position, Snapshot, Window};
 use outbox_relay::source::{PageLimits, Source};
@@ -174,8 +174,8 @@ async fn pipelines_do_not_meet<B: Books>(books: B) {
     second.release().await.unwrap();
     let tenure = ours(&mut second).await;
     assert_eq!(
-        (tenure.position, tenure.parked),
-        (Position::beginning(), vec![])
+        (tenure.position, tenure.held, tenure.dead_letters),
+        (Position::beginning(), vec![], vec![])
     );
     assert_eq!(first.renew().await.unwrap(), Fenced::Written);
 }
@@ -269,6 +269,7 @@ async fn parked_events_keep_their_contents<B: Books>(mut books: B) {
                 ..event("it's\u{1f980}")
             },
             error: Some("it's a 'reason'".to_owned()),
+            holds: true,
         })
         .collect();
     assert_eq!(ledger.park(&parked).await.unwrap(), Fenced::Written);
@@ -298,7 +299,7 @@ async fn parked_events_keep_their_contents<B: Books>(mut books: B) {
 
 async fn parked_entities_are_reported_with_their_first_event<B: Books>(books: B) {
     let mut ledger = books.ledger(settings("first", LONG));
-    assert_eq!(ours(&mut ledger).await.parked, []);
+    assert_eq!(ours(&mut ledger).await.held, []);
     let of = |id, kind: &str, entity: &str| Parked {
         event: Event {
             id: EventId(id),
@@ -307,23 +308,37 @@ async fn parked_entities_are_reported_with_their_first_event<B: Books>(books: B)
             ..event("")
         },
         error: None,
+        holds: id != 11,
     };
     ledger
         .park(&[
             of(9, "Order", "1"),
             of(5, "Order", "1"),
             of(7, "Order", "2"),
+            of(11, "Order", "3"),
         ])
         .await
         .unwrap();
     ledger.park(&[of(8, "Customer", "1")]).await.unwrap();
     ledger.release().await.unwrap();
     let mut next = books.ledger(settings("next", LONG));
-    let mut parked = ours(&mut next).await.parked;
-    parked.sort_unstable();
-    let expected = [("Customer", "1", 8), ("Order", "1", 5), ("Order", "2", 7)]
-        .map(|(kind, entity, id)| (kind.to_owned(), entity.to_owned(), EventId(id)));
-    assert_eq!(parked, expected);
+    let tenure = ours(&mut next).await;
+    let mut held = tenure.held;
+    held.sort_unstable();
+    let expected = [
+        ("Customer", "1", 8, 8, 1),
+        ("Order", "1", 5, 9, 2),
+        ("Order", "2", 7, 7, 1),
+    ]
+    .map(|(kind, entity, first, last, events)| HeldEntity {
+        aggregate_type: kind.to_owned(),
+        aggregate_id: entity.to_owned(),
+        first: EventId(first),
+        last: EventId(last),
+        events,
+    });
+    assert_eq!(held, expected);
+    assert_eq!(tenure.dead_letters, [EventId(11)]);
 }
 
 async fn earliest_starts_at_the_beginning<B: Books>(mut books: B) {
@@ -571,6 +586,7 @@ fn waiting(id: i64) -> Parked {
             ..event("e")
         },
         error: None,
+        holds: true,
     }
 }
 

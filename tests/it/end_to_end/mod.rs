@@ -19,6 +19,7 @@ mod load;
 mod pipelines;
 mod process;
 mod records;
+mod redrive;
 mod rejected;
 mod reload;
 mod replay;

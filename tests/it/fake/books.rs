@@ -4,18 +4,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use outbox_relay::event::EventId;
-use outbox_relay::ledger::{Acquired, Fenced, Ledger, LedgerError, Parked, Tenure};
+use outbox_relay::event::{Event, EventId, HeldEntity};
+use outbox_relay::ledger::{
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Tenure,
+};
 use outbox_relay::position::Position;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Due, Sabotage, Shared, World};
+use super::{Due as Later, Sabotage, Shared, World};
 use crate::oracle::Fact;
 
 /// What the database holds.
 pub struct Books {
     pub position: Position,
-    pub parked: BTreeMap<i64, (String, String)>,
+    pub parked: BTreeMap<i64, ParkedRow>,
+    /// Events that were removed on request.
+    pub dropped: BTreeSet<i64>,
     pub lease_ttl: Duration,
     /// The committed events behind the position when it was written.
     past: BTreeSet<i64>,
@@ -29,6 +33,7 @@ impl Books {
         Self {
             position: Position::beginning(),
             parked: BTreeMap::new(),
+            dropped: BTreeSet::new(),
             lease_ttl,
             past: BTreeSet::new(),
             holder: 0,
@@ -38,11 +43,71 @@ impl Books {
     }
 }
 
+type Entity = (String, String);
+
+/// A row of the table of parked events.
+#[derive(Clone)]
+pub struct ParkedRow {
+    event: Event,
+    pub rejected: bool,
+    holds: bool,
+    attempts: u32,
+    pub wanted: Option<Wanted>,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    Redrive,
+    Drop,
+}
+
+impl ParkedRow {
+    fn entity(&self) -> Entity {
+        let Event {
+            aggregate_type,
+            aggregate_id,
+            ..
+        } = &self.event;
+        (aggregate_type.to_string(), aggregate_id.to_string())
+    }
+}
+
+impl Books {
+    pub fn is_anything_wanted(&self) -> bool {
+        self.parked.values().any(|row| row.wanted.is_some())
+    }
+
+    /// The parked events of an entity that hold it, by their ids.
+    fn of_entity<'a>(
+        &'a self,
+        entity: &'a Entity,
+    ) -> impl Iterator<Item = (&'a i64, &'a ParkedRow)> {
+        let holds = move |(_, row): &(_, &ParkedRow)| row.holds && row.entity() == *entity;
+        self.parked.iter().filter(holds)
+    }
+
+    fn is_due(&self, id: i64, row: &ParkedRow) -> bool {
+        let entity = row.entity();
+        if !row.holds || row.wanted == Some(Wanted::Drop) {
+            return row.wanted.is_some();
+        }
+        let mut of_entity = self.of_entity(&entity);
+        let blocks = |row: &ParkedRow| match row.wanted {
+            Some(wanted) => wanted == Wanted::Drop,
+            None => row.rejected,
+        };
+        self.of_entity(&entity).any(|(_, row)| row.wanted.is_some())
+            && !of_entity.any(|(other, row)| *other <= id && blocks(row))
+    }
+}
+
 #[derive(Clone)]
 enum Write {
     Renew,
     Acknowledge(Position),
     Park(Vec<Parked>),
+    Resolve(Resolved),
     Release,
 }
 
@@ -107,23 +172,118 @@ impl World {
     }
 
     fn tenure(&self) -> Tenure {
-        let mut first = BTreeMap::new();
-        for (id, entity) in self.books.parked.iter().rev() {
-            first.insert(entity.clone(), EventId(*id));
+        let mut held: BTreeMap<Entity, HeldEntity> = BTreeMap::new();
+        let (holding, dead): (Vec<_>, Vec<_>) =
+            self.books.parked.iter().partition(|(_, row)| row.holds);
+        for (id, row) in holding {
+            let (aggregate_type, aggregate_id) = row.entity();
+            let entity = held.entry(row.entity()).or_insert(HeldEntity {
+                aggregate_type,
+                aggregate_id,
+                first: EventId(*id),
+                last: EventId(*id),
+                events: 0,
+            });
+            entity.last = EventId(*id);
+            entity.events += 1;
         }
         Tenure {
             position: self.books.position.clone(),
             log: "sim".to_owned(),
-            parked: first
-                .into_iter()
-                .map(|((kind, id), first)| (kind, id, first))
-                .collect(),
+            held: held.into_values().collect(),
+            dead_letters: dead.into_iter().map(|(id, _)| EventId(*id)).collect(),
         }
     }
 
-    fn write(&mut self, at: Instant, owner: u32, epoch: u64, write: &Write) -> Fenced {
+    fn due(&mut self, at: Instant, rows: usize, bytes: usize) -> Vec<Due> {
+        let mut due: Vec<Due> = Vec::new();
+        let mut total = 0;
+        for (id, row) in &self.books.parked {
+            if !self.books.is_due(*id, row) || !self.log.is_past(&self.books.position, *id) {
+                continue;
+            }
+            let size = row.event.payload.bytes().map_or(0, <[u8]>::len);
+            if due.len() == rows || (total + size > bytes && !due.is_empty()) {
+                break;
+            }
+            total += size;
+            due.push(Due {
+                event: row.event.clone(),
+                attempts: row.attempts,
+                holds: row.holds,
+                drop: row.wanted == Some(Wanted::Drop),
+            });
+        }
+        if self.is(Sabotage::NewestDueFirst) {
+            due.reverse();
+        }
+        if self.is(Sabotage::RemoveWhenDue) {
+            for due in &due {
+                self.remove(at, due.event.id.0);
+            }
+        }
+        due
+    }
+
+    fn remove(&mut self, at: Instant, id: i64) -> Option<ParkedRow> {
+        let row = self.books.parked.remove(&id)?;
+        if row.wanted == Some(Wanted::Drop) {
+            self.books.dropped.insert(id);
+        }
+        self.note_at(at, Fact::Unparked { id });
+        Some(row)
+    }
+
+    fn resolve(&mut self, at: Instant, resolved: &Resolved) -> Vec<Entity> {
+        let Resolved {
+            delivered,
+            dropped,
+            rejected,
+        } = resolved;
+        let wanted = |id: &&EventId| {
+            let row = self.books.parked.get(&id.0);
+            row.is_some_and(|row| row.wanted == Some(Wanted::Drop))
+        };
+        let dropped: Vec<EventId> = dropped.iter().filter(wanted).copied().collect();
+        for (id, _) in rejected {
+            if let Some(row) = self.books.parked.get_mut(&id.0) {
+                row.rejected = true;
+                row.attempts += 1;
+                row.wanted = None;
+            }
+        }
+        let mut entities = BTreeSet::new();
+        for id in delivered.iter().chain(&dropped) {
+            let row = self.remove(at, id.0).filter(|row| row.holds);
+            entities.extend(row.map(|row| row.entity()));
+        }
+        let mut free = Vec::new();
+        for entity in entities {
+            let next = self.books.of_entity(&entity).next().map(|(id, _)| *id);
+            if next.is_none() || self.is(Sabotage::FreeEarly) {
+                free.push(entity);
+            }
+            let next = next.and_then(|id| self.books.parked.get_mut(&id));
+            if let Some(row) = next.filter(|row| !row.rejected && row.wanted.is_none()) {
+                row.wanted = Some(Wanted::Redrive);
+            }
+        }
+        free
+    }
+
+    /// An operator asks for something.
+    pub fn want(&mut self, id: i64, wanted: Wanted) {
+        if let Some(row) = self.books.parked.get_mut(&id) {
+            row.wanted = Some(wanted);
+            let drop = wanted == Wanted::Drop;
+            self.note(Fact::Wanted { id, drop });
+        }
+    }
+
+    /// None when it is fenced; else the entities that are free now.
+    fn write(&mut self, at: Instant, owner: u32, epoch: u64, write: &Write) -> Option<Vec<Entity>> {
         if epoch != self.books.epoch && !self.is(Sabotage::NoFence) {
-            return Fenced::Lost;
+            return None;
         }
         match write {
             Write::Renew => self.extend_lease(at, owner),
@@ -141,22 +301,30 @@ impl World {
             }
             Write::Park(_) if self.is(Sabotage::ParkForgets) => {}
             Write::Park(parked) => {
-                for Parked { event, error } in parked {
+                for Parked {
+                    event,
+                    error,
+                    holds,
+                } in parked
+                {
                     let (id, reason) = (event.id.0, error.is_some());
-                    let entity = (
-                        event.aggregate_type.to_string(),
-                        event.aggregate_id.to_string(),
-                    );
-                    self.books.parked.entry(id).or_insert(entity);
+                    self.books.parked.entry(id).or_insert(ParkedRow {
+                        event: event.clone(),
+                        rejected: reason,
+                        holds: *holds,
+                        attempts: u32::from(reason),
+                        wanted: None,
+                    });
                     self.note_at(at, Fact::Parked { owner, id, reason });
                 }
             }
+            Write::Resolve(resolved) => return Some(self.resolve(at, resolved)),
             Write::Release => {
                 self.books.expires_at = at;
                 self.note_at(at, Fact::Released { owner });
             }
         }
-        Fenced::Written
+        Some(Vec::new())
     }
 
     pub(super) fn write_late(&mut self, at: Instant, late: &LateWrite) {
@@ -186,13 +354,18 @@ impl FakeLedger {
     }
 
     async fn write(&mut self, write: Write) -> Result<Fenced, LedgerError> {
+        let written = self.ask(write).await?;
+        Ok(written.map_or(Fenced::Lost, |_| Fenced::Written))
+    }
+
+    async fn ask(&mut self, write: Write) -> Result<Option<Vec<Entity>>, LedgerError> {
         let limit = self.shared.with(|world| world.books.lease_ttl);
         timeout(limit, self.try_write(write))
             .await
             .unwrap_or_else(|_| Err(LedgerError(anyhow!("no answer"))))
     }
 
-    async fn try_write(&self, write: Write) -> Result<Fenced, LedgerError> {
+    async fn try_write(&self, write: Write) -> Result<Option<Vec<Entity>>, LedgerError> {
         let Self {
             shared,
             owner,
@@ -219,7 +392,7 @@ impl FakeLedger {
                     epoch: *epoch,
                     write: write.clone(),
                 };
-                shared.with(|world| world.plan(Instant::now() + by, Due::Write(late)));
+                shared.with(|world| world.plan(Instant::now() + by, Later::Write(late)));
                 shared.dawdle().await;
                 Err(gone())
             }
@@ -270,6 +443,26 @@ impl Ledger for FakeLedger {
 
     async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
         self.write(Write::Park(parked.to_vec())).await
+    }
+
+    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
+        self.shared.dawdle().await;
+        let gone = || LedgerError(anyhow!("the connection was lost"));
+        match self.shared.with(World::fate) {
+            Fate::Fails | Fate::ReplyLost | Fate::Late(_) => return Err(gone()),
+            Fate::Hangs(by) => sleep(by).await,
+            Fate::Fine => {}
+        }
+        let due = self
+            .shared
+            .with(|world| world.due(Instant::now(), rows, bytes));
+        self.shared.dawdle().await;
+        Ok(due)
+    }
+
+    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
+        let written = self.ask(Write::Resolve(resolved.clone())).await?;
+        Ok(written.map_or(Resolution::Lost, |free| Resolution::Written { free }))
     }
 
     async fn release(&mut self) -> Result<(), LedgerError> {

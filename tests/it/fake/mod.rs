@@ -54,6 +54,14 @@ pub enum Sabotage {
     ForgetPosition,
     /// The broker commits for whoever asks.
     NoFencing,
+    /// The ledger says that an entity is free although events of it are still parked.
+    FreeEarly,
+    /// The ledger removes parked events when it says that they are due.
+    RemoveWhenDue,
+    /// The ledger gives the newest due events first.
+    NewestDueFirst,
+    /// The loop may set more events aside than the oracle knows of.
+    Hoard,
 }
 
 /// How often things go wrong, per mille of the occasions.
@@ -127,6 +135,8 @@ pub struct World {
     pub calm: bool,
     /// Lives of processes so far.
     pub owners: u32,
+    /// The policy is to drop what is rejected.
+    pub drops: bool,
     began: Instant,
     agenda: BTreeMap<(Instant, u64), Due>,
     entries: u64,
@@ -186,9 +196,12 @@ impl World {
         let (broker, books, log) = (&self.broker, &self.books, &self.log);
         let done = |id: i64| {
             log.is_past(&books.position, id)
-                && (broker.appended.contains(&id) || books.parked.contains_key(&id))
+                && (broker.appended.contains(&id)
+                    || books.parked.contains_key(&id)
+                    || books.dropped.contains(&id)
+                    || (self.drops && log.poison(id).is_some()))
         };
-        self.agenda.is_empty() && log.wanted().rev().all(done)
+        self.agenda.is_empty() && !books.is_anything_wanted() && log.wanted().rev().all(done)
     }
 }
 
@@ -234,6 +247,7 @@ impl Shared {
             stalled: BTreeMap::new(),
             calm: false,
             owners: 0,
+            drops: false,
             began: now,
             agenda: BTreeMap::new(),
             entries: 0,

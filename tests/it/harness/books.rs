@@ -1,5 +1,8 @@
 //! Logs with books beside them.
 
+use outbox_relay::ledger::acts::{
+    self, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
+};
 use outbox_relay::ledger::postgres::PostgresLedger;
 use outbox_relay::ledger::sqlite::SqliteLedger;
 use outbox_relay::ledger::{Ledger, Settings};
@@ -17,6 +20,16 @@ pub trait Books: Log {
 
     /// Deletes the cursors, so that every pipeline begins anew.
     async fn forget_cursors(&mut self);
+
+    /// What an operator asks for.
+    async fn mark(&mut self, wish: &Wish) -> Vec<Marked>;
+
+    /// What an operator sees, with a hundred bytes of each payload.
+    async fn show(&mut self, selector: &Selector) -> Vec<ParkedDetail>;
+
+    async fn list(&mut self, selector: &Selector) -> ParkedEvents;
+
+    async fn acts(&mut self) -> Vec<NotedAct>;
 }
 
 pub type ParkedRow = (
@@ -49,6 +62,30 @@ impl Books for SqliteLog {
         let deleted = sqlx::query("delete from outbox_cursors").execute(&mut connection);
         deleted.await.unwrap();
     }
+
+    async fn mark(&mut self, wish: &Wish) -> Vec<Marked> {
+        let mut connection = self.file.connect().await;
+        acts::sqlite::mark(&mut connection, wish).await.unwrap()
+    }
+
+    async fn show(&mut self, selector: &Selector) -> Vec<ParkedDetail> {
+        let mut connection = self.file.connect().await;
+        acts::sqlite::show(&mut connection, selector, 100)
+            .await
+            .unwrap()
+    }
+
+    async fn list(&mut self, selector: &Selector) -> ParkedEvents {
+        let mut connection = self.file.connect().await;
+        acts::sqlite::list(&mut connection, selector, 100)
+            .await
+            .unwrap()
+    }
+
+    async fn acts(&mut self) -> Vec<NotedAct> {
+        let mut connection = self.file.connect().await;
+        acts::sqlite::acts(&mut connection, 100).await.unwrap()
+    }
 }
 
 impl Books for PolledPostgres {
@@ -70,5 +107,29 @@ impl Books for PolledPostgres {
     async fn forget_cursors(&mut self) {
         let deleted = sqlx::query("delete from outbox.cursors").execute(&self.database.pool);
         deleted.await.unwrap();
+    }
+
+    async fn mark(&mut self, wish: &Wish) -> Vec<Marked> {
+        let mut connection = self.database.connect().await;
+        acts::postgres::mark(&mut connection, wish).await.unwrap()
+    }
+
+    async fn show(&mut self, selector: &Selector) -> Vec<ParkedDetail> {
+        let mut connection = self.database.connect().await;
+        acts::postgres::show(&mut connection, selector, 100)
+            .await
+            .unwrap()
+    }
+
+    async fn list(&mut self, selector: &Selector) -> ParkedEvents {
+        let mut connection = self.database.connect().await;
+        acts::postgres::list(&mut connection, selector, 100)
+            .await
+            .unwrap()
+    }
+
+    async fn acts(&mut self) -> Vec<NotedAct> {
+        let mut connection = self.database.connect().await;
+        acts::postgres::acts(&mut connection, 100).await.unwrap()
     }
 }

@@ -3,6 +3,8 @@
 //! Whoever changes a lease holds the file's write lock from the first look on, so nothing can come in between. Time is
 //! that of the machine, the same for all who share the file.
 
+mod parked;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +13,10 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
-use super::{Acquired, Fenced, Ledger, LedgerError, Parked, Settings, Tenure};
-use crate::event::{EventId, Payload, Start};
+use super::{
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Settings, Tenure,
+};
+use crate::event::{EventId, Start};
 use crate::position::{Position, Window};
 use crate::source::sqlite::{connect, newest_id};
 
@@ -109,9 +113,24 @@ impl Ledger for SqliteLedger {
                 .execute("pragma synchronous = full")
                 .await
                 .context("ask for durability")?;
-            let answer = park(connection, settings, epoch, parked).await?;
+            let answer = parked::park(connection, settings, epoch, parked).await?;
             relax(connection).await?;
             Ok(answer)
+        })
+        .await
+    }
+
+    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
+        self.with(async |connection, settings, _| {
+            parked::due(connection, settings, rows, bytes).await
+        })
+        .await
+    }
+
+    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
+        // What is lost of this with the machine's last moments is done once more, and the cursor with it.
+        self.with(async |connection, settings, epoch| {
+            parked::resolve(connection, settings, epoch, resolved).await
         })
         .await
     }
@@ -189,13 +208,13 @@ async fn acquire(
         }
     };
     let log = log_name(&mut transaction, settings).await?;
-    let parked = parked_entities(&mut transaction, settings).await?;
-    transaction.commit().await.context("take the lease")?;
     let tenure = Tenure {
         position,
         log,
-        parked,
+        held: parked::held(&mut transaction, settings).await?,
+        dead_letters: parked::dead_letters(&mut transaction, settings).await?,
     };
+    transaction.commit().await.context("take the lease")?;
     Ok(Ok((epoch, tenure)))
 }
 
@@ -354,92 +373,6 @@ async fn set_position(
     .execute(connection)
     .await?;
     Ok(done.rows_affected())
-}
-
-async fn parked_entities(
-    connection: &mut SqliteConnection,
-    settings: &Settings,
-) -> Result<Vec<(String, String, EventId)>, anyhow::Error> {
-    let rows: Vec<(String, String, i64)> = sqlx::query_as(
-        "select aggregate_type, aggregate_id, min(id) from outbox_parked where pipeline = ?1 group by 1, 2",
-    )
-    .bind(settings.pipeline.as_str())
-    .fetch_all(connection)
-    .await
-    .context("read the parked entities")?;
-    Ok(rows
-        .into_iter()
-        .map(|(kind, entity, id)| (kind, entity, EventId(id)))
-        .collect())
-}
-
-async fn park(
-    connection: &mut SqliteConnection,
-    settings: &Settings,
-    epoch: i64,
-    parked: &[Parked],
-) -> Result<Fenced, anyhow::Error> {
-    let mut transaction = connection
-        .begin_with("begin immediate")
-        .await
-        .context("begin to park")?;
-    let ours: Option<i64> = sqlx::query_scalar(
-        "select 1 from outbox_cursors where pipeline = ?1 and shard = 0 and epoch = ?2",
-    )
-    .bind(settings.pipeline.as_str())
-    .bind(epoch)
-    .fetch_optional(&mut *transaction)
-    .await
-    .context("check the lease")?;
-    if ours.is_none() {
-        transaction.rollback().await.context("end parking")?;
-        return Ok(Fenced::Lost);
-    }
-    for parked in parked {
-        park_one(&mut transaction, settings, parked)
-            .await
-            .with_context(|| format!("park event {}", parked.event.id))?;
-    }
-    transaction
-        .commit()
-        .await
-        .context("commit what was parked")?;
-    Ok(Fenced::Written)
-}
-
-async fn park_one(
-    connection: &mut SqliteConnection,
-    settings: &Settings,
-    Parked { event, error }: &Parked,
-) -> Result<(), sqlx::Error> {
-    let (json, encoded) = match &event.payload {
-        Payload::Json(json) => (Some(&json[..]), None),
-        Payload::Encoded(encoded) => (None, Some(&encoded[..])),
-        Payload::Ambiguous(json, encoded) => (Some(&json[..]), Some(&encoded[..])),
-        Payload::Tombstone => (None, None),
-    };
-    // The cast makes a text of the bytes without a look at them: they stay what the writer wrote.
-    sqlx::query(
-        "insert into outbox_parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload,
-                payload_bytes, content_type, headers, occurred_at, error)
-         values (?1, ?2, ?3, ?4, ?5, ?6, cast(?7 as text), ?8, ?9, ?10, ?11, ?12)
-         on conflict (pipeline, id) do nothing",
-    )
-    .bind(settings.pipeline.as_str())
-    .bind(event.id.0)
-    .bind(event.event_id.to_string())
-    .bind(&event.aggregate_type[..])
-    .bind(&event.aggregate_id[..])
-    .bind(&event.event_type[..])
-    .bind(json)
-    .bind(encoded)
-    .bind(event.content_type.as_deref())
-    .bind(event.headers.as_deref())
-    .bind(event.occurred_at_us)
-    .bind(error.as_deref())
-    .execute(connection)
-    .await?;
-    Ok(())
 }
 
 fn ttl_us(settings: &Settings) -> i64 {

@@ -1,7 +1,11 @@
-//! The HTTP interface: metrics, health, readiness, status. Nothing here changes anything.
+//! The HTTP interface: metrics, health, readiness, status, parked events. Only who has the token changes anything.
 //!
 //! Both ends of `/status` are here: the daemon that serves it and [`ask`], with which the commands look at a daemon.
 
+mod parked;
+mod serve;
+
+use std::convert::Infallible;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +21,13 @@ use hyper::client::conn::http1;
 use hyper::{Request, header};
 use hyper_util::rt::TokioIo;
 use metrics_exporter_prometheus::PrometheusHandle;
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::config::Source;
 use crate::event::PipelineName;
 use crate::relay::status::Status;
 use crate::telemetry;
@@ -39,7 +45,16 @@ pub struct Shown {
     pub pipelines: Vec<(PipelineName, watch::Receiver<Status>)>,
     /// The recorder of the metrics.
     pub metrics: PrometheusHandle,
+    /// Where the parked events are.
+    pub source: Source,
+    /// What whoever changes something has to know.
+    pub token: Option<SecretString>,
+    /// Who asks the database waits for one: curiosity must not use up its connections.
+    pub database_turns: Semaphore,
 }
+
+/// Questions to the database at once.
+pub const DATABASE_TURNS: usize = 2;
 
 /// The answer to `/status` and `/readyz`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,10 +116,8 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, anyhow::Error> {
 }
 
 /// Serves until dropped.
-///
-/// # Errors
-/// When the listener fails.
-pub async fn serve(listener: TcpListener, shown: Shown) -> Result<(), anyhow::Error> {
+pub async fn serve(listener: TcpListener, shown: Shown) -> Infallible {
+    let shown = Arc::new(shown);
     let router = Router::new()
         .route(
             "/metrics",
@@ -116,10 +129,9 @@ pub async fn serve(listener: TcpListener, shown: Shown) -> Result<(), anyhow::Er
             "/status",
             get(async |Shared(shown): Shared<Arc<Shown>>| Json(shown.overview())),
         )
-        .with_state(Arc::new(shown));
-    axum::serve(listener, router)
-        .await
-        .context("serve the admin interface")
+        .merge(parked::routes(&shown))
+        .with_state(shown);
+    serve::serve(listener, router).await
 }
 
 async fn ready(Shared(shown): Shared<Arc<Shown>>) -> (StatusCode, Json<Overview>) {

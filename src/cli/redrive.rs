@@ -1,0 +1,241 @@
+//! `outbox-relay parked redrive` and `parked drop`: what operators ask of the owner of a pipeline; and `outbox-relay acts`.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Error, ensure};
+use clap::Args;
+use comfy_table::Cell;
+
+use super::parked::{Filter, show_table};
+use super::show;
+use super::{ConfigArgs, Outcome};
+use crate::database::Database;
+use crate::ledger::acts::{Action, Marked, Wish};
+
+/// Publish rejected events after all, and then what waits behind them, in order.
+///
+/// The owner of the pipeline does it within seconds, at most relay.redrive_rate events a second: the events of an entity
+/// from its oldest on, until all are published or one is rejected again. New events of the entity wait meanwhile. Whatever
+/// stops the relay, it goes on where it was. A dead letter is published after what its entity published since.
+#[derive(Debug, Args)]
+pub(super) struct Redrive {
+    /// This event, which has to be the oldest of its entity that waits, or a dead letter.
+    #[arg(conflicts_with_all = ["entity", "error", "older_than", "all"])]
+    id: Option<i64>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    filter: Filter,
+    /// Everything that is parked.
+    #[arg(long)]
+    all: bool,
+    /// Only say which events it would be.
+    #[arg(long)]
+    dry_run: bool,
+    /// Kept with the act.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// Print a JSON array: pipelines and how many of their events.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Give rejected events up, and publish what waits behind them, in order.
+///
+/// The owner of the pipeline does it within seconds. What is dropped is gone from here; the outbox still has it until
+/// retention removes it.
+#[derive(Debug, Args)]
+pub(super) struct Drop {
+    /// This event, rejected or waiting.
+    #[arg(conflicts_with_all = ["entity", "error", "older_than", "all"])]
+    id: Option<i64>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    filter: Filter,
+    /// Everything that is parked.
+    #[arg(long)]
+    all: bool,
+    /// Drop what waits behind them too.
+    #[arg(long)]
+    with_waiting: bool,
+    /// Only say which events it would be.
+    #[arg(long)]
+    dry_run: bool,
+    /// Why; kept with the act.
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
+    /// Print a JSON array: pipelines and how many of their events.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Redrive {
+    pub(super) async fn run(self) -> Result<Outcome, Error> {
+        let wish = Wish {
+            action: Action::Redrive,
+            selector: self.filter.selector(self.id),
+            with_waiting: false,
+            who: who(),
+            reason: self.reason,
+        };
+        ask(&self.config, wish, self.all, self.dry_run, self.json).await
+    }
+}
+
+impl Drop {
+    pub(super) async fn run(self) -> Result<Outcome, Error> {
+        let wish = Wish {
+            action: Action::Drop,
+            selector: self.filter.selector(self.id),
+            with_waiting: self.with_waiting,
+            who: who(),
+            reason: Some(self.reason),
+        };
+        ask(&self.config, wish, self.all, self.dry_run, self.json).await
+    }
+}
+
+async fn ask(
+    config: &ConfigArgs,
+    wish: Wish,
+    all: bool,
+    dry_run: bool,
+    json: bool,
+) -> Result<Outcome, Error> {
+    ensure!(
+        all || !wish.selector.is_everything(),
+        "say which events: an id, --entity, --error, --older-than, or --all"
+    );
+    let config = config.load()?;
+    let mut database = Database::open(&config.source).await?;
+    if dry_run {
+        return would(&mut database, &wish).await;
+    }
+    let marked = database.mark(&wish).await?;
+    if json {
+        anstream::println!("{}", serde_json::to_string_pretty(&marked)?);
+        return Ok(Outcome::Done);
+    }
+    if marked.is_empty() {
+        anstream::println!("nothing that is parked matches");
+        return Ok(Outcome::Done);
+    }
+    let books = database.books().await?;
+    for Marked { pipeline, events } in &marked {
+        let owner = books
+            .pipelines
+            .iter()
+            .find(|books| books.pipeline == *pipeline)
+            .and_then(|books| books.owner.as_ref());
+        let who = match owner {
+            Some(owner) => format!("its owner {} does it within seconds", owner.holder),
+            None => "no relay owns it now: the next one that runs does it".to_owned(),
+        };
+        anstream::println!(
+            "{} of pipeline {pipeline} {}: {who}",
+            count(*events),
+            verb(wish.action)
+        );
+    }
+    anstream::println!("`outbox-relay parked list` shows what is left");
+    Ok(Outcome::Done)
+}
+
+async fn would(database: &mut Database, wish: &Wish) -> Result<Outcome, Error> {
+    if let Some(refusal) = database.refusal(wish).await? {
+        return Err(refusal.into());
+    }
+    let parked = database.parked(&wish.selector, 100).await?;
+    show_table(&parked);
+    if parked.total > 0 {
+        let waiting = match (wish.action, wish.with_waiting) {
+            (Action::Drop, true) => "and what waits behind them too",
+            _ => "and what waits behind them published, in order",
+        };
+        anstream::println!(
+            "dry run: {} would be {}, {waiting}",
+            count(parked.total),
+            match wish.action {
+                Action::Redrive => "redriven",
+                Action::Drop => "dropped",
+            }
+        );
+    }
+    Ok(Outcome::Done)
+}
+
+fn count(events: i64) -> String {
+    match events {
+        1 => "1 event".to_owned(),
+        events => format!("{events} events"),
+    }
+}
+
+fn verb(action: Action) -> &'static str {
+    match action {
+        Action::Redrive => "to be redriven",
+        Action::Drop => "to be dropped",
+    }
+}
+
+/// The user and host of this process. For people who read the acts: who has the database's password can say anything.
+fn who() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let uid = fs::metadata("/proc/self").map(|process| process.uid().to_string());
+    let uid = uid.unwrap_or_default();
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let user = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then(|| name.to_owned())
+    });
+    format!("{}@{}", user.unwrap_or(uid), host.trim())
+}
+
+/// Show what operators asked for: when, who, of which events, why.
+#[derive(Debug, Args)]
+pub(super) struct Acts {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print a JSON array.
+    #[arg(long)]
+    json: bool,
+    /// At most so many, the newest first.
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    limit: u32,
+}
+
+impl Acts {
+    pub(super) async fn run(self) -> Result<Outcome, Error> {
+        let config = self.config.load()?;
+        let mut database = Database::open(&config.source).await?;
+        let acts = database.acts(self.limit).await?;
+        if self.json {
+            anstream::println!("{}", serde_json::to_string_pretty(&acts)?);
+            return Ok(Outcome::Done);
+        }
+        if acts.is_empty() {
+            anstream::println!("nobody has asked for anything");
+            return Ok(Outcome::Done);
+        }
+        let mut table = show::table(&[
+            "AT", "WHO", "AS", "ACTION", "PIPELINE", ">EVENTS", "WHICH", "REASON",
+        ]);
+        for act in &acts {
+            table.add_row(vec![
+                Cell::new(&act.at),
+                Cell::new(show::plain(&act.who)),
+                Cell::new(show::plain(&act.database_user)),
+                Cell::new(show::plain(&act.action)),
+                Cell::new(act.pipeline.as_deref().unwrap_or("-")),
+                show::number(Some(act.events)),
+                Cell::new(show::plain(&act.selector)),
+                Cell::new(show::plain(act.reason.as_deref().unwrap_or("-"))),
+            ]);
+        }
+        show::print_table(&mut table);
+        Ok(Outcome::Done)
+    }
+}

@@ -1,0 +1,141 @@
+//! Parked events as operators see them, in PostgreSQL. Every question and every wish is one message, for any pooler.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::Deserialize;
+use sqlx::postgres::PgConnection;
+
+use super::{
+    Dialect, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish, behind, literal,
+    waiting_behind,
+};
+use crate::source::postgres::ask;
+
+const DIALECT: Dialect = Dialect::Postgres;
+/// For a wish that concerns everything.
+const MARK_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Deserialize)]
+struct Total {
+    total: i64,
+}
+
+fn columns() -> String {
+    format!(
+        "p.pipeline, p.id, p.event_id, p.aggregate_type, p.aggregate_id, p.event_type, p.error, p.attempts, p.holds, \
+         p.wanted, extract(epoch from clock_timestamp() - p.parked_at)::float8 as parked_seconds, \
+         {} as waiting_events",
+        waiting_behind(DIALECT)
+    )
+}
+
+/// Lists parked events, longest parked first; never their payloads.
+///
+/// # Errors
+/// When the database refuses, in particular when it is not migrated.
+pub async fn list(
+    connection: &mut PgConnection,
+    selector: &Selector,
+    limit: u32,
+) -> Result<ParkedEvents, anyhow::Error> {
+    let condition = selector.condition(DIALECT, "p");
+    let Total { total } = ask::one(
+        connection,
+        &format!("select count(*) as total from outbox.parked p where {condition}"),
+    )
+    .await
+    .context("count the parked events")?;
+    let events = ask::all(
+        connection,
+        &format!(
+            "select {} from outbox.parked p where {condition} order by p.parked_at, p.pipeline, p.id limit {limit}",
+            columns()
+        ),
+    )
+    .await
+    .context("list the parked events")?;
+    Ok(ParkedEvents { events, total })
+}
+
+/// Everything about the events that are meant, with at most this much of each payload; a handful of them.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn show(
+    connection: &mut PgConnection,
+    selector: &Selector,
+    payload_bytes_max: u32,
+) -> Result<Vec<ParkedDetail>, anyhow::Error> {
+    ask::all(
+        connection,
+        &format!(
+            "select {}, to_char(p.occurred_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"') as occurred_at, \
+                    {} as behind, p.history, p.content_type, p.headers::text as headers, \
+                    left(p.payload::text, {payload_bytes_max}) as payload, \
+                    encode(substring(p.payload_bytes from 1 for {payload_bytes_max}), 'hex') as payload_hex, \
+                    coalesce(octet_length(p.payload::text), 0) + coalesce(octet_length(p.payload_bytes), 0) \
+                        as payload_bytes \
+               from outbox.parked p where {} order by p.pipeline, p.id limit 10",
+            columns(),
+            behind(DIALECT),
+            selector.condition(DIALECT, "p")
+        ),
+    )
+    .await
+    .context("read the parked event")
+}
+
+/// Notes a wish, on the events and among the acts. The events are locked in the order of their ids, as the owner of their
+/// pipeline does.
+///
+/// # Errors
+/// When the database refuses; nothing is noted then.
+pub async fn mark(
+    connection: &mut PgConnection,
+    wish: &Wish,
+) -> Result<Vec<Marked>, anyhow::Error> {
+    let action = literal(wish.action.as_str());
+    let reason = wish
+        .reason
+        .as_ref()
+        .map_or("null".to_owned(), |reason| literal(reason));
+    let statement = format!(
+        "with chosen as ( \
+            select p.pipeline, p.id from outbox.parked p where {} order by p.pipeline, p.id for update of p), \
+         marked as ( \
+            update outbox.parked p set wanted = {action} from chosen \
+             where p.pipeline = chosen.pipeline and p.id = chosen.id returning p.pipeline), \
+         counted as (select pipeline, count(*) as events from marked group by pipeline), \
+         noted as ( \
+            insert into outbox.acts (who, action, pipeline, selector, events, reason) \
+            select {}, {action}, pipeline, {}, events, {reason} from counted) \
+         select coalesce(json_agg(counted order by pipeline), '[]')::text from counted",
+        wish.condition(DIALECT),
+        literal(&wish.who),
+        literal(&wish.selector.to_string()),
+    );
+    ask::change(connection, &statement, MARK_MAX)
+        .await
+        .context("note what is wanted")
+}
+
+/// The newest acts first.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn acts(
+    connection: &mut PgConnection,
+    limit: u32,
+) -> Result<Vec<NotedAct>, anyhow::Error> {
+    ask::all(
+        connection,
+        &format!(
+            "select id, to_char(at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"') as at, database_user, who, \
+                    action, pipeline, selector, events, reason \
+               from outbox.acts order by id desc limit {limit}"
+        ),
+    )
+    .await
+    .context("list the acts")
+}
