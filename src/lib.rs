@@ -14,7 +14,7 @@
 //! | encode | makes a record of it | [`encode`] |
 //! | sink | takes records over in order, says which arrived | [`sink::kafka`], [`sink::stdout`] |
 //! | loop | where they meet, once per pipeline | [`relay`] |
-//! | ledger | the durable books: lease, cursor, parked events | [`ledger`] |
+//! | ledger | the durable books: lease, cursor, parked events, what operators ask for | [`ledger`] |
 //!
 //! The outbox is a log: nothing updates or deletes a row to make progress, a pipeline holds a [`position::Position`]. The
 //! position is deterministic, so that a crash at any point means reading again from the last one. How windows between two

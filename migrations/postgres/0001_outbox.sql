@@ -517,6 +517,8 @@ begin
     update outbox.events
        set xid = '3'
      where id <= known and xid >= pg_snapshot_xmin(seen) and xid <> pg_current_xact_id();
+    -- What is parked lies where its event lies.
+    update outbox.parked p set xid = (select e.xid from outbox.events e where e.id = p.id);
     select least(known, min(id) - 1) into first from outbox.events where xid = pg_current_xact_id();
     update outbox.cursors
        set prev = seen, cur = seen, floor = first, ceiling = first, next_floor = first, last_id = first,

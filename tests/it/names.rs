@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use outbox_relay::telemetry::{Kind, METRICS};
 
 /// Tables, roles and channels that begin in the same way.
-const OTHERS: [&str; 9] = [
+const OTHERS: [&str; 11] = [
     "outbox_cursors",
     "outbox_events",
     "outbox_events_ids_ascend",
@@ -16,6 +16,8 @@ const OTHERS: [&str; 9] = [
     "outbox_migrations",
     "outbox_parked",
     "outbox_parked_entity",
+    "outbox_parked_wanted",
+    "outbox_acts",
     "outbox_relay",
     "outbox_writer",
 ];

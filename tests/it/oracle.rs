@@ -159,6 +159,8 @@ struct Judge {
     dropped: BTreeSet<i64>,
     mended: BTreeSet<i64>,
     ever_handed_over: BTreeSet<i64>,
+    /// Published after all, these are not in the transaction that moves the position.
+    ever_parked: BTreeSet<i64>,
     past: BTreeSet<i64>,
     /// Per life: handed over and not confirmed.
     unconfirmed: BTreeMap<u32, BTreeSet<i64>>,
@@ -184,6 +186,7 @@ impl Judge {
             dropped: BTreeSet::new(),
             mended: BTreeSet::new(),
             ever_handed_over: BTreeSet::new(),
+            ever_parked: BTreeSet::new(),
             past: BTreeSet::new(),
             unconfirmed: BTreeMap::new(),
             handed_over: BTreeMap::new(),
@@ -363,7 +366,8 @@ impl Judge {
                 format!("event {id} is not in the log as it was written"),
             );
         }
-        if self.appended.insert(id) && self.has_place(id) {
+        let first_delivery = self.appended.insert(id);
+        if first_delivery && self.has_place(id) {
             let before = &self.entities[&entity][..place];
             let missing = |id: &&i64| {
                 self.has_place(**id) && !self.appended.contains(id) && !self.dropped.contains(id)
@@ -372,7 +376,7 @@ impl Judge {
                 let what = format!("event {id} of {entity} is in the log before event {missing}");
                 self.broken(Promise::I2, what);
             }
-        } else if self.bounds.exactly_once {
+        } else if !first_delivery && self.bounds.exactly_once && !self.ever_parked.contains(&id) {
             self.broken(Promise::I9, format!("event {id} is in the log twice"));
         }
     }
@@ -420,6 +424,7 @@ impl Judge {
     fn park(&mut self, owner: u32, id: i64, reason: bool) {
         self.read.entry(owner).or_default().remove(&id);
         let first_word = self.parked.insert(id);
+        self.ever_parked.insert(id);
         if first_word && !reason && self.is_first_poison(id) {
             let what = format!("event {id} was rejected and is parked without a reason");
             self.broken(Promise::I6, what);

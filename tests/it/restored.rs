@@ -222,6 +222,12 @@ async fn dump_and_restore(old: Server, new: Server) {
     emit(&mut before, 100).await;
     assert_eq!(publish(&old.options, "main").await.len(), 200);
     emit(&mut before, 100).await;
+    run(
+        &mut before,
+        "insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, occurred_at, xid) \
+         select 'gone', id, event_id, aggregate_type, aggregate_id, event_type, occurred_at, xid from outbox.events",
+    )
+    .await;
     let mut open = old.connect().await;
     run(&mut open, "begin").await;
     emit(&mut open, 1).await;
@@ -257,6 +263,13 @@ async fn dump_and_restore(old: Server, new: Server) {
     let first = publish(&new.options, "main").await;
     // What one pipeline has not published is published again by the other: 100 of them, and never fewer.
     assert_eq!(first, log[100..], "in the order of the log");
+    let moved =
+        "select bool_and(p.xid = e.xid)::text from outbox.parked p join outbox.events e using (id)";
+    assert_eq!(
+        value(&mut after, moved).await,
+        "true",
+        "a parked event lies where its event lies"
+    );
     assert_eq!(publish(&new.options, "audit").await, log[100..]);
     run(&mut late, "commit").await;
     emit(&mut after, 5).await;

@@ -126,6 +126,8 @@ async fn the_relay_reads_and_keeps_its_books() {
              select 'p', id, event_id, aggregate_type, aggregate_id, event_type, occurred_at from outbox.events;
              update outbox.parked set error = 'too large';
              select error from outbox.parked;
+             insert into outbox.acts (who, action, selector, events) values ('me', 'drop', 'all', 1);
+             select who from outbox.acts;
              delete from outbox.parked",
         )
         .await;
@@ -149,6 +151,13 @@ async fn the_relay_reads_and_keeps_its_books() {
                 ("update outbox.events set payload = null", DENIED, events),
                 ("delete from outbox.events", DENIED, events),
                 ("truncate outbox.events", DENIED, events),
+                ("update outbox.acts set who = 'somebody else'", DENIED, "permission denied for table acts"),
+                ("delete from outbox.acts", DENIED, "permission denied for table acts"),
+                (
+                    "insert into outbox.acts (who, action, selector, events, database_user) values ('a', 'b', 'c', 1, 'd')",
+                    DENIED,
+                    "permission denied for table acts",
+                ),
                 ("select * from outbox.events for update", DENIED, events),
                 ("drop table outbox.events_1", DENIED, "must be owner of table events_1"),
                 (

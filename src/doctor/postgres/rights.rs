@@ -29,11 +29,19 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
                    ('incarnation', 'select'), ('incarnation', 'insert'),
                    ('cursors', 'select'), ('cursors', 'insert'), ('cursors', 'update'), ('cursors', 'delete'),
                    ('leases', 'select'), ('leases', 'insert'), ('leases', 'update'), ('leases', 'delete'),
+                   ('acts', 'select'),
                    ('parked', 'select'), ('parked', 'insert'), ('parked', 'update'), ('parked', 'delete'))
            r (name, privilege)
       join pg_class c on c.relname = r.name
       join pg_namespace s on s.oid = c.relnamespace and s.nspname = 'outbox'
       left join pg_roles g on g.rolname = 'outbox_relay'
+    union all
+    select 'insert (who, action, pipeline, selector, events, reason) on outbox.acts',
+           has_any_column_privilege(c.oid, 'insert'), has_any_column_privilege(g.oid, c.oid, 'insert'), g.oid
+      from pg_class c
+      join pg_namespace s on s.oid = c.relnamespace and s.nspname = 'outbox'
+      left join pg_roles g on g.rolname = 'outbox_relay'
+     where c.relname = 'acts'
     union all
     select 'execute on function ' || p.oid::regprocedure, has_function_privilege(p.oid, 'execute'),
            has_function_privilege(g.oid, p.oid, 'execute'), g.oid
