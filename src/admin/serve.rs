@@ -30,7 +30,7 @@ const BODY_BYTES_MAX: usize = 64 << 10;
 /// From the head of a request to the answer, the request's body included.
 const ANSWER_MAX: Duration = Duration::from_secs(40);
 /// A connection that has lived this long is closed after the answer that is under way.
-const CONNECTION_MAX: Duration = Duration::from_secs(60);
+const CONNECTION_MAX: Duration = Duration::from_mins(1);
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]

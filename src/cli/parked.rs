@@ -245,7 +245,7 @@ fn show_detail(detail: &ParkedDetail) {
     line("attempts", &event.attempts.to_string());
     for rejected in history {
         line(
-            &"",
+            "",
             &format!("{} {}", rejected.at, show::plain(&rejected.error)),
         );
     }

@@ -27,18 +27,11 @@ pub(super) struct Redrive {
     config: ConfigArgs,
     #[command(flatten)]
     filter: Filter,
-    /// Everything that is parked.
-    #[arg(long)]
-    all: bool,
-    /// Only say which events it would be.
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    how: How,
     /// Kept with the act.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// Print a JSON array: pipelines and how many of their events.
-    #[arg(long)]
-    json: bool,
 }
 
 /// Give rejected events up, and publish what waits behind them, in order.
@@ -54,18 +47,24 @@ pub(super) struct Drop {
     config: ConfigArgs,
     #[command(flatten)]
     filter: Filter,
-    /// Everything that is parked.
-    #[arg(long)]
-    all: bool,
+    #[command(flatten)]
+    how: How,
     /// Drop what waits behind them too.
     #[arg(long)]
     with_waiting: bool,
-    /// Only say which events it would be.
-    #[arg(long)]
-    dry_run: bool,
     /// Why; kept with the act.
     #[arg(long, value_name = "TEXT")]
     reason: String,
+}
+
+#[derive(Debug, Args)]
+struct How {
+    /// Everything that is parked.
+    #[arg(long)]
+    all: bool,
+    /// Only say which events it would be.
+    #[arg(long)]
+    dry_run: bool,
     /// Print a JSON array: pipelines and how many of their events.
     #[arg(long)]
     json: bool,
@@ -80,7 +79,7 @@ impl Redrive {
             who: who(),
             reason: self.reason,
         };
-        ask(&self.config, wish, self.all, self.dry_run, self.json).await
+        ask(&self.config, wish, &self.how).await
     }
 }
 
@@ -93,28 +92,22 @@ impl Drop {
             who: who(),
             reason: Some(self.reason),
         };
-        ask(&self.config, wish, self.all, self.dry_run, self.json).await
+        ask(&self.config, wish, &self.how).await
     }
 }
 
-async fn ask(
-    config: &ConfigArgs,
-    wish: Wish,
-    all: bool,
-    dry_run: bool,
-    json: bool,
-) -> Result<Outcome, Error> {
+async fn ask(config: &ConfigArgs, wish: Wish, how: &How) -> Result<Outcome, Error> {
     ensure!(
-        all || !wish.selector.is_everything(),
+        how.all || !wish.selector.is_everything(),
         "say which events: an id, --entity, --error, --older-than, or --all"
     );
     let config = config.load()?;
     let mut database = Database::open(&config.source).await?;
-    if dry_run {
+    if how.dry_run {
         return would(&mut database, &wish).await;
     }
     let marked = database.mark(&wish).await?;
-    if json {
+    if how.json {
         anstream::println!("{}", serde_json::to_string_pretty(&marked)?);
         return Ok(Outcome::Done);
     }

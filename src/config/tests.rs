@@ -144,6 +144,7 @@ fn a_pipeline_that_parks_does_not_mind_the_topic_of_dead_letters() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
     let cases: &[(&str, &[(&str, &str)])] = &[
         ("[sink.kafka]\nbroker = \"x\"", &[]),

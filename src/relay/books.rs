@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved};
@@ -84,7 +85,7 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
     loop {
         let durable = desk.durable.borrow().clone();
         let deadline = *desk.lease_until.borrow();
-        let asked = asker.as_ref().is_some_and(|asker| !asker.is_closed());
+        let is_asked = asker.as_ref().is_some_and(|asker| !asker.is_closed());
         // In this order: without a lease nothing else counts; a parked event holds up its pipeline; what is due was asked
         // for by a person; the cursor can wait.
         let done = tokio::select! {
@@ -98,31 +99,14 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                 }
                 renewed
             }
-            Some(order) = desk.orders.recv() => match order {
-                Order::Park(parked, done) => {
-                    let parked = timeout_at(deadline, ledger.park(&parked)).await;
-                    if matches!(parked, Ok(Ok(Fenced::Written))) {
-                        // Whoever asked may have ended its life meanwhile; the event is parked all the same.
-                        let _ = done.send(());
-                    }
-                    parked
-                }
-                Order::Due(new) => {
+            Some(order) = desk.orders.recv() => match fulfil(ledger, order, deadline).await {
+                Fulfilled::Asked(new) => {
                     asker = Some(new);
                     continue;
                 }
-                Order::Resolve(resolved, done) => {
-                    let written = timeout_at(deadline, ledger.resolve(&resolved)).await;
-                    written.map(|written| written.map(|resolution| match resolution {
-                        Resolution::Written { free } => {
-                            let _ = done.send(free);
-                            Fenced::Written
-                        }
-                        Resolution::Lost => Fenced::Lost,
-                    }))
-                }
+                Fulfilled::Wrote(answer) => answer,
             },
-            () = sleep_until(look_at), if asked => {
+            () = sleep_until(look_at), if is_asked => {
                 let due = timeout_at(deadline, ledger.due(pace.due_rows, pace.due_bytes)).await;
                 let found = due.as_ref().map_or(0, |due| due.as_ref().map_or(0, Vec::len));
                 look_at = Instant::now() + pace.look_interval(found);
@@ -152,6 +136,39 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
             Ok(Err(error)) => return Closed::Trouble(error),
         }
     }
+}
+
+enum Fulfilled {
+    /// Somebody waits for due events.
+    Asked(oneshot::Sender<Vec<Due>>),
+    Wrote(Result<Result<Fenced, LedgerError>, Elapsed>),
+}
+
+/// Does what an order says, before the lease ends. Whoever gave it may have ended its life meanwhile; what is written is
+/// written all the same.
+async fn fulfil<L: Ledger>(ledger: &mut L, order: Order, deadline: Instant) -> Fulfilled {
+    Fulfilled::Wrote(match order {
+        Order::Due(asker) => return Fulfilled::Asked(asker),
+        Order::Park(parked, done) => {
+            let parked = timeout_at(deadline, ledger.park(&parked)).await;
+            if matches!(parked, Ok(Ok(Fenced::Written))) {
+                let _ = done.send(());
+            }
+            parked
+        }
+        Order::Resolve(resolved, done) => {
+            let written = timeout_at(deadline, ledger.resolve(&resolved)).await;
+            written.map(|written| {
+                written.map(|resolution| match resolution {
+                    Resolution::Written { free } => {
+                        let _ = done.send(free);
+                        Fenced::Written
+                    }
+                    Resolution::Lost => Fenced::Lost,
+                })
+            })
+        }
+    })
 }
 
 /// The settled position once it is another than the durable one and the time has come; none when the pipeline has ended

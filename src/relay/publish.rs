@@ -167,7 +167,7 @@ impl<K: Sink> Publisher<'_, K> {
                 () = until(drain_until) => return Ended::Stopped,
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
-                    self.begin_batch(life, due);
+                    life.begin_batch(due);
                 }
                 Some(page) = pages.recv(), if life.pending.is_empty() && drain_until.is_none() => {
                     self.begin(life, page);

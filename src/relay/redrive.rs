@@ -104,24 +104,12 @@ impl Redrive {
     }
 }
 
-impl<K: Sink> Publisher<'_, K> {
-    /// Lets the books say when parked events are due.
-    pub(super) fn ask_for_due(&mut self, life: &mut Life) {
-        if life.redrive.batch.is_some() || life.redrive.asked.is_some() {
-            return;
-        }
-        let (asker, asked) = oneshot::channel();
-        // When the books are busy with another order they are asked in the next turn.
-        if self.orders.try_send(Order::Due(asker)).is_ok() {
-            life.redrive.asked = Some(asked);
-        }
-    }
-
+impl Life {
     /// Takes a batch as the next page.
-    pub(super) fn begin_batch(&mut self, life: &mut Life, due: Vec<Due>) {
+    pub(super) fn begin_batch(&mut self, due: Vec<Due>) {
         // Who asks for another try has perhaps just made the topic.
-        life.topics.forget_refusals();
-        life.begin_interlude(due.len());
+        self.topics.forget_refusals();
+        self.begin_interlude(due.len());
         let rows = due.iter().map(|due| Row {
             id: due.event.id,
             entity: (
@@ -132,13 +120,27 @@ impl<K: Sink> Publisher<'_, K> {
             holds: due.holds,
             fate: if due.drop { Fate::Drop } else { Fate::Publish },
         });
-        life.redrive.batch = Some(Batch {
+        self.redrive.batch = Some(Batch {
             rows: rows.collect(),
             taken: 0,
-            first: life.in_flight.next_seq(),
+            first: self.in_flight.next_seq(),
             stopped: HashSet::new(),
         });
-        life.pending = due.into_iter().map(|due| due.event).collect();
+        self.pending = due.into_iter().map(|due| due.event).collect();
+    }
+}
+
+impl<K: Sink> Publisher<'_, K> {
+    /// Lets the books say when parked events are due.
+    pub(super) fn ask_for_due(&mut self, life: &mut Life) {
+        if life.redrive.batch.is_some() || life.redrive.asked.is_some() {
+            return;
+        }
+        let (answer, awaited) = oneshot::channel();
+        // When the books are busy with another order they are asked in the next turn.
+        if self.orders.try_send(Order::Due(answer)).is_ok() {
+            life.redrive.asked = Some(awaited);
+        }
     }
 
     /// Takes up the next event of a batch; says why the hand-over has to pause with the event still at hand.

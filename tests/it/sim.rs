@@ -155,11 +155,14 @@ impl Default for Rules {
 
 impl Rules {
     fn random(world: &mut World) -> Self {
-        let mut rules = Self::default();
-        rules.policy = match world.rng.u32(0..6) {
+        let policy = match world.rng.u32(0..6) {
             0 => Policy::DeadLetter,
             1 => Policy::Drop,
             _ => Policy::Park,
+        };
+        let mut rules = Self {
+            policy,
+            ..Self::default()
         };
         let narrow = world.is(Sabotage::Hoard);
         if narrow || world.rng.u32(0..4) == 0 {

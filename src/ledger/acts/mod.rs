@@ -376,7 +376,7 @@ mod tests {
         let some = Selector {
             entity: Some("order/17".parse().unwrap()),
             error: Some("too \"large\"".to_owned()),
-            older_than: Some(Duration::from_secs(3600)),
+            older_than: Some(Duration::from_hours(1)),
             ..Selector::default()
         };
         assert_eq!(
