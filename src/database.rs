@@ -128,7 +128,7 @@ impl Database {
 pub(crate) struct Refusal(String);
 
 /// Says what to do where the cause is known.
-fn with_next_step(error: Error) -> Error {
+pub(crate) fn with_next_step(error: Error) -> Error {
     let cause = error
         .chain()
         .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {

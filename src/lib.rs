@@ -33,6 +33,8 @@
 //! * **I9** In exactly-once mode a consumer of committed records sees each event once, across any crash of relay and broker.
 //!   Else delivery is at least once, and consumers deduplicate by the header `id`.
 //!
+//! [`verify`] judges them from outside, by the log and the topics alone, and shares no code with what it judges.
+//!
 //! # The layers
 //!
 //! A module may use those to its left; a test reads the imports and names whoever does otherwise.
@@ -69,3 +71,4 @@ pub mod sink;
 pub mod source;
 pub mod supervise;
 pub mod telemetry;
+pub mod verify;

@@ -10,6 +10,7 @@ mod replay;
 mod run;
 mod show;
 mod status;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,7 +27,7 @@ Exit codes:
   0  done, or nothing wrong
   1  failed: the message says at what
   2  the command line or the configuration is wrong
-  3  something was found: `doctor` and `demo` say what";
+  3  something was found: `doctor`, `verify` and `demo` say what";
 
 /// Publishes the committed rows of a transactional outbox to Kafka, in order per entity.
 #[derive(Debug, Parser)]
@@ -56,6 +57,8 @@ enum Command {
     Acts(redrive::Acts),
     /// Publish retained events again.
     Replay(replay::Replay),
+    /// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
+    Verify(verify::Verify),
     /// Print a completion script.
     Completions {
         /// For this shell.
@@ -97,6 +100,7 @@ pub async fn main() -> ExitCode {
         Command::Parked(parked) => parked.run().await,
         Command::Acts(acts) => acts.run().await,
         Command::Replay(replay) => replay.run().await,
+        Command::Verify(verify) => verify.run().await,
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

@@ -26,6 +26,7 @@ use self::environment::Environment;
 pub use self::error::ConfigError;
 use self::pipeline::{RawPipeline, resolve_pipelines};
 use self::retention::RawRetention;
+pub use crate::encode::Format as RecordFormat;
 use crate::event::Start;
 use crate::relay::Pipeline;
 use crate::sink::kafka;

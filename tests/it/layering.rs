@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 25] = [
+const LAYERS: [(&str, Layer); 26] = [
     ("crash", Layer::Words),
     ("event", Layer::Words),
     ("position", Layer::Words),
@@ -42,6 +42,7 @@ const LAYERS: [(&str, Layer); 25] = [
     ("replay", Layer::Shell),
     ("retention", Layer::Shell),
     ("database", Layer::Shell),
+    ("verify", Layer::Shell),
     ("cli", Layer::Door),
     ("main", Layer::Door),
 ];
@@ -55,6 +56,9 @@ const EXCEPTIONS: [(&str, &str); 5] = [
     ("ledger/view/sqlite.rs", "source::sqlite"),
 ];
 
+/// An auditor that used what it audits would find nothing.
+const ORACLE: (&str, [&str; 3]) = ("verify", ["config", "event", "reason"]);
+
 const LINES_MAX: usize = 600;
 
 fn layer(module: &str) -> Option<Layer> {
@@ -66,6 +70,7 @@ fn may_use(module: &str, other: &str) -> Option<bool> {
     let (by, of) = (layer(module)?, layer(other)?);
     Some(match (by, of) {
         _ if module == other => true,
+        _ if module == ORACLE.0 => ORACLE.1.contains(&other),
         (Layer::Words | Layer::Rules | Layer::Shell | Layer::Door, _) => of <= by,
         (Layer::Ends | Layer::Telemetry, _) => of == Layer::Words,
         (Layer::Loop, _) => of < by,
@@ -270,6 +275,15 @@ fn a_planted_offender_is_named() {
         ),
         ("telemetry.rs", "\nuse crate::relay::Relay;"),
         ("event.rs", "\nuse crate::unheard_of::Thing;"),
+        ("verify/judge.rs", "\nuse crate::encode::encode;"),
+        (
+            "verify/log/mod.rs",
+            "use crate::config::Config;\nuse crate::source::postgres;",
+        ),
+        (
+            "verify/mod.rs",
+            "use super::event;\nuse super::position::Window;",
+        ),
     ] {
         let found = layer_offenders(path, text);
         assert_eq!(found.len(), 1, "{path}: {found:?}");

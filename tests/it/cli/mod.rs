@@ -80,6 +80,7 @@ async fn the_help_is_pinned() {
         &["replay", "resume"],
         &["replay", "list"],
         &["replay", "cancel"],
+        &["verify"],
         &["demo"],
         &["completions"],
     ];

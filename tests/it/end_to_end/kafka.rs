@@ -70,29 +70,62 @@ impl Kafka {
 
     /// Makes topics; the names are given without the prefix.
     pub(super) async fn create(&self, names: &[&str]) {
-        let names: Vec<String> = names.iter().map(|name| self.topic(name)).collect();
-        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
-        let topics: Vec<NewTopic> = names
-            .iter()
-            .map(|name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(1)))
-            .collect();
-        let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(20)));
-        for created in admin.create_topics(&topics, &options).await.unwrap() {
-            created.unwrap();
+        for name in names {
+            self.create_with(name, PARTITIONS, &[]).await;
         }
     }
 
     /// Sets one setting of a topic, and no other; its name is given without the prefix.
     pub(super) async fn alter(&self, name: &str, setting: &str, value: &str) {
         let topic = self.topic(name);
-        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
         let alter = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set(setting, value);
-        let altered = admin.alter_configs([&alter], &AdminOptions::new()).await;
+        let altered = self
+            .admin()
+            .alter_configs([&alter], &AdminOptions::new())
+            .await;
         altered.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Makes one topic with settings.
+    pub(super) async fn create_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
+        let name = self.topic(name);
+        let mut topic = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
+        topic.config = settings.to_vec();
+        let created = self.admin().create_topics(&[topic], &options()).await;
+        created.unwrap().remove(0).unwrap();
+    }
+
+    /// Deletes what stands before these offsets of the partitions, as retention does.
+    pub(super) async fn let_go(&self, name: &str, offsets: &[i64]) {
+        let mut before = TopicPartitionList::new();
+        for (partition, offset) in (0..).zip(offsets) {
+            let offset = Offset::Offset(*offset);
+            before
+                .add_partition_offset(&self.topic(name), partition, offset)
+                .unwrap();
+        }
+        self.admin()
+            .delete_records(&before, &options())
+            .await
+            .unwrap();
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        self.client().create().unwrap()
     }
 
     /// Reads topics from the beginning; their names are given with the prefix.
     pub(super) fn reader(&self, topics: &[String]) -> Reader {
+        self.reader_with(topics, PARTITIONS)
+    }
+
+    /// The same for topics of so many partitions, whose names are given without the prefix.
+    pub(super) fn reader_of(&self, names: &[&str], partitions: i32) -> Reader {
+        let topics: Vec<String> = names.iter().map(|name| self.topic(name)).collect();
+        self.reader_with(&topics, partitions)
+    }
+
+    fn reader_with(&self, topics: &[String], count: i32) -> Reader {
         let consumer: StreamConsumer = self
             .client()
             .set("group.id", "nobody")
@@ -106,7 +139,7 @@ impl Kafka {
         };
         let mut partitions = TopicPartitionList::new();
         for topic in topics {
-            for partition in 0..PARTITIONS {
+            for partition in 0..count {
                 reader.next.insert((topic.clone(), partition), 0);
                 partitions
                     .add_partition_offset(topic, partition, Offset::Beginning)
@@ -122,6 +155,10 @@ impl Kafka {
         let topics: Vec<String> = names.iter().map(|name| self.topic(name)).collect();
         self.reader(&topics).read_to_end().await
     }
+}
+
+fn options() -> AdminOptions {
+    AdminOptions::new().operation_timeout(Some(Duration::from_secs(20)))
 }
 
 pub(super) struct Reader {

@@ -28,6 +28,7 @@ mod retention;
 mod services;
 mod start;
 mod stops;
+mod verify;
 
 use std::time::Duration;
 

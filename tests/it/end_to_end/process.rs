@@ -52,6 +52,14 @@ impl Setup {
         self.environment.retain(|(other, _)| *other != name);
     }
 
+    /// The same settings for another database, so far without a process.
+    pub(super) fn clone_for(&self, database_url: &str) -> Self {
+        let mut setup = Self::new(database_url);
+        setup.environment = self.environment.clone();
+        setup.set("SOURCE__POSTGRES__URL", database_url);
+        setup
+    }
+
     /// A configuration file.
     pub(super) fn config(&mut self, toml: &str) {
         toml.clone_into(&mut self.config);

@@ -1,0 +1,209 @@
+//! The log and the books in PostgreSQL. Works through a pooler: each question is one transaction.
+
+use anyhow::Context;
+use futures_util::TryStreamExt;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use uuid::Uuid;
+
+use super::{Books, Emitted, Retained, Settled, gaps};
+use crate::event::PipelineName;
+
+pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
+    PgConnection::connect_with(&options.clone().disable_statement_logging())
+        .await
+        .with_context(|| {
+            format!(
+                "connect to PostgreSQL at {}:{}, database {:?}",
+                options.get_host(),
+                options.get_port(),
+                options.get_database().unwrap_or_default()
+            )
+        })
+}
+
+/// Cursor and parked ids in one statement and so in one snapshot: what was settled is published or parked.
+pub(super) async fn books(
+    connection: &mut PgConnection,
+    pipeline: &PipelineName,
+) -> Result<Books, anyhow::Error> {
+    const BOOKS: &str = "
+select c.prev::text, c.cur::text, c.last_id,
+       c.system_identifier <> i.system_identifier or c.timeline <> i.timeline as moved,
+       (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked
+  from (select system_identifier,
+               case when not pg_is_in_recovery()
+                    then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
+          from pg_control_system()) i
+  left join outbox.cursors c on c.pipeline = $1 and c.shard = 0";
+    let mut transaction = unlimited(connection).await?;
+    let row = sqlx::query(BOOKS)
+        .persistent(false)
+        .bind(pipeline.as_str())
+        .fetch_one(&mut *transaction)
+        .await
+        .context("read the cursor and the parked events")?;
+    transaction.commit().await?;
+    let moved = row.try_get::<Option<bool>, _>(3)?.unwrap_or_default();
+    let settled = match (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?) {
+        (Some(prev), Some(cur), Some(last_id)) if !moved => {
+            Some(Settled::Window { prev, cur, last_id })
+        }
+        _ => None,
+    };
+    Ok(Books {
+        settled,
+        parked: row.try_get(4)?,
+        moved,
+    })
+}
+
+pub(super) async fn kinds(
+    connection: &mut PgConnection,
+    ids: bool,
+) -> Result<Vec<Emitted>, anyhow::Error> {
+    let id = if ids { "aggregate_id" } else { "''" };
+    let statement = format!("select distinct aggregate_type, {id}, event_type from outbox.events");
+    let rows = rows(connection, statement).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Emitted {
+                id: 0,
+                event_id: Uuid::nil(),
+                aggregate_type: row.try_get(0)?,
+                aggregate_id: row.try_get(1)?,
+                event_type: row.try_get(2)?,
+                payload: None,
+                payload_bytes: None,
+                headers: None,
+                settled: false,
+            })
+        })
+        .collect()
+}
+
+pub(super) async fn first_since(
+    connection: &mut PgConnection,
+    us: i64,
+) -> Result<Option<i64>, anyhow::Error> {
+    let statement = format!(
+        "select min(id) from outbox.events where occurred_at >= timestamptz 'epoch' + {us} * interval '1 microsecond'"
+    );
+    Ok(rows(connection, statement).await?[0].try_get(0)?)
+}
+
+pub(super) async fn earliest_from(
+    connection: &mut PgConnection,
+    id: i64,
+) -> Result<Option<i64>, anyhow::Error> {
+    let statement = format!(
+        "select (extract(epoch from min(occurred_at)) * 1000000)::bigint from outbox.events where id >= {id}"
+    );
+    Ok(rows(connection, statement).await?[0].try_get(0)?)
+}
+
+pub(super) async fn event_id(
+    connection: &mut PgConnection,
+    id: i64,
+) -> Result<Option<String>, anyhow::Error> {
+    let statement = format!("select event_id::text from outbox.events where id = {id}");
+    let rows = rows(connection, statement).await?;
+    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+}
+
+async fn rows(
+    connection: &mut PgConnection,
+    statement: String,
+) -> Result<Vec<PgRow>, anyhow::Error> {
+    let mut transaction = unlimited(connection).await?;
+    let query = sqlx::query(AssertSqlSafe(statement)).persistent(false);
+    let rows = query.fetch_all(&mut *transaction).await;
+    let rows = rows.context("ask about the log")?;
+    transaction.commit().await?;
+    Ok(rows)
+}
+
+/// Long reads are what an audit is.
+async fn unlimited(
+    connection: &mut PgConnection,
+) -> Result<sqlx::Transaction<'_, sqlx::Postgres>, anyhow::Error> {
+    let mut transaction = connection
+        .begin_with("begin isolation level repeatable read read only")
+        .await
+        .context("begin to read the log")?;
+    let limit = sqlx::raw_sql("set local statement_timeout = 0");
+    transaction.execute(limit).await?;
+    Ok(transaction)
+}
+
+/// One pass in the order of the primary key; memory is that of one row.
+pub(super) async fn read(
+    connection: &mut PgConnection,
+    from_id: i64,
+    settled: Option<&Settled>,
+    mut each: impl FnMut(&Emitted),
+) -> Result<Retained, anyhow::Error> {
+    const LOG: &str = "
+select id, event_id, aggregate_type, aggregate_id, event_type, payload::text, payload_bytes, headers::text,
+       coalesce(pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+                or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4, false)
+  from outbox.events
+ where id >= $1
+ order by id";
+    let (prev, cur, last_id) = match settled {
+        Some(Settled::Window { prev, cur, last_id }) => (Some(prev), Some(cur), *last_id),
+        Some(Settled::UpTo(_)) | None => (None, None, 0),
+    };
+    let mut transaction = unlimited(connection).await?;
+    let retained = retained(&mut transaction).await?;
+    let mut rows = sqlx::query(LOG)
+        .persistent(false)
+        .bind(from_id)
+        .bind(prev)
+        .bind(cur)
+        .bind(last_id)
+        .fetch(&mut *transaction);
+    while let Some(row) = rows.try_next().await.context("read the log")? {
+        each(&event(&row).context("decode an event")?);
+    }
+    drop(rows);
+    transaction.commit().await?;
+    Ok(retained)
+}
+
+fn event(row: &PgRow) -> Result<Emitted, sqlx::Error> {
+    Ok(Emitted {
+        id: row.try_get(0)?,
+        // Decoded by hand: the driver's own support for uuids is not built in.
+        event_id: Uuid::from_slice(row.try_get_unchecked(1)?).unwrap_or_default(),
+        aggregate_type: row.try_get(2)?,
+        aggregate_id: row.try_get(3)?,
+        event_type: row.try_get(4)?,
+        payload: row.try_get(5)?,
+        payload_bytes: row.try_get(6)?,
+        headers: row.try_get(7)?,
+        settled: row.try_get(8)?,
+    })
+}
+
+async fn retained(connection: &mut PgConnection) -> Result<Retained, anyhow::Error> {
+    const FIRST: &str = "select id from outbox.events order by id limit 1";
+    // Bounds as the server writes them; the default partition has none. Retention empties a partition before it drops it.
+    const BOUNDS: &str = "
+select bound[1]::bigint, bound[2]::bigint
+  from pg_inherits i
+  join pg_class c on c.oid = i.inhrelid
+ cross join regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \\(''?(-?\\d+)''?\\) TO \\(''?(-?\\d+)''?\\)') bound
+ where i.inhparent = 'outbox.events'::regclass and bound is not null
+   and exists (select from outbox.events e where e.id >= bound[1]::bigint and e.id < bound[2]::bigint)
+ order by 1";
+    let first = sqlx::query_scalar(FIRST).persistent(false);
+    let first = first.fetch_optional(&mut *connection).await;
+    let bounds = sqlx::query_as(BOUNDS).persistent(false);
+    let bounds: Result<Vec<(i64, i64)>, _> = bounds.fetch_all(&mut *connection).await;
+    let gone = gaps(&bounds.context("read the partitions of the log")?);
+    Ok(Retained {
+        first: first.context("read the oldest event")?,
+        gone,
+    })
+}
