@@ -203,6 +203,10 @@ impl Process {
         .await
     }
 
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(super) fn signal(&self, signal: &str) {
         self::signal(&self.child.id().to_string(), signal);
     }
