@@ -99,8 +99,8 @@ pub struct Doubled {
     pub runs: u64,
     /// Records of the longest.
     pub longest_run: u64,
-    /// Those that begin further back than `relay.in_flight_events`, or are in another partition than the first: no crash
-    /// explains them, but a replay does, and a cursor that was set back.
+    /// Those that begin further back than `relay.in_flight_events`, or are in another partition than the first: left by a
+    /// replay, a cursor that was set back, or a crash while a backlog was drained.
     pub beyond_reach: u64,
     /// The first few.
     pub examples: Vec<Example>,

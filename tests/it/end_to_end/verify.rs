@@ -33,7 +33,7 @@ pub(super) fn counts(report: &Value) -> [u64; 5] {
 }
 
 /// Waits until the cursor has passed everything.
-async fn settled(setup: &Setup) -> Value {
+pub(super) async fn settled(setup: &Setup) -> Value {
     eventually("everything settled", PATIENCE, async || {
         let (_, report) = verify(setup, &[]).await;
         let pipelines = report["pipelines"].as_array().unwrap();

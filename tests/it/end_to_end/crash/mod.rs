@@ -17,7 +17,8 @@ use tokio::time::{Instant, sleep};
 
 use self::world::{Blow, IN_FLIGHT_EVENTS, LEASE, Struck, World};
 use self::writers::Writers;
-use super::verify::{counts, verify};
+use super::verify::{counts, settled, verify};
+use super::{Line, eventually, number, run};
 
 /// Everything is down at once now and then.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -212,4 +213,43 @@ async fn soak() {
     hold(&report, &tally, &seed);
     hold_takeovers(&tally, &seed);
     world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_is_drained_through_kills() {
+    const EVENTS: u64 = 20_000;
+    const KILLS: u64 = 4;
+    let Some(mut line) = Line::create("a_backlog_is_drained_through_kills").await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    line.setup.set("RELAY__LEASE_TTL", "1s");
+    line.setup
+        .set("RELAY__IN_FLIGHT_EVENTS", &IN_FLIGHT_EVENTS.to_string());
+    let pool = &line.database.pool;
+    run(
+        pool,
+        format!("select outbox.emit('order', (n % 500)::text, 'changed', '1') from generate_series(1, {EVENTS}) n"),
+    )
+    .await;
+    for _ in 0..KILLS {
+        let relay = line.setup.start();
+        let passed = "select coalesce(max(last_id), 0) from outbox.cursors";
+        let before = number(pool, passed).await;
+        eventually("progress", PATIENCE, async || {
+            (number(pool, passed).await > before).then_some(())
+        })
+        .await;
+        relay.kill().await;
+    }
+    let relay = line.setup.start();
+    let report = settled(&line.setup).await;
+    relay.stop().await;
+    let [missing, out_of_order, altered, unknown, doubled] = counts(&report);
+    eprintln!("{doubled} duplicates of {EVENTS} events after {KILLS} kills");
+    assert_eq!(
+        [missing, out_of_order, altered, unknown],
+        [0; 4],
+        "{report}"
+    );
 }
