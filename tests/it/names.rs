@@ -165,3 +165,31 @@ fn unknown_names_are_found() {
         [""; 0]
     );
 }
+
+/// Tests that the documentation names are there.
+#[test]
+fn the_tests_that_are_promised_exist() {
+    let mut files = Vec::new();
+    files_below(&root().join("tests/it"), &mut files);
+    files_below(&root().join("src"), &mut files);
+    let code: String = files
+        .iter()
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let promises = fs::read_to_string(root().join("docs/promises.md")).unwrap();
+    let cells = promises
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| |"))
+        .filter_map(|line| line.trim_end_matches([' ', '|']).rsplit('|').next());
+    let named: BTreeSet<&str> = cells
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .collect();
+    assert!(named.len() > 40, "{named:?}");
+    let missing: Vec<&&str> = named
+        .iter()
+        // As a function, or as the name that a macro makes one of.
+        .filter(|name| !code.contains(**name))
+        .collect();
+    assert!(missing.is_empty(), "no such test: {missing:?}");
+}
