@@ -29,7 +29,9 @@ use self::retention::RawRetention;
 pub use crate::encode::Format as RecordFormat;
 use crate::event::Start;
 use crate::relay::Pipeline;
+pub use crate::relay::Policy;
 use crate::sink::kafka;
+pub use crate::sink::kafka::Delivery;
 use crate::source::PageLimits;
 use crate::source::postgres::CaptureMode;
 

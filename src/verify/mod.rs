@@ -27,7 +27,7 @@ use self::judge::{Judge, Terms, Topic};
 use self::log::{Books, Log};
 pub use self::report::{Doubled, Example, Finding, NotJudged, PipelineReport, Report};
 use self::topics::Cluster;
-use crate::config::{Config, PipelineConfig, Sink};
+use crate::config::{Config, Delivery, PipelineConfig, Policy, Sink};
 use crate::event::{PipelineName, Start};
 use crate::reason::reason;
 
@@ -127,6 +127,7 @@ impl Audit<'_> {
         let mut notes = Vec::new();
         let books = log.books(name).await?;
         note_books(&books, &mut notes);
+        note_policy(self.pipeline.pipeline.on_rejected, &mut notes);
         let (from_id, since_us) = self.scope(log).await?;
         let wanted = self.topics(log, &rules).await?;
         let (cluster, mut topics) = ends(client.clone(), wanted, since_us).await?;
@@ -176,10 +177,14 @@ impl Audit<'_> {
     }
 
     fn terms(&self, from_id: i64) -> Terms {
+        let exactly_once = match &self.config.sink {
+            Sink::Kafka(kafka) => kafka.delivery == Delivery::ExactlyOnce,
+            Sink::Stdout => false,
+        };
         Terms {
             in_flight_events: self.config.relay.in_flight_rows as u64,
             from_earliest: self.pipeline.start == Start::Earliest,
-            duplicates_allowed: !self.options.no_duplicates,
+            duplicates_allowed: !exactly_once && !self.options.no_duplicates,
             from_id,
         }
     }
@@ -236,6 +241,25 @@ fn note_books(books: &Books, notes: &mut Vec<String>) {
     } else if books.settled.is_none() {
         notes.push("there is no cursor yet: nothing counts as settled".to_owned());
     }
+    if books.dropped > 0 {
+        notes.push(format!(
+            "operators dropped {} parked events, which count as missing: `outbox-relay acts`",
+            books.dropped
+        ));
+    }
+}
+
+fn note_policy(policy: Policy, notes: &mut Vec<String>) {
+    let note = match policy {
+        Policy::Park | Policy::Halt => return,
+        Policy::DeadLetter => {
+            "on_rejected is \"dead_letter\": one that was redriven comes after later events of its entity"
+        }
+        Policy::Drop => {
+            "on_rejected is \"drop\": what was dropped counts as missing, the log of the relay names it"
+        }
+    };
+    notes.push(note.to_owned());
 }
 
 /// The topics that exist and their ends, now.

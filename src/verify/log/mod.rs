@@ -26,6 +26,8 @@ pub(super) struct Books {
     pub(super) parked: Vec<i64>,
     /// Whether the cursor was written in another cluster or timeline.
     pub(super) moved: bool,
+    /// Set-aside events that operators asked to drop.
+    pub(super) dropped: i64,
 }
 
 /// Which events a pipeline is done with.

@@ -30,7 +30,8 @@ pub(super) async fn books(
     const BOOKS: &str = "
 select c.prev::text, c.cur::text, c.last_id,
        c.system_identifier <> i.system_identifier or c.timeline <> i.timeline as moved,
-       (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked
+       (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked,
+       (select coalesce(sum(events), 0)::bigint from outbox.acts where pipeline = $1 and action = 'drop') as dropped
   from (select system_identifier,
                case when not pg_is_in_recovery()
                     then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
@@ -55,6 +56,7 @@ select c.prev::text, c.cur::text, c.last_id,
         settled,
         parked: row.try_get(4)?,
         moved,
+        dropped: row.try_get(5)?,
     })
 }
 

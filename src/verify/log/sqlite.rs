@@ -38,11 +38,19 @@ pub(super) async fn books(
         .fetch_all(&mut *transaction)
         .await
         .context("read the parked events")?;
+    let dropped = sqlx::query_scalar(
+        "select coalesce(sum(events), 0) from outbox_acts where pipeline = ? and action = 'drop'",
+    )
+    .bind(pipeline.as_str())
+    .fetch_one(&mut *transaction)
+    .await
+    .context("read what operators did")?;
     transaction.commit().await?;
     Ok(Books {
         settled: settled.flatten().map(Settled::UpTo),
         parked,
         moved: false,
+        dropped,
     })
 }
 

@@ -215,6 +215,27 @@ async fn swapped_and_doubled_events_are_found() {
     let (code, report) = verify(&line.setup, &["--no-duplicates"]).await;
     assert_eq!((code, counts(&report)), (3, [0, 0, 0, 0, 1]), "{report}");
 
+    // Nor where the relay promises that there is none. A note says what else may look like a broken promise.
+    let mut strict = line.setup.clone_for(&line.database.url);
+    strict.set("SINK__KAFKA__DELIVERY", "exactly-once");
+    strict.set("SINK__KAFKA__TRANSACTIONAL_ID", "verify");
+    strict.set("PIPELINE__ON_REJECTED", "drop");
+    run(
+        &line.database.pool,
+        "insert into outbox.acts (who, action, pipeline, selector, events) values ('me', 'drop', 'main', 'all', 3)",
+    )
+    .await;
+    let (code, report) = verify(&strict, &[]).await;
+    assert_eq!((code, counts(&report)), (3, [0, 0, 0, 0, 1]), "{report}");
+    let notes = report["pipelines"][0]["notes"].to_string();
+    for part in [
+        "what was dropped counts as missing",
+        "dropped 3 parked events",
+    ] {
+        assert!(notes.contains(part), "{notes}");
+    }
+    run(&line.database.pool, "delete from outbox.acts").await;
+
     // A cursor from elsewhere says nothing about these events.
     run(
         &line.database.pool,
