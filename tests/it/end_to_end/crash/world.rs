@@ -297,6 +297,11 @@ impl World {
     }
 }
 
+/// What `tests/run --soak --exactly-once` asks for.
+pub(super) fn exactly_once() -> bool {
+    std::env::var("RELAY_SOAK_EXACTLY_ONCE").is_ok_and(|set| set == "1")
+}
+
 /// How a silence ends: as if nothing had been, or with the connections cut, politely or not.
 fn ending(random: &mut Rng) -> Option<bool> {
     match random.u32(..3) {
@@ -321,6 +326,10 @@ fn setup(database: &str, kafka: &Kafka) -> Setup {
     setup.set("RELAY__LEASE_TTL", &format!("{}s", LEASE.as_secs()));
     setup.set("RELAY__IN_FLIGHT_EVENTS", &IN_FLIGHT_EVENTS.to_string());
     setup.set("RELAY__PAGE_EVENTS", "200");
+    if exactly_once() {
+        setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
+        setup.set("SINK__KAFKA__TRANSACTIONAL_ID", "soak");
+    }
     setup.set("RELAY__DRAIN_TIMEOUT", "2s");
     // A broker that is silent is noticed within a run.
     setup.config("[sink.kafka.properties]\n\"socket.timeout.ms\" = \"4000\"\n\"request.timeout.ms\" = \"3000\"\n");
