@@ -47,6 +47,8 @@ pub(super) struct Pace {
     pub(super) lease_ttl: Duration,
     /// The cursor moves at most this often; what is confirmed meanwhile rides along.
     pub(super) acknowledge_interval: Duration,
+    /// So many ids behind, it moves sooner: a crash publishes all of them again.
+    pub(super) behind_max: usize,
     /// Due events at once, and their bytes.
     pub(super) due_rows: usize,
     pub(super) due_bytes: usize,
@@ -118,7 +120,7 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                     Fenced::Written
                 }))
             }
-            moved = moved_from(&mut desk.settled, &durable, acknowledge_at) => {
+            moved = moved_from(&mut desk.settled, &durable, acknowledge_at, pace.behind_max) => {
                 let Some(position) = moved else {
                     return Closed::Done;
                 };
@@ -171,7 +173,7 @@ async fn fulfil<L: Ledger>(ledger: &mut L, order: Order, deadline: Instant) -> F
     })
 }
 
-/// The settled position once it is another than the durable one and the time has come; none when the pipeline has ended
+/// The settled position once it is another than the durable one and the time has come, or it is far ahead; none when the pipeline has ended
 /// and everything is durable.
 ///
 /// # Cancel safety
@@ -180,6 +182,7 @@ async fn moved_from(
     settled: &mut watch::Receiver<Position>,
     durable: &Position,
     not_before: Instant,
+    behind_max: usize,
 ) -> Option<Position> {
     if settled
         .wait_for(|settled| settled != durable)
@@ -192,6 +195,10 @@ async fn moved_from(
     let due = sleep_until(not_before);
     tokio::pin!(due);
     loop {
+        let ahead = settled.borrow_and_update().last_id.0 - durable.last_id.0;
+        if usize::try_from(ahead).is_ok_and(|ahead| ahead >= behind_max) {
+            break;
+        }
         tokio::select! {
             biased;
             () = &mut due => break,
@@ -199,4 +206,30 @@ async fn moved_from(
         }
     }
     Some(settled.borrow().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::EventId;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cursor_that_is_far_behind_does_not_wait() {
+        let at = |last_id| Position {
+            last_id: EventId(last_id),
+            ..Position::beginning()
+        };
+        let (settled, mut seen) = watch::channel(at(99));
+        let later = Instant::now() + Duration::from_hours(1);
+        let durable = at(0);
+        let moved = moved_from(&mut seen, &durable, later, 100);
+        let waited = tokio::time::timeout(Duration::from_mins(59), moved).await;
+        assert!(waited.is_err(), "99 ids can wait");
+        settled.send_replace(at(100));
+        assert_eq!(
+            moved_from(&mut seen, &durable, later, 100).await,
+            Some(at(100))
+        );
+        assert!(Instant::now() < later);
+    }
 }

@@ -255,6 +255,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let pace = Pace {
             lease_ttl: self.settings.lease_ttl,
             acknowledge_interval: self.settings.acknowledge_interval,
+            behind_max: self.settings.in_flight_rows,
             due_rows: self
                 .settings
                 .page

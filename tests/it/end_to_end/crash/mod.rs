@@ -252,6 +252,8 @@ async fn a_backlog_is_drained_through_kills() {
     relay.stop().await;
     let [missing, out_of_order, altered, unknown, doubled] = counts(&report);
     eprintln!("{doubled} duplicates of {EVENTS} events after {KILLS} kills");
+    // What was in flight, and about as much again that was confirmed and not written down.
+    assert!(doubled <= KILLS * 2 * IN_FLIGHT_EVENTS, "{doubled}");
     assert_eq!(
         [missing, out_of_order, altered, unknown],
         [0; 4],
