@@ -113,6 +113,7 @@ fn known_topics(pipelines: &[PipelineConfig]) -> Vec<(String, String)> {
         topics.extend(
             rendered
                 .into_iter()
+                .chain(pipeline.dead_letter_topic.clone())
                 .map(|topic| (pipeline.name.to_string(), topic)),
         );
     }
