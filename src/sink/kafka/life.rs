@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::transaction::{self, POSITION, Transactions};
 use super::{Receipt, Refused, Settings, SinkError, log_librdkafka, not_set_up};
+use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
 
@@ -230,9 +231,7 @@ impl Life {
             Ok(()) => {
                 self.outstanding += 1;
                 self.first_records.handed_over(seq, admission);
-                if let Some(transactions) = &mut self.transactions {
-                    transactions.handed_over();
-                }
+                crash::point("after_produce");
                 Ok(())
             }
             Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),

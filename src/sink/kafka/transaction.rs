@@ -31,8 +31,6 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 const READ_MAX: Duration = Duration::from_secs(15);
 /// For a polite end of a transaction whose life is over.
 const ABORT_MAX: Duration = Duration::from_secs(1);
-/// Records of one transaction at most: a commit costs some milliseconds, so that more of them gain nothing.
-const RECORDS_MAX: usize = 10_000;
 /// The number that the record with the position has among those of a life.
 pub(super) const POSITION: Seq = Seq(u64::MAX);
 
@@ -42,7 +40,6 @@ pub(super) struct Transactions {
     /// The name of the log that positions belong to; none before the life is resumed.
     log: Option<String>,
     state: State,
-    records: usize,
     /// Confirmed by brokers, and visible to nobody before the commit.
     arrived: Vec<Seq>,
 }
@@ -75,7 +72,6 @@ impl Transactions {
             id,
             log: None,
             state: State::Idle,
-            records: 0,
             arrived: Vec::new(),
         }
     }
@@ -84,7 +80,7 @@ impl Transactions {
         self.log = Some(log.to_owned());
     }
 
-    /// Makes sure that a transaction is open, if there is room for one more record.
+    /// Makes sure that a transaction is open; false while one is being committed.
     pub(super) fn admit(&mut self, producer: &ThreadedProducer) -> Result<bool, SinkError> {
         match self.state {
             State::Idle if self.log.is_none() => Err(SinkError(
@@ -98,17 +94,13 @@ impl Transactions {
                 })?;
                 crash::point("after_begin");
                 self.state = State::Open;
-                self.records = 0;
                 Ok(true)
             }
-            State::Open => Ok(self.records < RECORDS_MAX),
+            // What may be in flight, and librdkafka's queue, bound a transaction: a commit stops the flow for some
+            // milliseconds, so the fewer the better.
+            State::Open => Ok(true),
             State::Closing(_) | State::Committing(_) => Ok(false),
         }
-    }
-
-    pub(super) fn handed_over(&mut self) {
-        self.records += 1;
-        crash::point("after_produce");
     }
 
     pub(super) fn arrived(&mut self, seq: Seq) {
