@@ -11,6 +11,8 @@ pub struct Waiting {
     entities: HashMap<String, HashMap<String, Held>>,
     /// Of all entities.
     events: usize,
+    /// The newest event that was ever parked here.
+    newest: EventId,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +36,7 @@ impl Waiting {
                 events,
             } = entity;
             waiting.events += events;
+            waiting.newest = waiting.newest.max(last);
             let of_type = waiting.entities.entry(aggregate_type).or_default();
             of_type.insert(
                 aggregate_id,
@@ -70,6 +73,7 @@ impl Waiting {
                 last: event.id,
                 events: 0,
             });
+        self.newest = event.id.max(self.newest);
         held.first = event.id.min(held.first);
         held.last = event.id.max(held.last);
         if !known {
@@ -131,6 +135,12 @@ impl Waiting {
     #[must_use]
     pub fn events(&self) -> usize {
         self.events
+    }
+
+    /// The newest event that was parked, 0 without one.
+    #[must_use]
+    pub fn newest(&self) -> EventId {
+        self.newest
     }
 
     /// How many of one entity.

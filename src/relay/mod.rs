@@ -17,7 +17,7 @@ mod reject;
 pub mod status;
 mod topics;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -359,7 +359,7 @@ struct Lives<'a, S, K> {
     /// The name of the log that the positions belong to.
     log: String,
     waiting: Waiting,
-    dead_letters: HashSet<EventId>,
+    dead_letters: BTreeSet<EventId>,
     condemned: HashMap<(EventId, Try), Rejection>,
     full: Option<Full>,
     suspects: Suspects,

@@ -2,7 +2,7 @@
 //!
 //! The stages meet here and nowhere else: order → route → encode → sink, for each event, in the order of the log.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,7 +69,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) lease_until: &'a watch::Receiver<Instant>,
     pub(super) waiting: &'a mut Waiting,
     /// Events that are set aside and hold nobody up.
-    pub(super) dead_letters: &'a mut HashSet<EventId>,
+    pub(super) dead_letters: &'a mut BTreeSet<EventId>,
     /// Events that the broker refused in an earlier life, with its reason.
     pub(super) condemned: &'a mut HashMap<(EventId, Try), Rejection>,
     /// What keeps this life from taking pages: it only makes room.

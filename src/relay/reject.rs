@@ -190,9 +190,11 @@ impl<K: Sink> Publisher<'_, K> {
                  pipeline goes on"
             )
         };
-        // What the broker refused after its hand-over comes before events that were set aside meanwhile, and those can't
-        // make room: the cursor has not passed them. They are no more than were in flight.
-        let margin = if self.condemned.contains_key(&(event.id, Try::First)) {
+        // What the broker refused after its hand-over, or is read again after a crash, comes before events that were set
+        // aside meanwhile, and those can't make room: the cursor has not passed them. They are no more than were in flight.
+        let newest = self.dead_letters.last().copied().unwrap_or_default();
+        let precedes = event.id < newest.max(self.waiting.newest());
+        let margin = if precedes || self.condemned.contains_key(&(event.id, Try::First)) {
             self.settings.in_flight_rows
         } else {
             0

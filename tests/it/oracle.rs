@@ -444,8 +444,10 @@ impl Judge {
             ..
         } = self.bounds;
         let waits = self.bounds.rejected == Rejected::Waits;
-        // What was refused after its hand-over is set aside however little room is left.
-        if !first_word || self.ever_handed_over.contains(&id) {
+        // What was refused after its hand-over is set aside however little room is left, and so is what precedes something
+        // that is: that can't make room.
+        let precedes = self.ever_parked.iter().any(|other| *other > id);
+        if !first_word || precedes || self.ever_handed_over.contains(&id) {
             return;
         }
         if all > parked_max || (waits && of_entity > parked_max_per_entity) {
