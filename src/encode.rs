@@ -56,6 +56,12 @@ pub fn encode<'a>(
     if matches!(event.payload, Payload::Ambiguous(..)) {
         return Err(Rejection::new("payload and payload_bytes are both set"));
     }
+    // CloudEvents 1.0: "type" must be a non-empty string.
+    if event.event_type.is_empty() && encoding.format != Format::Plain {
+        return Err(Rejection::new(
+            "CloudEvents have a type, and event_type is empty",
+        ));
+    }
     let topic = route.topic(event)?;
     let key = match route.key.render(event) {
         Cow::Borrowed(key) => Cow::Borrowed(key.as_bytes()),

@@ -205,3 +205,18 @@ fn times_that_kafka_or_rfc_3339_cannot_write_are_bounded() {
     assert_eq!(rfc3339(&ancient), "1970-01-01T00:00:00.000000Z");
     assert_eq!(rfc3339(&never), "9999-12-31T23:59:59.999999Z");
 }
+
+#[test]
+fn an_event_without_a_type_is_no_cloudevent() {
+    let mut nameless = event(json("{}"), None);
+    nameless.event_type = bytestring::ByteString::new();
+    for format in [Format::CloudeventsBinary, Format::CloudeventsJson] {
+        check(
+            &nameless,
+            format,
+            &expect![[r#"
+                rejected: CloudEvents have a type, and event_type is empty
+            "#]],
+        );
+    }
+}

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use super::lease::LeaseEnd;
 use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved};
 use crate::position::Position;
 
@@ -29,7 +30,9 @@ pub(super) struct Desk {
     pub(super) durable: watch::Sender<Position>,
     pub(super) orders: mpsc::Receiver<Order>,
     /// Until when the lease holds if it is not renewed.
-    pub(super) lease_until: watch::Sender<Instant>,
+    pub(super) lease_end: watch::Sender<LeaseEnd>,
+    /// The wall clock, in microseconds since the Unix epoch.
+    pub(super) now_us: fn() -> i64,
 }
 
 /// Why the books were closed.
@@ -77,8 +80,9 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
     let renew_interval = pace.renew_interval();
     // A third of the lease after it was asked for.
     let mut renew_at = desk
-        .lease_until
+        .lease_end
         .borrow()
+        .at
         .checked_sub(2 * renew_interval)
         .unwrap_or_else(Instant::now);
     let mut acknowledge_at = Instant::now();
@@ -86,7 +90,7 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
     let mut asker: Option<oneshot::Sender<Vec<Due>>> = None;
     loop {
         let durable = desk.durable.borrow().clone();
-        let deadline = *desk.lease_until.borrow();
+        let deadline = desk.lease_end.borrow().at;
         let is_asked = asker.as_ref().is_some_and(|asker| !asker.is_closed());
         // In this order: without a lease nothing else counts; a parked event holds up its pipeline; what is due was asked
         // for by a person; the cursor can wait.
@@ -94,10 +98,10 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
             biased;
             () = sleep_until(renew_at) => {
                 renew_at = Instant::now() + renew_interval;
-                let asked_at = Instant::now();
+                let renewed_end = LeaseEnd::asked_now(pace.lease_ttl, (desk.now_us)());
                 let renewed = timeout_at(deadline, ledger.renew()).await;
                 if matches!(renewed, Ok(Ok(Fenced::Written))) {
-                    desk.lease_until.send_replace(asked_at + pace.lease_ttl);
+                    desk.lease_end.send_replace(renewed_end);
                 }
                 renewed
             }

@@ -11,6 +11,7 @@
 //! the next life reads from the last position.
 
 mod books;
+mod lease;
 mod publish;
 mod redrive;
 mod reject;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use self::books::{Closed, Desk, Pace};
+use self::lease::LeaseEnd;
 use self::publish::{Ended, Publisher};
 use self::redrive::Try;
 use self::reject::Full;
@@ -147,10 +149,10 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
         let mut backoff = backoff();
-        while let Some((tenure, asked_at)) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, lease_end)) = self.stand_by(&stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
-            let over = self.tenure(tenure, asked_at, &metrics, &stop).await;
+            let over = self.tenure(tenure, lease_end, &metrics, &stop).await;
             metrics.owner(false);
             match over {
                 Over::Stopped => break,
@@ -171,21 +173,21 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         self.set_state(State::Stopped);
     }
 
-    /// Waits for the lease, and says when it was asked for; none when asked to stop.
+    /// Waits for the lease, and says when it ends; none when asked to stop.
     async fn stand_by(
         &mut self,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
-    ) -> Option<(Tenure, Instant)> {
+    ) -> Option<(Tenure, LeaseEnd)> {
         loop {
-            let asked_at = Instant::now();
+            let lease_end = LeaseEnd::asked_now(self.settings.lease_ttl, (self.now_us)());
             let acquired = tokio::select! {
                 biased;
                 () = stop.cancelled() => return None,
                 acquired = self.ledger.acquire() => acquired,
             };
             match acquired {
-                Ok(Acquired::Ours(tenure)) => return Some((tenure, asked_at)),
+                Ok(Acquired::Ours(tenure)) => return Some((tenure, lease_end)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     tokio::select! {
@@ -207,11 +209,11 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     async fn tenure(
         &mut self,
         tenure: Tenure,
-        asked_at: Instant,
+        lease_end: LeaseEnd,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
-        let (over, books_open) = self.publish(tenure, asked_at, metrics, stop).await;
+        let (over, books_open) = self.publish(tenure, lease_end, metrics, stop).await;
         let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
         if !drained {
             // What is queued must not leave any more: from here on somebody else may publish.
@@ -231,7 +233,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     async fn publish(
         &mut self,
         tenure: Tenure,
-        asked_at: Instant,
+        lease_end: LeaseEnd,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> (Over, bool) {
@@ -244,13 +246,13 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let (settled, settled_seen) = watch::channel(position.clone());
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
-        // The answer may have been long on its way: the lease began at the earliest when it was asked for.
-        let (lease_until, lease_seen) = watch::channel(asked_at + self.settings.lease_ttl);
+        let (lease_end, lease_seen) = watch::channel(lease_end);
         let mut desk = Desk {
             settled: settled_seen,
             durable,
             orders: orders_taken,
-            lease_until,
+            lease_end,
+            now_us: self.now_us,
         };
         let pace = Pace {
             lease_ttl: self.settings.lease_ttl,
@@ -282,7 +284,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             suspects: Suspects::default(),
             durable: durable_seen,
             orders,
-            lease_until: lease_seen,
+            lease_end: lease_seen,
             topics_ready: false,
         };
         let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
@@ -365,7 +367,7 @@ struct Lives<'a, S, K> {
     suspects: Suspects,
     durable: watch::Receiver<Position>,
     orders: mpsc::Sender<books::Order>,
-    lease_until: watch::Receiver<Instant>,
+    lease_end: watch::Receiver<LeaseEnd>,
     /// Whether the topics that are known beforehand were there once.
     topics_ready: bool,
 }
@@ -446,7 +448,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             new_filter: self.new_filter,
             settled,
             orders: &self.orders,
-            lease_until: &self.lease_until,
+            lease_end: &self.lease_end,
             waiting: &mut self.waiting,
             dead_letters: &mut self.dead_letters,
             condemned: &mut self.condemned,
@@ -476,7 +478,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         self.sink.check().await.map_err(Ended::Sink)?;
         self.prepare_topics().await.map_err(Ended::Sink)?;
         // Without a lease somebody else may have taken over at the sink, who must not be put out of it again.
-        if Instant::now() >= *self.lease_until.borrow() {
+        if self.lease_end.borrow().is_over((self.now_us)()) {
             return Err(Ended::LeaseLost);
         }
         let committed = self.sink.resume(&self.log).await.map_err(Ended::Sink)?;

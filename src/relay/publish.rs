@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::books::Order;
+use super::lease::LeaseEnd;
 use super::redrive::{Redrive, Try};
 use super::reject::Full;
 use super::status::{State, Status};
@@ -66,7 +67,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
     pub(super) settled: &'a watch::Sender<Position>,
     pub(super) orders: &'a mpsc::Sender<Order>,
-    pub(super) lease_until: &'a watch::Receiver<Instant>,
+    pub(super) lease_end: &'a watch::Receiver<LeaseEnd>,
     pub(super) waiting: &'a mut Waiting,
     /// Events that are set aside and hold nobody up.
     pub(super) dead_letters: &'a mut BTreeSet<EventId>,
@@ -227,7 +228,7 @@ impl<K: Sink> Publisher<'_, K> {
         stop: &CancellationToken,
     ) -> Result<Pause, Ended> {
         // A process that was stopped for longer than its lease wakes up here and must publish nothing new (I8).
-        if Instant::now() >= *self.lease_until.borrow() {
+        if self.lease_end.borrow().is_over((self.now_us)()) {
             return Err(Ended::LeaseLost);
         }
         let paused = self.hand_over_some(life);

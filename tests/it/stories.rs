@@ -1,6 +1,7 @@
 //! The loop in situations that are too narrow to wait for: the fakes of the simulation, each time with one turn of events.
 
 use std::pin::pin;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
@@ -211,7 +212,12 @@ impl<F> Meddled<F> {
 struct StoppedAtReceipt {
     sink: FakeSink,
     stopped_for: Option<Duration>,
+    /// The whole machine: its monotonic clock stands still, and its wall clock is ahead afterwards.
+    suspended_for: Option<Duration>,
 }
+
+/// The wall clock of a machine that is suspended.
+static WALL_US: AtomicI64 = AtomicI64::new(0);
 
 impl Sink for StoppedAtReceipt {
     async fn open(&mut self) -> Result<(), SinkError> {
@@ -239,6 +245,10 @@ impl Sink for StoppedAtReceipt {
                 .as_mut()
                 .poll(&mut Context::from_waker(Waker::noop()));
             assert!(polled.is_pending());
+        }
+        if let Some(suspended_for) = self.suspended_for.take() {
+            let us = i64::try_from(suspended_for.as_micros()).unwrap();
+            WALL_US.fetch_add(us, Ordering::Relaxed);
         }
         received
     }
@@ -388,11 +398,47 @@ fn a_process_that_was_stopped_past_its_lease_hands_nothing_over() {
         let stopped = StoppedAtReceipt {
             sink: sink(&shared),
             stopped_for: Some(LEASE * 2),
+            suspended_for: None,
         };
         let mut relay = relay(source(&shared), stopped, ledger(&shared));
         // The second event waits for the receipt of the first.
         relay.settings.in_flight_rows = 1;
         run_for(LEASE * 10, relay).await;
         is_well(&shared);
+    });
+}
+
+#[test]
+fn a_machine_that_was_suspended_past_its_lease_hands_nothing_over() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None), ("order", "1", None)]);
+        let suspended = StoppedAtReceipt {
+            sink: sink(&shared),
+            stopped_for: None,
+            suspended_for: Some(LEASE * 2),
+        };
+        let mut relay = relay(source(&shared), suspended, ledger(&shared));
+        relay.now_us = || WALL_US.load(Ordering::Relaxed);
+        // The second event waits for the receipt of the first.
+        relay.settings.in_flight_rows = 1;
+        run_for(LEASE * 10, relay).await;
+        is_well(&shared);
+        // It asked for the lease once more before it handed the second over.
+        shared.with(|world| {
+            let facts = world.history.facts.iter().map(|(_, fact)| fact);
+            let story: Vec<&str> = facts
+                .filter_map(|fact| match fact {
+                    Fact::HandedOver { .. } => Some("handed over"),
+                    Fact::Confirmed { .. } => Some("confirmed"),
+                    Fact::Released { .. } => Some("released"),
+                    _ => None,
+                })
+                .take(4)
+                .collect();
+            assert_eq!(
+                story,
+                ["handed over", "confirmed", "released", "handed over"]
+            );
+        });
     });
 }

@@ -186,6 +186,8 @@ fn not_set_up(error: KafkaError) -> SinkError {
 
 fn log_librdkafka(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
+        // What it thinks of settings that were chosen here, at every beginning of a life.
+        _ if facility == "CONFWARN" => tracing::debug!(facility, "librdkafka: {message}"),
         // What librdkafka calls an error, such as a refused connection, mends itself: the pipeline's state is what counts.
         RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
             tracing::warn!(facility, "librdkafka: {message}");
