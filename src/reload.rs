@@ -1,6 +1,6 @@
 //! Takes a changed configuration over while the relay runs, as far as that can be done without losing its place.
 //!
-//! Filters and the log level change at once. Everything else waits for a restart, and that is said, key by key.
+//! Filters, the rate of redrives and the log level change at once. Everything else waits for a restart, and that is said, key by key.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use tokio::sync::watch;
 use crate::config::Config;
 use crate::event::PipelineName;
 use crate::logging::SetLevel;
-use crate::route::Filter;
+use crate::relay::Changes;
 
 /// What a running relay can take over.
 pub struct Reload {
     /// The settings that are in force, by key.
     running: BTreeMap<String, Value>,
-    filters: HashMap<PipelineName, watch::Sender<Option<Arc<Filter>>>>,
+    pipelines: HashMap<PipelineName, watch::Sender<Option<Arc<Changes>>>>,
     set_log_level: SetLevel,
 }
 
@@ -34,22 +34,22 @@ impl Reload {
     /// For a relay that runs with this configuration.
     #[must_use]
     pub fn new(config: &Config, set_log_level: SetLevel) -> Self {
-        let filters = config
+        let pipelines = config
             .pipelines
             .iter()
             .map(|p| (p.pipeline.name.clone(), watch::Sender::new(None)))
             .collect();
         Self {
             running: config.given.0.clone(),
-            filters,
+            pipelines,
             set_log_level,
         }
     }
 
-    /// Where a pipeline hears of its new filter.
+    /// Where a pipeline hears of changes.
     #[must_use]
-    pub(crate) fn filter(&self, pipeline: &PipelineName) -> watch::Receiver<Option<Arc<Filter>>> {
-        self.filters
+    pub(crate) fn changes(&self, pipeline: &PipelineName) -> watch::Receiver<Option<Arc<Changes>>> {
+        self.pipelines
             .get(pipeline)
             .map_or_else(|| watch::channel(None).1, watch::Sender::subscribe)
     }
@@ -76,8 +76,11 @@ impl Reload {
         }
         if reloaded.applied.iter().any(|key| key != LOG_LEVEL) {
             for pipeline in &new.pipelines {
-                if let Some(filter) = self.filters.get(&pipeline.pipeline.name) {
-                    filter.send_replace(Some(Arc::new(pipeline.pipeline.filter.clone())));
+                if let Some(changes) = self.pipelines.get(&pipeline.pipeline.name) {
+                    changes.send_replace(Some(Arc::new(Changes {
+                        filter: pipeline.pipeline.filter.clone(),
+                        redrive_rate: new.relay.redrive_rate,
+                    })));
                 }
             }
         }
@@ -86,12 +89,13 @@ impl Reload {
 
     fn can_change(&self, key: &str) -> bool {
         let of_known_pipeline = |key: &str| {
-            self.filters.keys().any(|name| {
+            self.pipelines.keys().any(|name| {
                 key.strip_prefix(name.as_str())
                     .is_some_and(|rest| rest.starts_with(".filter."))
             })
         };
         key == LOG_LEVEL
+            || key == REDRIVE_RATE
             || key.starts_with("pipeline.filter.")
             || key
                 .strip_prefix("pipelines.")
@@ -100,6 +104,7 @@ impl Reload {
 }
 
 const LOG_LEVEL: &str = "log.level";
+const REDRIVE_RATE: &str = "relay.redrive_rate";
 
 fn changed_keys(old: &BTreeMap<String, Value>, new: &BTreeMap<String, Value>) -> Vec<String> {
     let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
@@ -137,17 +142,22 @@ mod tests {
                 Ok(())
             }),
         );
-        let [a, b] = ["a", "b"].map(|name| reload.filter(&name.parse().unwrap()));
+        let [a, b] = ["a", "b"].map(|name| reload.changes(&name.parse().unwrap()));
         let new = config(
             "[log]\nlevel = \"debug\"\nformat = \"json\"\n\
+             [relay]\nredrive_rate = 7\n\
              [pipelines.a.filter]\naggregate_types = [\"order\"]\n\
              [pipelines.b]\ntopic = \"other\"\n\
              [pipelines.c.filter]\naggregate_types = [\"order\"]",
         );
         let expected = Reloaded {
-            applied: ["log.level", "pipelines.a.filter.aggregate_types"]
-                .map(str::to_owned)
-                .into(),
+            applied: [
+                "log.level",
+                "pipelines.a.filter.aggregate_types",
+                "relay.redrive_rate",
+            ]
+            .map(str::to_owned)
+            .into(),
             refused: [
                 "log.format",
                 "pipelines.b.topic",
@@ -158,9 +168,14 @@ mod tests {
         };
         assert_eq!(reload.apply(&new).unwrap(), expected);
         assert_eq!(*levels.lock().unwrap(), ["debug"]);
-        let types = |seen: &watch::Receiver<Option<Arc<Filter>>>| {
+        let types = |seen: &watch::Receiver<Option<Arc<Changes>>>| {
             let seen = seen.borrow();
-            seen.as_ref().unwrap().aggregate_types.clone()
+            let Changes {
+                filter,
+                redrive_rate,
+            } = &**seen.as_ref().unwrap();
+            assert_eq!(*redrive_rate, 7);
+            filter.aggregate_types.clone()
         };
         assert_eq!(types(&a), ["order"]);
         assert_eq!(types(&b), [""; 0]);
@@ -178,13 +193,21 @@ mod tests {
             &config("[pipelines.a]\n[pipelines.b.filter]\naggregate_types = [\"b\"]"),
             Box::new(|_| Ok(())),
         );
-        let [a, b] = ["a", "b"].map(|name| reload.filter(&name.parse().unwrap()));
+        let [a, b] = ["a", "b"].map(|name| reload.changes(&name.parse().unwrap()));
         let new = config(
             "[pipeline.filter]\naggregate_types = [\"all\"]\n[pipelines.a]\n\
              [pipelines.b.filter]\naggregate_types = [\"b\"]",
         );
         reload.apply(&new).unwrap();
-        assert_eq!(a.borrow().as_ref().unwrap().aggregate_types, ["all"]);
-        assert_eq!(b.borrow().as_ref().unwrap().aggregate_types, ["b"]);
+        let types = |seen: &watch::Receiver<Option<Arc<Changes>>>| {
+            seen.borrow()
+                .as_ref()
+                .unwrap()
+                .filter
+                .aggregate_types
+                .clone()
+        };
+        assert_eq!(types(&a), ["all"]);
+        assert_eq!(types(&b), ["b"]);
     }
 }

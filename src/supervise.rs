@@ -56,7 +56,7 @@ pub async fn run(
     let mut shown = Vec::new();
     for pipeline in &config.pipelines {
         let (mut relay, status) = assemble(&config, pipeline, &holder);
-        relay.new_filter = reload.filter(&relay.pipeline.name);
+        relay.changes = reload.changes(&relay.pipeline.name);
         shown.push((relay.pipeline.name.clone(), status));
         pipelines.spawn(relay.run(stopping.clone()));
     }
@@ -161,7 +161,7 @@ pub(crate) fn assemble(
         sink: sink(&config.sink, Some(&pipeline.pipeline.name)),
         ledger,
         status,
-        new_filter: watch::channel(None).1,
+        changes: watch::channel(None).1,
         now_us: wall_clock_us,
     };
     (relay, seen)

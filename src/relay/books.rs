@@ -2,12 +2,14 @@
 //!
 //! The one user of the ledger's connection; its duties come one after the other, each a short transaction.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use super::Changes;
 use super::lease::LeaseEnd;
 use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved};
 use crate::position::Position;
@@ -52,14 +54,25 @@ pub(super) struct Pace {
     pub(super) acknowledge_interval: Duration,
     /// So many ids behind, it moves sooner: a crash publishes all of them again.
     pub(super) behind_max: usize,
-    /// Due events at once, and their bytes.
-    pub(super) due_rows: usize,
+    /// Due events at once, at most, and their bytes.
+    pub(super) page_rows: usize,
     pub(super) due_bytes: usize,
-    /// Due events in a second.
+    /// Due events in a second, as long as no other rate is given.
     pub(super) redrive_rate: usize,
+    pub(super) changes: watch::Receiver<Option<Arc<Changes>>>,
 }
 
 impl Pace {
+    fn redrive_rate(&self) -> usize {
+        let changes = self.changes.borrow();
+        let rate = changes.as_ref().map(|changes| changes.redrive_rate);
+        rate.unwrap_or(self.redrive_rate).max(1)
+    }
+
+    fn due_rows(&self) -> usize {
+        self.page_rows.min(self.redrive_rate())
+    }
+
     fn renew_interval(&self) -> Duration {
         self.lease_ttl / 3
     }
@@ -70,7 +83,7 @@ impl Pace {
             self.renew_interval()
         } else {
             let found = u32::try_from(found).unwrap_or(u32::MAX);
-            Duration::from_secs(1) * found / u32::try_from(self.redrive_rate.max(1)).unwrap_or(1)
+            Duration::from_secs(1) * found / u32::try_from(self.redrive_rate()).unwrap_or(1)
         }
     }
 }
@@ -113,7 +126,7 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                 Fulfilled::Wrote(answer) => answer,
             },
             () = sleep_until(look_at), if is_asked => {
-                let due = timeout_at(deadline, ledger.due(pace.due_rows, pace.due_bytes)).await;
+                let due = timeout_at(deadline, ledger.due(pace.due_rows(), pace.due_bytes)).await;
                 let found = due.as_ref().map_or(0, |due| due.as_ref().map_or(0, Vec::len));
                 look_at = Instant::now() + pace.look_interval(found);
                 due.map(|due| due.map(|due| {

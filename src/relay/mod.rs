@@ -114,6 +114,15 @@ pub struct Settings {
     pub redrive_rate: usize,
 }
 
+/// What can be changed while a relay runs, without losing its place.
+#[derive(Clone, Debug)]
+pub struct Changes {
+    /// Instead of the pipeline's, from the next page on.
+    pub filter: Filter,
+    /// Instead of [`Settings::redrive_rate`].
+    pub redrive_rate: usize,
+}
+
 /// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
 
@@ -131,8 +140,8 @@ pub struct Relay<S, K, L> {
     pub ledger: L,
     /// What it says about itself.
     pub status: watch::Sender<Status>,
-    /// A filter that was given while it runs; none until then. Holds from the next page on.
-    pub new_filter: watch::Receiver<Option<Arc<Filter>>>,
+    /// What was changed while it runs; none until then.
+    pub changes: watch::Receiver<Option<Arc<Changes>>>,
     /// The wall clock, in microseconds since the Unix epoch.
     pub now_us: fn() -> i64,
 }
@@ -258,14 +267,10 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             lease_ttl: self.settings.lease_ttl,
             acknowledge_interval: self.settings.acknowledge_interval,
             behind_max: self.settings.in_flight_rows,
-            due_rows: self
-                .settings
-                .page
-                .rows
-                .min(self.settings.redrive_rate)
-                .max(1),
+            page_rows: self.settings.page.rows,
             due_bytes: self.settings.page.bytes,
             redrive_rate: self.settings.redrive_rate,
+            changes: self.changes.clone(),
         };
         let mut lives = Lives {
             pipeline: &self.pipeline,
@@ -273,7 +278,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             source: &mut self.source,
             sink: &mut self.sink,
             status: &self.status,
-            new_filter: &self.new_filter,
+            changes: &self.changes,
             metrics,
             now_us: self.now_us,
             log,
@@ -355,7 +360,7 @@ struct Lives<'a, S, K> {
     source: &'a mut S,
     sink: &'a mut K,
     status: &'a watch::Sender<Status>,
-    new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
+    changes: &'a watch::Receiver<Option<Arc<Changes>>>,
     metrics: &'a PipelineMetrics,
     now_us: fn() -> i64,
     /// The name of the log that the positions belong to.
@@ -445,7 +450,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             sink: self.sink,
             metrics: self.metrics,
             status: self.status,
-            new_filter: self.new_filter,
+            changes: self.changes,
             settled,
             orders: &self.orders,
             lease_end: &self.lease_end,

@@ -17,13 +17,12 @@ use super::redrive::{Redrive, Try};
 use super::reject::Full;
 use super::status::{State, Status};
 use super::topics::Topics;
-use super::{Pipeline, Policy, Settings};
+use super::{Changes, Pipeline, Policy, Settings};
 use crate::encode::encode;
 use crate::event::{Event, EventId, Rejection, Seq};
 use crate::ledger::Parked;
 use crate::order::{InFlight, Settled, Suspects, Waiting};
 use crate::position::Position;
-use crate::route::Filter;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::source::{Page, SourceError};
 use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
@@ -64,7 +63,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) sink: &'a mut K,
     pub(super) metrics: &'a PipelineMetrics,
     pub(super) status: &'a watch::Sender<Status>,
-    pub(super) new_filter: &'a watch::Receiver<Option<Arc<Filter>>>,
+    pub(super) changes: &'a watch::Receiver<Option<Arc<Changes>>>,
     pub(super) settled: &'a watch::Sender<Position>,
     pub(super) orders: &'a mpsc::Sender<Order>,
     pub(super) lease_end: &'a watch::Receiver<LeaseEnd>,
@@ -86,8 +85,8 @@ pub(super) struct Publisher<'a, K> {
 /// The state of one life; dropping it loses nothing that is not read again.
 pub(super) struct Life {
     pub(super) in_flight: InFlight,
-    /// That of the pipeline, where no other was given since.
-    filter: Option<Arc<Filter>>,
+    /// As of the beginning of the page.
+    changes: Option<Arc<Changes>>,
     /// The rest of the page, or of the batch of parked events, that is being handed over.
     pub(super) pending: VecDeque<Event>,
     pub(super) parking: Vec<Parked>,
@@ -215,7 +214,7 @@ impl<K: Sink> Publisher<'_, K> {
         if life.in_flight.rows() == 0 {
             life.heard_at = Instant::now();
         }
-        life.filter.clone_from(&self.new_filter.borrow());
+        life.changes.clone_from(&self.changes.borrow());
         life.end = page.end.clone();
         life.in_flight.begin_page(page.events.len(), page.end);
         life.pending = page.events.into();
@@ -334,7 +333,10 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Takes one event through filter, order, route and encoding to the sink.
     fn judge(&mut self, life: &mut Life, event: &Event) -> Verdict {
-        let filter = life.filter.as_deref().unwrap_or(&self.pipeline.filter);
+        let filter = match &life.changes {
+            Some(changes) => &changes.filter,
+            None => &self.pipeline.filter,
+        };
         match filter.admits(event) {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
@@ -518,7 +520,7 @@ impl Life {
     fn new(settings: &Settings, end: Position) -> Self {
         Self {
             in_flight: InFlight::new(settings.in_flight_rows, settings.in_flight_bytes),
-            filter: None,
+            changes: None,
             pending: VecDeque::new(),
             parking: Vec::new(),
             parking_seqs: Vec::new(),

@@ -243,7 +243,7 @@ async fn process(
             sink: FakeSink::new(shared, number, owner),
             ledger: FakeLedger::new(shared, owner),
             status: watch::channel(Status::starting()).0,
-            new_filter: tokio::sync::watch::channel(None).1,
+            changes: tokio::sync::watch::channel(None).1,
             now_us: || 0,
         };
         let mut life = Mortal {

@@ -72,7 +72,7 @@ fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<
         sink,
         ledger,
         status: watch::channel(Status::starting()).0,
-        new_filter: tokio::sync::watch::channel(None).1,
+        changes: tokio::sync::watch::channel(None).1,
         now_us: || 0,
     }
 }

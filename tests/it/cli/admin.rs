@@ -302,6 +302,64 @@ async fn slow_and_large_clients_keep_nobody_out() {
     assert_eq!(get(address, "/healthz", "").0, 200);
 }
 
+/// A request that was right before somebody cut, doubled and scratched it.
+fn scratched(rng: &mut fastrand::Rng) -> Vec<u8> {
+    const REQUESTS: [&str; 5] = [
+        "GET /parked?entity=order/17&limit=5 HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n",
+        "GET /parked/main/1 HTTP/1.1\r\nhost: relay\r\nauthorization: Bearer x\r\nconnection: close\r\n\r\n",
+        "POST /parked/redrive HTTP/1.1\r\nhost: relay\r\ncontent-type: application/json\r\ncontent-length: 12\r\n\r\n{\"all\": true}",
+        "POST /parked/drop HTTP/1.1\r\nhost: relay\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        "GET /metrics HTTP/1.0\r\n\r\n",
+    ];
+    let mut bytes = rng.choice(REQUESTS).unwrap().as_bytes().to_vec();
+    for _ in 0..rng.usize(1..12) {
+        let at = rng.usize(..bytes.len());
+        match rng.u8(..4) {
+            0 => bytes[at] = rng.u8(..),
+            1 => bytes.insert(at, rng.u8(..)),
+            2 => bytes.truncate(at.max(1)),
+            _ => bytes.extend_from_within(at..),
+        }
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn no_request_brings_it_down() {
+    let shop = Shop::open(&[("RELAY_ADMIN__TOKEN", TOKEN)]).await;
+    let seed = std::env::var("RELAY_TEST_SEED")
+        .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
+    println!("RELAY_TEST_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..500 {
+        let mut stream = TcpStream::connect(&shop.address).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        // It may have heard enough before the end.
+        let _ = stream.write_all(&scratched(&mut rng));
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            Err(error) => panic!("neither an answer nor an end: {error}"),
+        }
+    }
+    assert_eq!(get(&shop.address, "/healthz", "").0, 200);
+    assert!(
+        !shop.read("log").contains("panicked"),
+        "{}",
+        shop.read("log")
+    );
+    let parked = "select count(*) from outbox_parked";
+    let count: i64 = sqlx::query_scalar(parked)
+        .fetch_one(&mut shop.database().await)
+        .await
+        .unwrap();
+    assert_eq!(count, 2, "nobody had the token");
+}
+
 #[tokio::test]
 async fn no_secret_is_said_anywhere() {
     let folder = tempfile::tempdir().unwrap();
