@@ -10,7 +10,7 @@ const FEW: usize = 32;
 /// Who is suspected, and how much may be in flight until the culprits are found.
 ///
 /// A batch of a broker shares its fate, so that thousands of innocent events may be refused with a bad one. To try each of
-/// them alone takes a round trip each. Instead the flight is narrowed to [`FEW`] events, so that the next refusal leaves no
+/// them alone takes a round trip each. Instead the flight is narrowed to 32 events, so that the next refusal leaves no
 /// more than these, and only they are tried alone: two more lives, and for n suspects about n / 32 + 32 round trips.
 #[derive(Debug, Default)]
 pub struct Suspects {

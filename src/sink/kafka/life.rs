@@ -242,6 +242,10 @@ impl Life {
             Err((KafkaError::MessageProduction(code), _)) if refused_for_good(code) => {
                 Err(Refused::Rejected(Rejection::new(code.to_string())))
             }
+            Err((KafkaError::MessageProduction(code), record)) if of_a_lost_topic(code) => {
+                let lost = format!("topic {} is gone", record.topic);
+                Err(Refused::Broken(SinkError(lost)))
+            }
             Err((error, _)) => Err(Refused::Broken(SinkError(
                 self.with_trouble(error.to_string()),
             ))),

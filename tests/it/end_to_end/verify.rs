@@ -91,7 +91,7 @@ async fn a_clean_run_is_told_from_every_spoilt_one() {
     let records = line.kafka.read(&["order"]).await;
     // An event of a transaction that was taken back: its id was given out and its row never was.
     let (doomed,): (i64,) = sqlx::query_as(
-        "select min(n) from generate_series(1, (select max(id) from outbox.events)) n
+        "select min(n) from generate_series((select min(id) from outbox.events), (select max(id) from outbox.events)) n
           where not exists (select from outbox.events where id = n)",
     )
     .fetch_one(&line.database.pool)

@@ -216,7 +216,10 @@ async fn live<S: Source>(
             }
             acknowledged = position;
         }
-        pages_left -= 1;
+        // The last life lives until it has waited long enough for what does not come, however quick its looks are.
+        if !journal.finished() {
+            pages_left -= 1;
+        }
         if pages_left == 0 {
             return true;
         }
