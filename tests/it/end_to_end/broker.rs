@@ -3,6 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use rdkafka::ClientConfig;
+use rdkafka::admin::AdminClient;
+use rdkafka::client::DefaultClientContext;
 use tokio::time::{Instant, sleep};
 
 use super::kafka::Kafka;
@@ -159,5 +162,93 @@ async fn a_broker_with_a_full_disk_loses_nothing() {
     })
     .await;
     assert_eq!(number(pool, parked).await, 0);
+    relay.stop().await;
+}
+
+/// How many partitions a broker leads, and whether all have two replicas in sync.
+fn leads(admin: &AdminClient<DefaultClientContext>, topic: &str, broker: i32) -> (usize, bool) {
+    let Ok(metadata) = admin.inner().fetch_metadata(Some(topic), PATIENCE) else {
+        return (0, false);
+    };
+    let partitions = metadata.topics()[0].partitions();
+    let led = partitions
+        .iter()
+        .filter(|partition| partition.leader() == broker);
+    let in_sync = partitions
+        .iter()
+        .all(|partition| partition.isr().len() == 2);
+    (led.count(), in_sync)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaders_that_move_lose_nothing() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let Some(own) = Own::kafka("leaders_that_move_lose_nothing") else {
+        return;
+    };
+    let mut second = Own::member_of(&own);
+    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
+    let mut setup = Setup::new(&database.url);
+    setup.kafka(&kafka);
+    let both = format!("{},{}", kafka.brokers, second.variable("KAFKA_BROKERS"));
+    setup.set("SINK__KAFKA__BROKERS", &both);
+    setup.set("SINK__KAFKA__TOPICS__REPLICATION_FACTOR", "2");
+    // The reader knows of three.
+    setup.set("SINK__KAFKA__TOPICS__PARTITIONS", "3");
+    let topic = kafka.topic("all");
+    setup.set("PIPELINE__TOPIC", &topic);
+    let relay = setup.start();
+    relay.ready().await;
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", &kafka.brokers);
+    let admin: AdminClient<DefaultClientContext> = config.create().unwrap();
+    eventually(
+        "two replicas in sync, and leaders at both",
+        PATIENCE,
+        async || {
+            let (led, in_sync) = leads(&admin, &topic, 2);
+            (in_sync && led > 0).then_some(())
+        },
+    )
+    .await;
+    let pool = &database.pool;
+    let emit = async || {
+        let statement = "select outbox.emit('order', (n % 50)::text, 'changed', '{}') from generate_series(1, 200) n";
+        run(pool, statement).await;
+    };
+    for _ in 0..10 {
+        emit().await;
+    }
+    second.signal("KILL");
+    for _ in 0..20 {
+        emit().await;
+        sleep(Duration::from_millis(50)).await;
+    }
+    eventually("every leader at the first", PATIENCE, async || {
+        (leads(&admin, &topic, 1).0 == 3).then_some(())
+    })
+    .await;
+    emit().await;
+    second.start();
+    for _ in 0..10 {
+        emit().await;
+    }
+    let mut reader = kafka.reader(std::slice::from_ref(&topic));
+    let mut newest: HashMap<String, i64> = HashMap::new();
+    let mut seen = HashSet::new();
+    eventually("all events", PATIENCE, async || {
+        for record in reader.read_to_end().await {
+            let sequence = str::from_utf8(record.header("sequence")?).ok()?;
+            let sequence: i64 = sequence.parse().ok()?;
+            if seen.insert(sequence) {
+                let before = newest.insert(record.key_text().to_owned(), sequence);
+                assert!(before < Some(sequence), "{before:?} before {sequence}");
+            }
+        }
+        (seen.len() == 41 * 200).then_some(())
+    })
+    .await;
     relay.stop().await;
 }

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 pub(super) struct Own {
     folder: TempDir,
     script: &'static str,
-    arguments: Vec<&'static str>,
+    arguments: Vec<String>,
     environment: HashMap<String, String>,
     /// Whether the data lies in a file system of its own.
     disk: bool,
@@ -20,6 +20,12 @@ impl Own {
         // Where the broker of all tests is from somewhere else, this machine may not be able to start one.
         crate::fresh::needed(test, "KAFKA_JARS")?;
         Some(Self::new("kafka", Vec::new(), |_| {}))
+    }
+
+    /// A second broker of the same cluster.
+    pub(super) fn member_of(kafka: &Self) -> Self {
+        let folder = kafka.folder.path().display().to_string();
+        Self::new("kafka_member", vec![folder], |_| {})
     }
 
     /// A broker whose data lies in a file system of this size, such as `64m`; only root can make one.
@@ -50,14 +56,10 @@ impl Own {
 
     pub(super) fn postgres(test: &str) -> Option<Self> {
         crate::fresh::needed(test, "PG_DATA")?;
-        Some(Self::new("postgres", vec!["17"], |_| {}))
+        Some(Self::new("postgres", vec!["17".to_owned()], |_| {}))
     }
 
-    fn new(
-        script: &'static str,
-        arguments: Vec<&'static str>,
-        prepare: impl FnOnce(&Path),
-    ) -> Self {
+    fn new(script: &'static str, arguments: Vec<String>, prepare: impl FnOnce(&Path)) -> Self {
         let parent =
             std::env::var("RELAY_TEST_FOLDER").map_or_else(|_| std::env::temp_dir(), Into::into);
         let mut own = Self {
@@ -100,10 +102,10 @@ impl Own {
     }
 
     pub(super) fn signal(&self, signal: &str) {
-        let variable = if self.script == "kafka" {
-            "KAFKA_PID"
-        } else {
+        let variable = if self.script == "postgres" {
             "PG_PID"
+        } else {
+            "KAFKA_PID"
         };
         super::process::signal(self.variable(variable), signal);
     }
