@@ -162,6 +162,26 @@ impl FromStr for PipelineName {
     }
 }
 
+/// One of the parts that the entities of a pipeline are spread over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shard {
+    /// Which one, from 0 on.
+    pub index: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+impl Shard {
+    /// More would be more connections and producers than parallel work.
+    pub const COUNT_MAX: u32 = 64;
+
+    /// The only one.
+    #[must_use]
+    pub const fn whole() -> Self {
+        Self { index: 0, count: 1 }
+    }
+}
+
 /// Why an event can't be published, in words for the operator; never holds payloads or keys.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

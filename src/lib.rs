@@ -51,6 +51,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 mod crash;
+pub mod crew;
 mod database;
 mod demo;
 pub mod doctor;

@@ -38,7 +38,8 @@ impl Snapshot {
     }
 
     /// Compares snapshots of one server: the later one has a higher end, or the same and fewer in progress.
-    fn age(&self) -> (u64, Reverse<usize>) {
+    #[must_use]
+    pub fn age(&self) -> (u64, Reverse<usize>) {
         (self.xmax, Reverse(self.in_progress.len()))
     }
 
@@ -162,6 +163,40 @@ impl Position {
             (cur.age(), prev.age(), position.last_id)
         };
         place(self).cmp(&place(other))
+    }
+    /// The furthest position that none of these, of one log, has not passed yet: what is before it is before each of them.
+    /// None of none.
+    ///
+    /// The snapshots of a server follow each other, so the earliest `prev` is behind every one of the positions. Of what
+    /// lies between it and the earliest `cur` a position has passed everything if its own window begins after that, and else
+    /// the ids up to its last one.
+    #[must_use]
+    pub fn meet(positions: &[Self]) -> Option<Self> {
+        let windows = || positions.iter().map(|position| &position.window);
+        let prev = windows()
+            .map(|window| &window.prev)
+            .min_by_key(|prev| prev.age())?;
+        let cur = windows()
+            .map(|window| &window.cur)
+            .min_by_key(|cur| cur.age())?;
+        let ceiling = windows().map(|window| window.ceiling).min()?;
+        let inside = positions
+            .iter()
+            .filter(|position| position.window.prev.age() < cur.age());
+        let window = Window {
+            prev: prev.clone(),
+            cur: cur.clone(),
+            floor: windows().map(|window| window.floor).min()?,
+            ceiling,
+            next_floor: windows().map(|window| window.next_floor).min()?,
+        };
+        Some(Self {
+            window: Arc::new(window),
+            last_id: inside
+                .map(|position| position.last_id)
+                .min()
+                .unwrap_or(ceiling),
+        })
     }
 }
 

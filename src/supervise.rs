@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
 use crate::config::{Config, PipelineConfig, Sink, Source};
-use crate::event::PipelineName;
+use crate::crew::Crews;
+use crate::event::{PipelineName, Shard};
 use crate::ledger::postgres::PostgresLedger;
 use crate::ledger::sqlite::SqliteLedger;
 use crate::ledger::{self, AnyLedger};
 use crate::relay::Relay;
 use crate::relay::status::Status;
+use crate::relay::turn::Turn;
 use crate::reload::{Reload, Reloaded};
 use crate::retention;
 use crate::sink::AnySink;
@@ -51,14 +53,11 @@ pub async fn run(
     let metrics = install_metrics()?;
     let holder = holder();
     let stopping = CancellationToken::new();
-    let mut pipelines = JoinSet::new();
+    let mut relays = JoinSet::new();
     let mut others = JoinSet::new();
-    let mut shown = Vec::new();
-    for pipeline in &config.pipelines {
-        let (mut relay, status) = assemble(&config, pipeline, &holder);
-        relay.changes = reload.changes(&relay.pipeline.name);
-        shown.push((relay.pipeline.name.clone(), status));
-        pipelines.spawn(relay.run(stopping.clone()));
+    let (mut crews, first) = Crews::begin(&config, &reload, &holder, &stopping);
+    for relay in first {
+        relays.spawn(relay);
     }
     let retention = config.retention.clone();
     match &config.source {
@@ -75,8 +74,8 @@ pub async fn run(
     if let Some(listener) = listener {
         tracing::info!(address = %config.admin.listen, "admin interface");
         let interface = Shown {
-            holder,
-            pipelines: shown,
+            holder: holder.clone(),
+            relays: crews.shown(),
             metrics,
             source: config.source.clone(),
             token: config.admin.token.clone(),
@@ -84,16 +83,29 @@ pub async fn run(
         };
         others.spawn(async move { match admin::serve(listener, interface).await {} });
     }
-    let ended = tokio::select! {
-        () = stop => Ok(()),
-        ended = first_panic(&mut pipelines, &mut others) => Err(ended),
-        () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
+    let mut stop = std::pin::pin!(stop);
+    let ended = loop {
+        tokio::select! {
+            () = &mut stop => break Ok(()),
+            // One that ends well is of a number of shards that was given up.
+            Some(ended) = relays.join_next() => if let Err(error) = ended {
+                break Err(anyhow!(error).context("a pipeline panicked"));
+            },
+            Some(ended) = others.join_next() => if let Err(error) = ended {
+                break Err(anyhow!(error).context("a task panicked"));
+            },
+            () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
+            new = crews.look() => for relay in new {
+                relays.spawn(relay);
+            },
+        }
     };
     tracing::info!("stopping");
     stopping.cancel();
-    while let Some(ended) = pipelines.join_next().await {
+    while let Some(ended) = relays.join_next().await {
         ended.context("a pipeline ended in a panic")?;
     }
+    crews.leave().await;
     others.abort_all();
     ended
 }
@@ -122,21 +134,26 @@ async fn take_over(reload: &mut Reload, reloads: &mut mpsc::Receiver<Config>) {
 
 type Production = Relay<AnySource, AnySink, AnyLedger>;
 
-/// Puts one pipeline together; nothing connects before it runs.
+/// Puts the relay of one shard together; nothing connects before it runs.
 pub(crate) fn assemble(
     config: &Config,
     pipeline: &PipelineConfig,
+    shard: Shard,
     holder: &str,
 ) -> (Production, watch::Receiver<Status>) {
+    let name = &pipeline.pipeline.name;
     let books = ledger::Settings {
-        pipeline: pipeline.pipeline.name.clone(),
+        pipeline: name.clone(),
+        shard,
         holder: holder.to_owned(),
         lease_ttl: config.relay.lease_ttl,
         start: pipeline.start,
     };
     let (source, ledger) = match &config.source {
         Source::Postgres(settings) => (
-            AnySource::Postgres(Box::new(PostgresSource::new((**settings).clone()))),
+            AnySource::Postgres(Box::new(
+                PostgresSource::new((**settings).clone()).of_shard(name.clone(), shard),
+            )),
             AnyLedger::Postgres(Box::new(PostgresLedger::new(
                 settings.options.clone(),
                 books,
@@ -156,9 +173,11 @@ pub(crate) fn assemble(
     let (status, seen) = watch::channel(Status::starting());
     let relay = Relay {
         pipeline: pipeline.pipeline.clone(),
+        shard,
+        turn: Turn::always(),
         settings: config.relay.clone(),
         source,
-        sink: sink(&config.sink, Some(&pipeline.pipeline.name)),
+        sink: sink(&config.sink, Some((name, shard))),
         ledger,
         status,
         changes: watch::channel(None).1,
@@ -169,12 +188,12 @@ pub(crate) fn assemble(
 
 /// The end that events of a pipeline go to; connects when it is opened. Without a pipeline for what is published again, which
 /// has no part in a pipeline's transactions.
-pub(crate) fn sink(sink: &Sink, pipeline: Option<&PipelineName>) -> AnySink {
+pub(crate) fn sink(sink: &Sink, part: Option<(&PipelineName, Shard)>) -> AnySink {
     match sink {
         Sink::Kafka(settings) => {
             let settings = (**settings).clone();
-            AnySink::Kafka(Box::new(KafkaSink::new(match pipeline {
-                Some(pipeline) => settings.of_pipeline(pipeline),
+            AnySink::Kafka(Box::new(KafkaSink::new(match part {
+                Some((pipeline, shard)) => settings.of_shard(pipeline, shard),
                 None => settings.at_least_once(),
             })))
         }
@@ -232,21 +251,5 @@ async fn keep_metrics_small(metrics: PrometheusHandle) {
     loop {
         sleep(Duration::from_secs(5)).await;
         metrics.run_upkeep();
-    }
-}
-
-/// Completes when a task ends that should not.
-async fn first_panic(pipelines: &mut JoinSet<()>, others: &mut JoinSet<()>) -> anyhow::Error {
-    loop {
-        // A task that ends well must not hide the panic of the next one.
-        tokio::select! {
-            Some(ended) = pipelines.join_next() => if let Err(error) = ended {
-                return anyhow!(error).context("a pipeline panicked");
-            },
-            Some(ended) = others.join_next() => if let Err(error) = ended {
-                return anyhow!(error).context("a task panicked");
-            },
-            else => return anyhow!("every pipeline ended"),
-        }
     }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Label};
 
+use crate::event::Shard;
+
 /// A metric's name, kind and meaning.
 #[derive(Clone, Copy, Debug)]
 pub struct Metric {
@@ -114,7 +116,8 @@ const SET_ASIDE: Metric = gauge(
     "outbox_set_aside_events",
     "events that are parked or dead letters; at parked_max the pipeline halts",
 );
-const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the pipeline");
+const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the shard");
+const SHARDS: Metric = gauge("outbox_shards", "how many shards the pipeline has");
 const READY: Metric = gauge(
     "outbox_ready",
     "1 while the pipeline moves or stands by, 0 while something is in its way",
@@ -142,7 +145,7 @@ const RETIRED_UNPUBLISHED: Metric = counter(
 const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
 
 /// All metrics.
-pub const METRICS: [Metric; 26] = [
+pub const METRICS: [Metric; 27] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -162,6 +165,7 @@ pub const METRICS: [Metric; 26] = [
     WAITING,
     SET_ASIDE,
     OWNER,
+    SHARDS,
     READY,
     LATENCY,
     LOG_BYTES,
@@ -195,7 +199,7 @@ pub fn describe() {
 }
 
 /// What a pipeline's gauges show.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Levels {
     /// Events handed over and not confirmed.
     pub in_flight_events: usize,
@@ -218,9 +222,15 @@ pub fn ready(pipeline: &str, ready: bool) {
     metrics::gauge!(READY.name, "pipeline" => pipeline.to_owned()).set(f64::from(u8::from(ready)));
 }
 
-/// The metrics of one pipeline, looked up once: no look-up per event.
+/// How many shards a pipeline has.
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+pub fn shards(pipeline: &str, shards: u32) {
+    metrics::gauge!(SHARDS.name, "pipeline" => pipeline.to_owned()).set(f64::from(shards));
+}
+
+/// The metrics of one shard of a pipeline, looked up once: no look-up per event.
 pub struct PipelineMetrics {
-    pipeline: String,
+    labels: Vec<Label>,
     captured: Counter,
     pages: Counter,
     capture_time: Counter,
@@ -244,10 +254,14 @@ pub struct PipelineMetrics {
 
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
 impl PipelineMetrics {
-    /// Those of the pipeline with this name.
+    /// Those of one shard of the pipeline with this name.
     #[must_use]
-    pub fn new(pipeline: &str) -> Self {
-        let labels = || vec![Label::new("pipeline", pipeline.to_owned())];
+    pub fn new(pipeline: &str, shard: Shard) -> Self {
+        let all = vec![
+            Label::new("pipeline", pipeline.to_owned()),
+            Label::new("shard", shard.index.to_string()),
+        ];
+        let labels = || all.clone();
         let counter = |metric: Metric| metrics::counter!(metric.name, labels());
         let gauge = |metric: Metric| metrics::gauge!(metric.name, labels());
         Self {
@@ -270,15 +284,15 @@ impl PipelineMetrics {
             set_aside: gauge(SET_ASIDE),
             owner: gauge(OWNER),
             latency: metrics::histogram!(LATENCY.name, labels()),
-            pipeline: pipeline.to_owned(),
+            labels: all,
         }
     }
 
     /// The counter of what is delivered to one topic.
     pub fn delivered(&self, topic: &str) -> Counter {
-        metrics::counter!(
-            DELIVERED.name, "pipeline" => self.pipeline.clone(), "topic" => topic.to_owned()
-        )
+        let mut labels = self.labels.clone();
+        labels.push(Label::new("topic", topic.to_owned()));
+        metrics::counter!(DELIVERED.name, labels)
     }
 
     /// One read of the outbox.
@@ -328,9 +342,12 @@ impl PipelineMetrics {
         self.restarts.increment(1);
     }
 
-    /// Whether this process owns the pipeline.
+    /// Whether this process owns the shard. Of one that it does not own its gauges know nothing.
     pub fn owner(&self, owner: bool) {
         self.owner.set(f64::from(u8::from(owner)));
+        if !owner {
+            self.levels(Levels::default());
+        }
     }
 
     /// The gauges, together.

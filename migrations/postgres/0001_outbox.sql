@@ -268,7 +268,51 @@ create table outbox.leases (
     holder     text        not null,
     epoch      bigint      not null,
     expires_at timestamptz not null,
+    -- The last owner gave it back with nothing in flight: its cursor is exact.
+    settled    boolean     not null default false,
     primary key (pipeline, shard)
+) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
+
+-- How many shards the entities of a pipeline are spread over. Whoever takes a lease holds the row for a moment, so that
+-- nobody begins with one number while another comes into force.
+create table outbox.pipelines (
+    pipeline   text    primary key,
+    shards     integer not null check (shards between 1 and 64),
+    generation bigint  not null default 1
+);
+
+-- Which shard an entity belongs to. The hash is the one by which the server partitions tables, so it stays what it is.
+create function outbox.shard_of(aggregate_type text, aggregate_id text, shards integer)
+returns integer
+language sql immutable parallel safe
+as $$
+    select ((hashtextextended(aggregate_id collate "C", hashtextextended(aggregate_type collate "C", 0))
+             & 9223372036854775807) % shards)::integer
+$$;
+
+-- Where the shards stood when their number changed. The cursors of the new ones begin where none of the old ones had
+-- been yet, and leave out what the old shard of an event had passed.
+create table outbox.former_cursors (
+    pipeline   text        not null,
+    -- That they were the cursors of.
+    generation bigint      not null,
+    shards     integer     not null,
+    shard      integer     not null,
+    prev       pg_snapshot not null,
+    cur        pg_snapshot not null,
+    last_id    bigint      not null,
+    primary key (pipeline, generation, shard)
+);
+
+-- The relays that are there, and how many shards each is told to make. Unlogged: a crash or a failover empties it, and
+-- whoever is there says so again.
+create unlogged table outbox.members (
+    pipeline   text        not null,
+    holder     text        not null,
+    shards     integer     not null,
+    joined_at  timestamptz not null default clock_timestamp(),
+    expires_at timestamptz not null,
+    primary key (pipeline, holder)
 ) with (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 
 -- Events that were rejected, and those of the same entity that wait behind them, with all that is needed to publish
@@ -527,6 +571,8 @@ begin
            updated_at = clock_timestamp()
       from pg_control_system() s
      where prev is not null;
+    -- Their snapshots mean nothing here, and what they had passed lies before every cursor now.
+    delete from outbox.former_cursors;
     -- Ends the tenure of whoever still works with what it read elsewhere.
     delete from outbox.incarnation;
     return again;
@@ -540,7 +586,9 @@ grant usage on sequence outbox.events_id_seq to outbox_writer;
 
 grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
-grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked to outbox_relay;
+grant select, insert, update, delete
+    on outbox.cursors, outbox.leases, outbox.parked, outbox.pipelines, outbox.former_cursors, outbox.members
+    to outbox_relay;
 grant select, insert on outbox.incarnation to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.
@@ -549,7 +597,8 @@ grant select, insert (who, action, pipeline, selector, events, reason) on outbox
 revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
-    outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt()
+    outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt(),
+    outbox.shard_of(text, text, integer)
     from public;
 grant execute on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
@@ -557,5 +606,5 @@ grant execute on function
     to outbox_writer;
 grant execute on function
     outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),
-    outbox.is_restored(), outbox.adopt()
+    outbox.is_restored(), outbox.adopt(), outbox.shard_of(text, text, integer)
     to outbox_relay;

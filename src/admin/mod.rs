@@ -5,6 +5,7 @@
 mod parked;
 mod serve;
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::config::Source;
-use crate::event::PipelineName;
+use crate::crew::ShownRelay;
 use crate::relay::status::Status;
 use crate::telemetry;
 
@@ -41,8 +42,8 @@ const ANSWER_BYTES_MAX: usize = 4 << 20;
 pub struct Shown {
     /// This process, as leases name it.
     pub holder: String,
-    /// Every pipeline with what it says about itself.
-    pub pipelines: Vec<(PipelineName, watch::Receiver<Status>)>,
+    /// Every relay with what it says about itself.
+    pub relays: watch::Receiver<Vec<ShownRelay>>,
     /// The recorder of the metrics.
     pub metrics: PrometheusHandle,
     /// Where the parked events are.
@@ -65,35 +66,44 @@ pub struct Overview {
     pub holder: String,
     /// Whether every pipeline is.
     pub ready: bool,
-    /// Those of the configuration.
+    /// Those of the configuration, shard by shard.
     pub pipelines: Vec<PipelineView>,
 }
 
-/// One pipeline in the answer.
+/// One shard of a pipeline in the answer.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PipelineView {
     /// Its name.
     pub pipeline: String,
-    /// What it says about itself.
+    /// Which of its shards, from 0 on.
+    pub shard: u32,
+    /// What its relay says about itself.
     #[serde(flatten)]
     pub status: Status,
 }
 
 impl Shown {
     fn render(&self) -> String {
-        for (name, status) in &self.pipelines {
-            telemetry::ready(name.as_str(), status.borrow().state.is_ready());
+        let mut ready = BTreeMap::new();
+        for relay in &*self.relays.borrow() {
+            *ready.entry(relay.pipeline.clone()).or_insert(true) &=
+                relay.status.borrow().state.is_ready();
+        }
+        for (pipeline, ready) in ready {
+            telemetry::ready(pipeline.as_str(), ready);
         }
         self.metrics.render()
     }
 
     fn overview(&self) -> Overview {
         let pipelines: Vec<PipelineView> = self
-            .pipelines
+            .relays
+            .borrow()
             .iter()
-            .map(|(name, status)| PipelineView {
-                pipeline: name.to_string(),
-                status: status.borrow().clone(),
+            .map(|relay| PipelineView {
+                pipeline: relay.pipeline.to_string(),
+                shard: relay.shard.index,
+                status: relay.status.borrow().clone(),
             })
             .collect();
         Overview {

@@ -71,7 +71,7 @@ fn sink(config: &Config) -> String {
             };
             let delivery = match (settings.delivery, &settings.transactional_id) {
                 (Delivery::ExactlyOnce, Some(id)) => {
-                    format!("exactly once, with transactional ids {id}.PIPELINE.0")
+                    format!("exactly once, with transactional ids {id}.PIPELINE.SHARD")
                 }
                 _ => "at least once".to_owned(),
             };
@@ -102,6 +102,10 @@ fn describe(config: &PipelineConfig) -> String {
     } else {
         takes.join("; ")
     };
+    let shards = match config.shards {
+        1 => String::new(),
+        shards => format!(", in {shards} shards"),
+    };
     let rejected = match pipeline.on_rejected {
         Policy::Park => "parked".to_owned(),
         Policy::DeadLetter => match &pipeline.dead_letter_topic {
@@ -112,7 +116,7 @@ fn describe(config: &PipelineConfig) -> String {
         Policy::Halt => "a reason to stop".to_owned(),
     };
     format!(
-        "{}: {takes} to topic {}, key {}; what is rejected is {rejected}",
+        "{}: {takes} to topic {}, key {}{shards}; what is rejected is {rejected}",
         pipeline.name, pipeline.route.topic, pipeline.route.key
     )
 }

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 
 use super::show::{self, BOLD, GREEN, RED, YELLOW};
 use super::{ConfigArgs, Outcome};
-use crate::admin::{self, Overview};
+use crate::admin::{self, Overview, PipelineView};
 use crate::config::Config;
 use crate::database::Database;
 use crate::ledger::view::{Books, LogSize, PipelineBooks, Server};
@@ -150,10 +150,13 @@ async fn look(config: &Config, database: &mut Option<Database>) -> (Seen, Option
 }
 
 impl Seen {
-    /// What the daemon says about a pipeline.
-    fn state(&self, pipeline: &str) -> Option<&State> {
+    /// What the daemon says about a shard.
+    fn state(&self, row: &PipelineBooks) -> Option<&State> {
         let views = &self.daemon.as_ref()?.pipelines;
-        let view = views.iter().find(|view| view.pipeline == pipeline)?;
+        let is_of = |view: &&PipelineView| {
+            view.pipeline == row.pipeline && i32::try_from(view.shard) == Ok(row.shard)
+        };
+        let view = views.iter().find(is_of)?;
         Some(&view.status.state)
     }
 }
@@ -172,12 +175,8 @@ fn pipelines(seen: &Seen, books: &Books) {
         "OWNER",
     ]);
     for row in &books.pipelines {
-        let name = match row.shard {
-            0 => row.pipeline.clone(),
-            shard => format!("{}/{shard}", row.pipeline),
-        };
         table.add_row(vec![
-            Cell::new(name),
+            Cell::new(row.name()),
             state(seen, row),
             show::number(row.last_id),
             show::number(Some(books.newest_id)),
@@ -220,7 +219,7 @@ fn state(seen: &Seen, row: &PipelineBooks) -> Cell {
         Some(_) => ("owned", Some(Green)),
         None => ("nobody's", Some(Red)),
     };
-    let (text, colour) = match seen.state(&row.pipeline) {
+    let (text, colour) = match seen.state(row) {
         Some(State::Running) => ("running", Some(Green)),
         Some(State::Standby { .. }) => ("standby here", Some(Green)),
         Some(State::Starting) => ("starting", Some(Yellow)),
@@ -255,12 +254,25 @@ fn parked(row: &PipelineBooks) -> Cell {
     }
 }
 
+/// The pipeline, with its shard where there are several.
+fn view_name(seen: &Seen, view: &PipelineView) -> String {
+    let views = seen.daemon.iter().flat_map(|daemon| &daemon.pipelines);
+    let shards = views
+        .filter(|other| other.pipeline == view.pipeline)
+        .count();
+    match shards {
+        ..=1 => view.pipeline.clone(),
+        _ => format!("{}/{}", view.pipeline, view.shard),
+    }
+}
+
 /// The lines that a person acts upon.
 fn troubles(seen: &Seen) {
     for view in seen.daemon.iter().flat_map(|daemon| &daemon.pipelines) {
         if let State::Stalled { reason } | State::Halted { reason } = &view.status.state {
             let reason = show::plain(reason);
-            anstream::println!("{RED}{}{RED:#}: {reason}", view.pipeline);
+            let name = view_name(seen, view);
+            anstream::println!("{RED}{name}{RED:#}: {reason}");
         }
     }
     let Some(books) = &seen.books else { return };
@@ -269,22 +281,22 @@ fn troubles(seen: &Seen) {
             anstream::println!(
                 "{YELLOW}{}{YELLOW:#}: its cursor was written on another server or timeline (restored, failed over): the \
                  relay makes it fit when it takes the lease",
-                row.pipeline
+                row.name()
             );
         } else if let Some(unknown) = &row.oldest_unpublished_unknown {
-            anstream::println!("{}: age of the oldest event: {unknown}", row.pipeline);
+            anstream::println!("{}: age of the oldest event: {unknown}", row.name());
         }
         if row.parked_events > 0 {
             anstream::println!(
                 "{YELLOW}{}{YELLOW:#}: {} events are parked: see `outbox-relay parked list`",
-                row.pipeline,
+                row.name(),
                 row.parked_events
             );
         }
         if row.owner.is_none() && seen.configured.contains(&row.pipeline) {
             anstream::println!(
                 "{RED}{}{RED:#}: no relay owns it, nothing is published",
-                row.pipeline
+                row.name()
             );
         }
     }

@@ -100,6 +100,8 @@ pub struct PipelineConfig {
     pub pipeline: Pipeline,
     /// Where it begins.
     pub start: Start,
+    /// How many shards its entities are spread over, at least 1.
+    pub shards: u32,
 }
 
 /// Bounds and times; see the comments in `relay.toml`.
@@ -275,8 +277,17 @@ impl Config {
             log,
         } = raw;
         let pipelines = resolve_pipelines(&figment, pipelines.into_keys().collect())?;
+        let source = source.resolve()?;
+        if let Source::Sqlite { .. } = source
+            && let Some(pipeline) = pipelines.iter().find(|pipeline| pipeline.shards > 1)
+        {
+            return Err(ConfigError::new(format!(
+                "pipelines.{}.shards = {}: a SQLite outbox has one writer and one relay; shards are for PostgreSQL",
+                pipeline.pipeline.name, pipeline.shards
+            )));
+        }
         Ok(Self {
-            source: source.resolve()?,
+            source,
             sink: sink.resolve()?,
             relay: relay.resolve()?,
             retention: retention.resolve(&pipelines)?,

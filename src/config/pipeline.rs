@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{ConfigError, PipelineConfig};
 use crate::encode::{self, Encoding};
-use crate::event::{PipelineName, Start};
+use crate::event::{PipelineName, Shard, Start};
 use crate::relay::{Pipeline, Policy};
 use crate::route::{Filter, Route, Template, illegal_topic};
 
@@ -16,6 +16,7 @@ use crate::route::{Filter, Route, Template, illegal_topic};
 #[serde(deny_unknown_fields)]
 pub(super) struct RawPipeline {
     start: StartText,
+    shards: u32,
     topic: Template,
     key: Template,
     format: encode::Format,
@@ -93,6 +94,7 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
         .map_err(|error| ConfigError::from_figment(&error, &key, figment))?;
     let RawPipeline {
         start,
+        shards,
         topic,
         key: key_template,
         format,
@@ -103,6 +105,12 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
         parked_max_per_entity,
         filter,
     } = raw;
+    if !(1..=Shard::COUNT_MAX).contains(&shards) {
+        return Err(ConfigError::new(format!(
+            "{key}.shards = {shards}: has to be 1 to {}",
+            Shard::COUNT_MAX
+        )));
+    }
     for (setting, value) in [
         ("parked_max", parked_max),
         ("parked_max_per_entity", parked_max_per_entity),
@@ -141,5 +149,6 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
             parked_max_per_entity,
         },
         start: start.0,
+        shards,
     })
 }

@@ -46,7 +46,7 @@ fn the_defaults_are_pinned() {
         ..
     } = load("", &[URL]).unwrap();
     expect![[r#"
-        PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest }
+        PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest, shards: 1 }
         Settings { page: PageLimits { rows: 5000, bytes: 2097152 }, in_flight_rows: 20000, in_flight_bytes: 16777216, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms, redrive_rate: 500 }
         Admin { enabled: true, listen: 127.0.0.1:9187, token: None, token_file: None }
         Log { level: "info", format: Text }
@@ -174,6 +174,8 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
             "[admin]\ntoken_file = \"/none\"",
             &[("RELAY_ADMIN__TOKEN", "a-token-that-is-long-enough")],
         ),
+        ("[pipelines.orders]\nshards = 0", &[]),
+        ("[pipelines.orders]\nshards = 65", &[]),
         ("[pipelines.orders]\nparked_max = 0", &[]),
         ("[pipelines.orders]\ndead_letter_topic = \"dead\"", &[]),
         (
@@ -215,6 +217,8 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         sink.kafka.properties has "transactional.id": set sink.kafka.delivery = "exactly-once" and sink.kafka.transactional_id instead
         admin.token is too easy to guess: it has to have at least 16 characters
         admin.token and admin.token_file are both set
+        pipelines.orders.shards = 0: has to be 1 to 64
+        pipelines.orders.shards = 65: has to be 1 to 64
         pipelines.orders.parked_max = 0: has to be at least 1; to set nothing aside say on_rejected = "halt" or "drop"
         pipelines.orders.dead_letter_topic is set and on_rejected is not "dead_letter": nothing would go there
         relay.toml: pipelines.orders.dead_letter_topic: the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-'

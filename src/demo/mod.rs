@@ -29,6 +29,7 @@ use self::shop::{Kind, Shop, Transaction};
 use self::store::{Done, Store};
 use self::trade::Plan;
 use crate::config::{Config, Sink, Source, postgres_options};
+use crate::event::Shard;
 use crate::relay::status::{State, Status};
 use crate::sink::kafka;
 use crate::supervise;
@@ -234,7 +235,7 @@ async fn show(
         clients.push(store.client().await?);
     }
     let reader = broker.consumer(kafka, random)?;
-    let (relay, status) = supervise::assemble(config, &config.pipelines[0], "demo");
+    let (relay, status) = supervise::assemble(config, &config.pipelines[0], Shard::whole(), "demo");
 
     let (happenings, happened) = mpsc::channel(HAPPENINGS);
     let (progress, seen_progress) = watch::channel(Progress::default());

@@ -9,6 +9,7 @@ use rdkafka::client::DefaultClientContext;
 
 use super::Finding;
 use crate::config::PipelineConfig;
+use crate::event::Shard;
 use crate::sink::kafka::{Delivery, Settings, positions_topic};
 
 /// For one question to a broker.
@@ -37,8 +38,11 @@ pub(super) async fn examine(
     }
     let topics: Vec<String> = pipelines
         .iter()
-        .filter_map(|config| {
-            let settings = settings.clone().of_pipeline(&config.pipeline.name);
+        .flat_map(|config| {
+            (0..config.shards).map(|index| (&config.pipeline.name, index, config.shards))
+        })
+        .filter_map(|(pipeline, index, count)| {
+            let settings = settings.clone().of_shard(pipeline, Shard { index, count });
             settings.transactional_id.as_deref().map(positions_topic)
         })
         .collect();

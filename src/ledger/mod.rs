@@ -10,7 +10,7 @@ pub mod view;
 use std::future::Future;
 use std::time::Duration;
 
-use crate::event::{Event, EventId, HeldEntity, PipelineName, Start};
+use crate::event::{Event, EventId, HeldEntity, PipelineName, Shard, Start};
 use crate::position::Position;
 
 /// What a ledger needs to know about its pipeline.
@@ -18,6 +18,8 @@ use crate::position::Position;
 pub struct Settings {
     /// The pipeline whose books these are.
     pub pipeline: PipelineName,
+    /// Which of its shards.
+    pub shard: Shard,
     /// This process, unlike any other; shown to operators as the owner.
     pub holder: String,
     /// How long a lease lasts without renewal.
@@ -37,6 +39,11 @@ pub enum Acquired {
         holder: String,
         /// Until its lease ends, by the database's clock.
         expires_in: Duration,
+    },
+    /// The pipeline has another number of shards: this one does not exist.
+    Resharded {
+        /// How many it has.
+        shards: u32,
     },
 }
 
@@ -173,11 +180,12 @@ pub trait Ledger: Send {
         resolved: &Resolved,
     ) -> impl Future<Output = Result<Resolution, LedgerError>> + Send;
 
-    /// Gives the lease back, so that a standby takes over at once.
+    /// Gives the lease back, so that a standby takes over at once. `settled` says that everything that was handed over is
+    /// delivered and acknowledged.
     ///
     /// # Errors
     /// When the answer is unknown; the lease then ends by itself.
-    fn release(&mut self) -> impl Future<Output = Result<(), LedgerError>> + Send;
+    fn release(&mut self, settled: bool) -> impl Future<Output = Result<(), LedgerError>> + Send;
 }
 
 /// The ledgers that run in production.
@@ -231,10 +239,10 @@ impl Ledger for AnyLedger {
         }
     }
 
-    async fn release(&mut self) -> Result<(), LedgerError> {
+    async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {
         match self {
-            Self::Postgres(ledger) => ledger.release().await,
-            Self::Sqlite(ledger) => ledger.release().await,
+            Self::Postgres(ledger) => ledger.release(settled).await,
+            Self::Sqlite(ledger) => ledger.release(settled).await,
         }
     }
 }

@@ -12,13 +12,15 @@
 
 mod books;
 mod lease;
+mod lives;
 mod publish;
 mod redrive;
 mod reject;
 pub mod status;
 mod topics;
+pub mod turn;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,18 +31,16 @@ use tokio_util::sync::CancellationToken;
 
 use self::books::{Closed, Desk, Pace};
 use self::lease::LeaseEnd;
-use self::publish::{Ended, Publisher};
-use self::redrive::Try;
-use self::reject::Full;
+use self::lives::Lives;
 use self::status::{State, Status};
+use self::turn::Turn;
 use crate::encode::Encoding;
-use crate::event::{EventId, PipelineName, Rejection};
+use crate::event::{PipelineName, Shard};
 use crate::ledger::{Acquired, Ledger, Tenure};
 use crate::order::{Suspects, Waiting};
-use crate::position::Position;
 use crate::route::{Filter, Route};
-use crate::sink::{NotPrepared, Sink, SinkError};
-use crate::source::{Page, PageLimits, Source, SourceError};
+use crate::sink::Sink;
+use crate::source::{PageLimits, Source};
 use crate::telemetry::PipelineMetrics;
 
 /// What happens to an event that can't be published.
@@ -126,10 +126,14 @@ pub struct Changes {
 /// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
 
-/// One pipeline with its ends.
+/// One shard of a pipeline, with its ends.
 pub struct Relay<S, K, L> {
     /// Its rules.
     pub pipeline: Pipeline,
+    /// Which part of its entities; the ends know it too.
+    pub shard: Shard,
+    /// Whether it may own that.
+    pub turn: watch::Receiver<Turn>,
     /// Its bounds.
     pub settings: Settings,
     /// Where events come from.
@@ -153,18 +157,36 @@ enum Over {
     Trouble(String),
 }
 
+/// What a tenure leaves behind.
+#[derive(Default)]
+struct Left {
+    /// Whether the books were open to its end.
+    books_open: bool,
+    /// Whether it is known how far everything was published when it began.
+    resumed: bool,
+}
+
 impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     /// Runs until `stop`: stands by, publishes while it has the lease, begins again after trouble, for ever.
     pub async fn run(mut self, stop: CancellationToken) {
-        let metrics = PipelineMetrics::new(self.pipeline.name.as_str());
+        let metrics = PipelineMetrics::new(self.pipeline.name.as_str(), self.shard);
         let mut backoff = backoff();
         while let Some((tenure, lease_end)) = self.stand_by(&stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
-            let over = self.tenure(tenure, lease_end, &metrics, &stop).await;
+            let mut turn = self.turn.clone();
+            let until = stop.child_token();
+            let over = tokio::select! {
+                biased;
+                over = self.tenure(tenure, lease_end, &metrics, &until) => over,
+                () = turn::ends(&mut turn, &until) => unreachable!("it only cancels"),
+            };
             metrics.owner(false);
             match over {
-                Over::Stopped => break,
+                Over::Stopped if stop.is_cancelled() => break,
+                Over::Stopped => {
+                    tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the shard up");
+                }
                 Over::LeaseLost => {
                     tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
                 }
@@ -189,6 +211,9 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         backoff: &mut ExponentialBackoff,
     ) -> Option<(Tenure, LeaseEnd)> {
         loop {
+            if !self.wait_for_turn(stop).await {
+                return None;
+            }
             let lease_end = LeaseEnd::asked_now(self.settings.lease_ttl, (self.now_us)());
             let acquired = tokio::select! {
                 biased;
@@ -199,10 +224,17 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 Ok(Acquired::Ours(tenure)) => return Some((tenure, lease_end)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
-                    tokio::select! {
-                        biased;
-                        () = stop.cancelled() => return None,
-                        () = sleep(expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK)) => {}
+                    let look = expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK);
+                    if !self.linger(look, stop).await {
+                        return None;
+                    }
+                }
+                Ok(Acquired::Resharded { shards }) => {
+                    // This relay will be told to stop, or the number will become what it is here.
+                    let holder = format!("relays with {shards} shards");
+                    self.set_state(State::Standby { holder });
+                    if !self.linger(STANDBY_LOOK, stop).await {
+                        return None;
                     }
                 }
                 Err(error) => {
@@ -214,6 +246,34 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
+    /// Waits until this relay may ask for the lease; false when asked to stop.
+    async fn wait_for_turn(&mut self, stop: &CancellationToken) -> bool {
+        loop {
+            let turn = self.turn.borrow_and_update().clone();
+            let Turn::Theirs { holder } = turn else {
+                return !stop.is_cancelled();
+            };
+            self.set_state(State::Standby { holder });
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return false,
+                changed = self.turn.changed() => if changed.is_err() {
+                    // Nobody says any more whose turn it is.
+                    stop.cancelled().await;
+                },
+            }
+        }
+    }
+
+    /// False when asked to stop.
+    async fn linger(&self, time: Duration, stop: &CancellationToken) -> bool {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => false,
+            () = sleep(time) => true,
+        }
+    }
+
     /// From taking the lease to giving it back.
     async fn tenure(
         &mut self,
@@ -222,7 +282,13 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
     ) -> Over {
-        let (over, books_open) = self.publish(tenure, lease_end, metrics, stop).await;
+        let (
+            over,
+            Left {
+                books_open,
+                resumed,
+            },
+        ) = self.publish(tenure, lease_end, metrics, stop).await;
         let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
         if !drained {
             // What is queued must not leave any more: from here on somebody else may publish.
@@ -231,21 +297,20 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         if !books_open {
             return over;
         }
-        if let Err(error) = self.ledger.release().await {
+        if let Err(error) = self.ledger.release(drained && resumed).await {
             tracing::warn!(pipeline = %self.pipeline.name, %error, "could not release the lease, it will expire");
         }
         over
     }
 
-    /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended, and whether the
-    /// books were still open then.
+    /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended.
     async fn publish(
         &mut self,
         tenure: Tenure,
         lease_end: LeaseEnd,
         metrics: &PipelineMetrics,
         stop: &CancellationToken,
-    ) -> (Over, bool) {
+    ) -> (Over, Left) {
         let Tenure {
             position,
             log,
@@ -291,18 +356,23 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             orders,
             lease_end: lease_seen,
             topics_ready: false,
+            resumed: false,
         };
         let mut books = std::pin::pin!(books::keep(&mut self.ledger, &mut desk, &pace));
         let over = tokio::select! {
             biased;
-            closed = &mut books => return (over_by(closed), false),
+            closed = &mut books => return (over_by(closed), Left::default()),
             over = lives.run(&settled, stop) => over,
+        };
+        let left = Left {
+            books_open: true,
+            resumed: lives.resumed,
         };
         // Lets the books write the last position and close.
         drop((settled, lives));
         match books.await {
-            Closed::Done => (over, true),
-            closed => (over_by(closed), true),
+            Closed::Done => (over, left),
+            closed => (over_by(closed), left),
         }
     }
 
@@ -314,11 +384,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         stop: &CancellationToken,
     ) -> bool {
         self.set_state(State::Stalled { reason });
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => false,
-            () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => true,
-        }
+        self.linger(backoff.next().unwrap_or(BACKOFF_MAX), stop)
+            .await
     }
 
     async fn reopen_sink(&mut self) {
@@ -351,215 +418,4 @@ fn backoff() -> ExponentialBackoff {
         .without_max_times()
         .with_jitter()
         .build()
-}
-
-/// The lives of one tenure, one after the other.
-struct Lives<'a, S, K> {
-    pipeline: &'a Pipeline,
-    settings: &'a Settings,
-    source: &'a mut S,
-    sink: &'a mut K,
-    status: &'a watch::Sender<Status>,
-    changes: &'a watch::Receiver<Option<Arc<Changes>>>,
-    metrics: &'a PipelineMetrics,
-    now_us: fn() -> i64,
-    /// The name of the log that the positions belong to.
-    log: String,
-    waiting: Waiting,
-    dead_letters: BTreeSet<EventId>,
-    condemned: HashMap<(EventId, Try), Rejection>,
-    full: Option<Full>,
-    suspects: Suspects,
-    durable: watch::Receiver<Position>,
-    orders: mpsc::Sender<books::Order>,
-    lease_end: watch::Receiver<LeaseEnd>,
-    /// Whether the topics that are known beforehand were there once.
-    topics_ready: bool,
-}
-
-impl<S: Source, K: Sink> Lives<'_, S, K> {
-    async fn run(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Over {
-        let mut backoff = backoff();
-        loop {
-            let began = Instant::now();
-            let reason = match self.live(settled, stop).await {
-                Ended::Stopped => return Over::Stopped,
-                Ended::LeaseLost => return Over::LeaseLost,
-                Ended::Condemned(id, this, rejection) => {
-                    tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
-                        "the broker refused an event after its hand-over, reading again to set it aside");
-                    self.suspects.acquit(id);
-                    self.condemned.insert((id, this), rejection);
-                    continue;
-                }
-                Ended::Suspected(rejection) => {
-                    tracing::warn!(pipeline = %self.pipeline.name, events = self.suspects.len(), reason = %rejection,
-                        "the broker refused a batch, reading again to find the event that it can't take");
-                    continue;
-                }
-                Ended::Halted(id, rejection) => {
-                    self.halt(format!("event {id}: {rejection}"), stop).await;
-                    return Over::Stopped;
-                }
-                Ended::Full(full) => {
-                    self.full = Some(full);
-                    continue;
-                }
-                Ended::Room => {
-                    self.full = None;
-                    continue;
-                }
-                Ended::Sink(error) => error.to_string(),
-                Ended::Source(error) => return Over::Trouble(error.to_string()),
-            };
-            self.metrics.restarted();
-            if began.elapsed() > BACKOFF_MAX {
-                backoff = self::backoff();
-            }
-            self.set_state(State::Stalled { reason });
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => return Over::Stopped,
-                () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
-            }
-        }
-    }
-
-    /// One life: reads from the last settled position and publishes, until something ends it.
-    async fn live(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Ended {
-        if let Err(error) = self.sink.open().await {
-            return Ended::Sink(error);
-        }
-        if let Some(Full { reason, .. }) = &self.full {
-            let reason = reason.clone();
-            self.set_state(State::Halted { reason });
-        }
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ended::Stopped,
-            ready = self.make_ready(settled) => if let Err(ended) = ready {
-                return ended;
-            },
-        }
-        self.source.seek(settled.borrow().clone());
-        let (pages, pages_read) = mpsc::channel(1);
-        let (answers, answered) = watch::channel(false);
-        let mut publisher = Publisher {
-            pipeline: self.pipeline,
-            settings: self.settings,
-            sink: self.sink,
-            metrics: self.metrics,
-            status: self.status,
-            changes: self.changes,
-            settled,
-            orders: &self.orders,
-            lease_end: &self.lease_end,
-            waiting: &mut self.waiting,
-            dead_letters: &mut self.dead_letters,
-            condemned: &mut self.condemned,
-            full: self.full.as_ref(),
-            suspects: &mut self.suspects,
-            answered,
-            now_us: self.now_us,
-        };
-        let reader = Reader {
-            limits: self.settings.page,
-            durable: &self.durable,
-            pages,
-            answers,
-            metrics: self.metrics,
-        };
-        let reads = self.full.is_none();
-        tokio::select! {
-            biased;
-            ended = publisher.run(pages_read, stop) => ended,
-            error = reader.run(self.source, stop), if reads => Ended::Source(error),
-        }
-    }
-
-    /// Before anything is published: does the sink answer, are the topics there that are known beforehand, and how far is
-    /// everything published already?
-    async fn make_ready(&mut self, settled: &watch::Sender<Position>) -> Result<(), Ended> {
-        self.sink.check().await.map_err(Ended::Sink)?;
-        self.prepare_topics().await.map_err(Ended::Sink)?;
-        // Without a lease somebody else may have taken over at the sink, who must not be put out of it again.
-        if self.lease_end.borrow().is_over((self.now_us)()) {
-            return Err(Ended::LeaseLost);
-        }
-        let committed = self.sink.resume(&self.log).await.map_err(Ended::Sink)?;
-        // Both are true: what is filtered or parked moves only the cursor, and what was committed with the records may be
-        // ahead of it.
-        settled.send_if_modified(|settled| match committed {
-            Some(committed) if committed.compare(settled).is_gt() => {
-                *settled = committed;
-                true
-            }
-            _ => false,
-        });
-        Ok(())
-    }
-
-    async fn prepare_topics(&mut self) -> Result<(), SinkError> {
-        if self.topics_ready {
-            // A topic that went missing since is the affair of its own events (I6).
-            return Ok(());
-        }
-        for topic in self.pipeline.known_topics() {
-            match self.sink.prepare(&topic).await {
-                Ok(()) => {}
-                Err(NotPrepared::Unknown(error)) => return Err(error),
-                Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
-            }
-        }
-        self.topics_ready = true;
-        Ok(())
-    }
-
-    /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
-    async fn halt(&self, reason: String, stop: &CancellationToken) {
-        self.set_state(State::Halted { reason });
-        stop.cancelled().await;
-    }
-
-    fn set_state(&self, state: State) {
-        self.status
-            .send_modify(|status| status.set_state(&self.pipeline.name, state));
-    }
-}
-
-/// Reads pages while earlier ones are handed over.
-struct Reader<'a> {
-    limits: PageLimits,
-    durable: &'a watch::Receiver<Position>,
-    pages: mpsc::Sender<Page>,
-    /// Says that the source answers.
-    answers: watch::Sender<bool>,
-    metrics: &'a PipelineMetrics,
-}
-
-impl Reader<'_> {
-    /// Returns only with an error. After `stop` it reads nothing more, and lets what is under way be drained.
-    async fn run<S: Source>(&self, source: &mut S, stop: &CancellationToken) -> SourceError {
-        while !stop.is_cancelled() {
-            let acknowledged = self.durable.borrow().clone();
-            let began = Instant::now();
-            let page = match source.capture(self.limits, &acknowledged).await {
-                Ok(page) => page,
-                // Nothing more is wanted of the source: its trouble must not cut the drain short.
-                Err(_) if stop.is_cancelled() => break,
-                Err(error) => return error,
-            };
-            self.answers
-                .send_if_modified(|answered| !std::mem::replace(answered, true));
-            self.metrics.captured(page.events.len(), began.elapsed());
-            let more = page.more;
-            if !page.events.is_empty() && self.pages.send(page).await.is_err() {
-                break;
-            }
-            if !more {
-                source.wake().await;
-            }
-        }
-        std::future::pending().await
-    }
 }

@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 26] = [
+const LAYERS: [(&str, Layer); 27] = [
     ("crash", Layer::Words),
     ("event", Layer::Words),
     ("position", Layer::Words),
@@ -33,6 +33,7 @@ const LAYERS: [(&str, Layer); 26] = [
     ("relay", Layer::Loop),
     ("config", Layer::Shell),
     ("supervise", Layer::Shell),
+    ("crew", Layer::Shell),
     ("admin", Layer::Shell),
     ("doctor", Layer::Shell),
     ("logging", Layer::Shell),
@@ -48,8 +49,9 @@ const LAYERS: [(&str, Layer); 26] = [
 ];
 
 /// Books and log are one database: they reach it in the same way.
-const EXCEPTIONS: [(&str, &str); 5] = [
+const EXCEPTIONS: [(&str, &str); 6] = [
     ("ledger/postgres/mod.rs", "source::postgres"),
+    ("ledger/postgres/roster.rs", "source::postgres"),
     ("ledger/sqlite/mod.rs", "source::sqlite"),
     ("ledger/acts/postgres.rs", "source::postgres"),
     ("ledger/view/postgres.rs", "source::postgres"),

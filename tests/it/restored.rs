@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::time::Duration;
 
-use outbox_relay::event::Start;
+use outbox_relay::event::{Shard, Start};
 use outbox_relay::ledger::postgres::PostgresLedger;
 use outbox_relay::ledger::{Acquired, Ledger, Settings};
 use outbox_relay::source::postgres::{self, CaptureMode, PostgresSource};
@@ -147,6 +147,7 @@ async fn publish(options: &PgConnectOptions, pipeline: &str) -> Vec<String> {
         options.clone(),
         Settings {
             pipeline: pipeline.parse().expect("a name"),
+            shard: Shard::whole(),
             holder: "test".to_owned(),
             lease_ttl: Duration::from_secs(10),
             start: Start::Earliest,
@@ -176,7 +177,7 @@ async fn publish(options: &PgConnectOptions, pipeline: &str) -> Vec<String> {
             break;
         }
     }
-    ledger.release().await.expect("release");
+    ledger.release(true).await.expect("release");
     published
 }
 

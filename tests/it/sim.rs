@@ -12,7 +12,9 @@ use fastrand::Rng;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use outbox_relay::encode::{Encoding, Format};
+use outbox_relay::event::Shard;
 use outbox_relay::relay::status::Status;
+use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Pipeline, Policy, Relay, Settings};
 use outbox_relay::route::{Filter, Route};
 use outbox_relay::source::PageLimits;
@@ -242,6 +244,8 @@ async fn process(
             source: FakeSource::new(shared, owner),
             sink: FakeSink::new(shared, number, owner),
             ledger: FakeLedger::new(shared, owner),
+            shard: Shard::whole(),
+            turn: Turn::always(),
             status: watch::channel(Status::starting()).0,
             changes: tokio::sync::watch::channel(None).1,
             now_us: || 0,

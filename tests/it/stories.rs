@@ -6,12 +6,13 @@ use std::task::{Context, Waker};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use outbox_relay::event::{Record, Seq};
+use outbox_relay::event::{Record, Seq, Shard};
 use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
 };
 use outbox_relay::position::Position;
 use outbox_relay::relay::status::Status;
+use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Relay, Settings};
 use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use outbox_relay::source::{Page, PageLimits, Source, SourceError};
@@ -71,6 +72,8 @@ fn relay<S: Source, K: Sink, L: Ledger>(source: S, sink: K, ledger: L) -> Relay<
         source,
         sink,
         ledger,
+        shard: Shard::whole(),
+        turn: Turn::always(),
         status: watch::channel(Status::starting()).0,
         changes: tokio::sync::watch::channel(None).1,
         now_us: || 0,
@@ -184,8 +187,8 @@ impl Ledger for SlowLedger {
         self.ledger.resolve(resolved).await
     }
 
-    async fn release(&mut self) -> Result<(), LedgerError> {
-        self.ledger.release().await
+    async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {
+        self.ledger.release(settled).await
     }
 }
 

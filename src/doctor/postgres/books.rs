@@ -5,7 +5,7 @@ use sqlx::postgres::PgConnection;
 
 use super::super::{Finding, parked};
 use crate::config::PipelineConfig;
-use crate::ledger::view::{self, Books, Moved, PipelineBooks};
+use crate::ledger::view::{self, Books, Moved, Owner, PipelineBooks};
 use crate::source::postgres::ask;
 
 pub(super) async fn examine(
@@ -29,30 +29,25 @@ fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
             .sum(),
     ));
     for name in configured {
-        let of_pipeline = || books.pipelines.iter().filter(|row| row.pipeline == *name);
-        findings.push(
-            match of_pipeline().find_map(|pipeline| pipeline.owner.as_ref()) {
-                Some(owner) => Finding::note(
-                    "lease",
-                    format!(
-                        "pipeline {name} is owned by {} (for {:.0} s unless renewed)",
-                        owner.holder, owner.lease_ends_in_seconds
-                    ),
-                    "other relays stand by for it",
-                ),
-                None => Finding::note(
-                    "lease",
-                    format!("nobody owns pipeline {name}"),
-                    "nothing is published until a relay runs",
-                )
-                .command("outbox-relay run"),
-            },
-        );
+        let rows = books.pipelines.iter().filter(|row| row.pipeline == *name);
+        let owners: Vec<_> = rows.map(|row| (row.name(), row.owner.as_ref())).collect();
+        if owners.is_empty() {
+            findings.push(lease(name, None));
+        }
+        findings.extend(owners.iter().map(|(name, owner)| lease(name, *owner)));
     }
-    let strangers = books.pipelines.iter().filter(|pipeline| {
-        pipeline.owner.is_none() && !configured.contains(&&pipeline.pipeline[..])
-    });
-    findings.extend(strangers.map(|PipelineBooks { pipeline, .. }| {
+    let owned = |name: &str| {
+        let mut rows = books.pipelines.iter();
+        rows.any(|row| row.pipeline == name && row.owner.is_some())
+    };
+    let mut strangers: Vec<&str> = books
+        .pipelines
+        .iter()
+        .map(|row| &row.pipeline[..])
+        .collect();
+    strangers.dedup();
+    strangers.retain(|name| !configured.contains(name) && !owned(name));
+    findings.extend(strangers.into_iter().map(|pipeline| {
         let literal = ask::literal(pipeline);
         Finding::note(
             "strange_cursor",
@@ -60,10 +55,30 @@ fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
             "if it was given up, its cursor only stands in the way of dropping what was published",
         )
         .sql(format!(
-            "delete from outbox.cursors where pipeline = {literal}; delete from outbox.leases where pipeline = {literal}"
+            "delete from outbox.cursors where pipeline = {literal}; delete from outbox.leases where pipeline = {literal}; \
+             delete from outbox.pipelines where pipeline = {literal}"
         ))
     }));
     findings
+}
+
+fn lease(name: &str, owner: Option<&Owner>) -> Finding {
+    match owner {
+        Some(owner) => Finding::note(
+            "lease",
+            format!(
+                "pipeline {name} is owned by {} (for {:.0} s unless renewed)",
+                owner.holder, owner.lease_ends_in_seconds
+            ),
+            "other relays stand by for it",
+        ),
+        None => Finding::note(
+            "lease",
+            format!("nobody owns pipeline {name}"),
+            "nothing is published until a relay runs",
+        )
+        .command("outbox-relay run"),
+    }
 }
 
 fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
@@ -93,13 +108,14 @@ fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
 mod tests {
     use super::*;
     use crate::doctor::Severity;
-    use crate::ledger::view::{LogSize, Owner};
+    use crate::ledger::view::LogSize;
 
     #[test]
     fn owners_strangers_and_restores_are_told_apart() {
         let pipeline = |name: &str, owned: bool, moved| PipelineBooks {
             pipeline: name.to_owned(),
             shard: 0,
+            shards: 1,
             last_id: Some(1),
             backlog_ids: Some(0),
             owner: owned.then(|| Owner {

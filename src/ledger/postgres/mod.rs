@@ -5,6 +5,7 @@
 
 mod parked;
 mod restored;
+pub mod roster;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use uuid::Uuid;
 use super::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Settings, Tenure,
 };
-use crate::event::{EventId, Start};
+use crate::event::{EventId, Shard, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::{NEWEST_ID, connect};
 
@@ -53,7 +54,7 @@ impl Fence {
         format!(
             "{} and epoch = {epoch} and '{incarnation}' = (select id from outbox.incarnation) \
              and {system_identifier} = (select system_identifier from pg_control_system())",
-            of_pipeline(settings)
+            of_shard(settings)
         )
     }
 }
@@ -109,6 +110,7 @@ impl Ledger for PostgresLedger {
                     return Ok(Acquired::Held { holder, expires_in });
                 }
                 Taken::Restored => restored::adopt(&self.options).await?,
+                Taken::Resharded(shards) => return Ok(Acquired::Resharded { shards }),
             }
         }
     }
@@ -171,13 +173,13 @@ impl Ledger for PostgresLedger {
         .await
     }
 
-    async fn release(&mut self) -> Result<(), LedgerError> {
+    async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {
         self.with(async |connection, settings, Fence { epoch, .. }| {
             execute(
                 connection,
                 format!(
-                    "update outbox.leases set expires_at = '-infinity' where {} and epoch = {epoch}",
-                    of_pipeline(settings)
+                    "update outbox.leases set expires_at = '-infinity', settled = {settled} where {} and epoch = {epoch}",
+                    of_shard(settings)
                 ),
             )
             .await
@@ -202,6 +204,8 @@ enum Taken {
     Held(String, Duration),
     /// The log has to be adopted first.
     Restored,
+    /// The pipeline has this many shards.
+    Resharded(u32),
 }
 
 async fn acquire(
@@ -218,6 +222,10 @@ async fn acquire(
     let incarnation = incarnation(connection).await?;
     // Read before the lease is taken, which is a write: the floor of a pipeline that starts here (see Window::floor).
     let newest = newest_id(connection).await?;
+    let shards = roster::shards(connection, settings).await?;
+    if shards != settings.shard.count {
+        return Ok(Taken::Resharded(shards));
+    }
     let Some(epoch) = take_lease(connection, settings).await? else {
         let held = held_by(connection, settings).await?;
         let (holder, expires_in) =
@@ -235,7 +243,7 @@ async fn acquire(
         format!(
             "select prev::text, cur::text, floor, ceiling, next_floor, last_id, system_identifier, timeline \
                from outbox.cursors where {}",
-            of_pipeline(settings)
+            of_shard(settings)
         ),
     )
     .await
@@ -304,7 +312,7 @@ async fn log_name(
         format!(
             "select begun || '/' || (select oid from pg_database where datname = current_database()) \
                from outbox.cursors where {}",
-            of_pipeline(settings)
+            of_shard(settings)
         ),
     )
     .await
@@ -329,7 +337,7 @@ async fn held_by(
         .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
             "select holder, extract(epoch from expires_at - clock_timestamp())::float8 from outbox.leases \
               where {} and expires_at > clock_timestamp() and holder <> {}",
-            of_pipeline(settings),
+            of_shard(settings),
             literal(&settings.holder)
         ))))
         .await
@@ -352,17 +360,21 @@ async fn take_lease(
         literal(settings.pipeline.as_str()),
         literal(&settings.holder),
     );
-    // The cursor carries the epoch too, so that one look at its own row fences every later write.
+    let Shard { index, count } = settings.shard;
+    // The cursor carries the epoch too, so that one look at its own row fences every later write. The number of shards is
+    // read under a lock that whoever changes it waits for.
     let row = connection
         .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
-            "with lease as ( \
-                insert into outbox.leases as l (pipeline, holder, epoch, expires_at) \
-                values ({pipeline}, {holder}, 1, {expiry}) \
+            "with known as ( \
+                select shards from outbox.pipelines where pipeline = {pipeline} and shards = {count} for share), \
+             lease as ( \
+                insert into outbox.leases as l (pipeline, shard, holder, epoch, expires_at) \
+                select {pipeline}, {index}, {holder}, 1, {expiry} from known \
                 on conflict (pipeline, shard) do update \
-                   set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at \
+                   set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at, settled = false \
                  where l.expires_at <= clock_timestamp() or l.holder = excluded.holder \
                 returning epoch) \
-             insert into outbox.cursors as c (pipeline, epoch) select {pipeline}, epoch from lease \
+             insert into outbox.cursors as c (pipeline, shard, epoch) select {pipeline}, {index}, epoch from lease \
              on conflict (pipeline, shard) do update set epoch = excluded.epoch \
              returning epoch",
             expiry = expiry(settings)
@@ -468,11 +480,22 @@ fn set_position(position: &Position) -> String {
     )
 }
 
-fn of_pipeline(settings: &Settings) -> String {
+fn of_shard(settings: &Settings) -> String {
     format!(
-        "pipeline = {} and shard = 0",
-        literal(settings.pipeline.as_str())
+        "pipeline = {} and shard = {}",
+        literal(settings.pipeline.as_str()),
+        settings.shard.index
     )
+}
+
+/// Whether an entity is the shard's, as SQL over its two columns.
+fn is_ours(settings: &Settings) -> String {
+    let Shard { index, count } = settings.shard;
+    if count == 1 {
+        "true".to_owned()
+    } else {
+        format!("outbox.shard_of(aggregate_type, aggregate_id, {count}) = {index}")
+    }
 }
 
 fn expiry(settings: &Settings) -> String {

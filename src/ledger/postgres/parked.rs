@@ -7,7 +7,7 @@ use bytes::Bytes;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgTransaction};
 
-use super::{Fence, get, literal, of_pipeline};
+use super::{Fence, get, is_ours, literal, of_shard};
 use crate::event::{Event, EventId, HeldEntity, Payload};
 use crate::ledger::{Due, Fenced, Parked, Resolution, Resolved, Settings};
 
@@ -22,8 +22,9 @@ pub(super) async fn held(
     let rows = connection
         .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
             "select aggregate_type, aggregate_id, min(id), max(id), count(*) from outbox.parked \
-              where pipeline = {} and holds group by 1, 2",
-            literal(settings.pipeline.as_str())
+              where pipeline = {} and holds and {} group by 1, 2",
+            literal(settings.pipeline.as_str()),
+            is_ours(settings)
         ))))
         .await
         .context("read the parked entities")?;
@@ -46,8 +47,9 @@ pub(super) async fn dead_letters(
 ) -> Result<Vec<EventId>, anyhow::Error> {
     let rows = connection
         .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select id from outbox.parked where pipeline = {} and not holds",
-            literal(settings.pipeline.as_str())
+            "select id from outbox.parked where pipeline = {} and not holds and {}",
+            literal(settings.pipeline.as_str()),
+            is_ours(settings)
         ))))
         .await
         .context("read the dead letters")?;
@@ -149,6 +151,7 @@ pub(super) async fn due(
     bytes: usize,
 ) -> Result<Vec<Due>, anyhow::Error> {
     let pipeline = literal(settings.pipeline.as_str());
+    let is_ours = is_ours(settings);
     let of_entity = "pipeline = e.pipeline and aggregate_type = e.aggregate_type and aggregate_id = e.aggregate_id";
     // As the reader of the log sees it; of what the log has no more every cursor is past.
     let past = "(xid is null \
@@ -163,7 +166,7 @@ pub(super) async fn due(
                                 and (wanted = 'drop' or (error is not null and wanted is null) or not {past})) \
                        as blocked_at \
                   from (select distinct pipeline, aggregate_type, aggregate_id from outbox.parked \
-                         where pipeline = {pipeline} and wanted is not null and holds) e), \
+                         where pipeline = {pipeline} and wanted is not null and holds and {is_ours}) e), \
              turn as ( \
                 select p.id from entity e cross join lateral ( \
                     select id from outbox.parked \
@@ -172,6 +175,7 @@ pub(super) async fn due(
                  union \
                 select id from outbox.parked \
                  where pipeline = {pipeline} and wanted is not null and (wanted = 'drop' or not holds) and {past} \
+                   and {is_ours} \
                  order by id limit {rows}), \
              sized as ( \
                 select p.*, s.bytes, sum(s.bytes) over (order by p.id) as total \
@@ -184,7 +188,7 @@ pub(super) async fn due(
                     content_type, headers::text, (extract(epoch from occurred_at) * 1000000)::bigint, attempts, holds, \
                     wanted is not distinct from 'drop' \
                from sized where total <= {bytes} or total = bytes order by id",
-            of_pipeline(settings)
+            of_shard(settings)
         ))))
         .await
         .context("look for due events")?;

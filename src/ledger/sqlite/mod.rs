@@ -135,7 +135,7 @@ impl Ledger for SqliteLedger {
         .await
     }
 
-    async fn release(&mut self) -> Result<(), LedgerError> {
+    async fn release(&mut self, _settled: bool) -> Result<(), LedgerError> {
         self.with(async |connection, settings, epoch| {
             sqlx::query(
                 "update outbox_leases set expires_at = 0 where pipeline = ?1 and shard = 0 and epoch = ?2",

@@ -36,8 +36,10 @@ pub struct LogSize {
 pub struct PipelineBooks {
     /// Its name.
     pub pipeline: String,
-    /// Its shard.
+    /// Which of its shards, from 0 on.
     pub shard: i32,
+    /// How many it has.
+    pub shards: i32,
     /// The last id up to which everything is delivered or parked; none before the first cursor.
     pub last_id: Option<i64>,
     /// Ids between that and the newest: events that wait, and gaps.
@@ -50,12 +52,23 @@ pub struct PipelineBooks {
     pub oldest_unpublished_seconds: Option<f64>,
     /// Why that is not known, where it is not.
     pub oldest_unpublished_unknown: Option<String>,
-    /// Events set aside.
+    /// Events of this shard that are set aside.
     pub parked_events: i64,
     /// Their entities.
     pub parked_entities: i64,
     /// Where the cursor was written, when not in this database: a relay that takes the lease makes it fit.
     pub moved: Option<Moved>,
+}
+
+impl PipelineBooks {
+    /// The pipeline, with its shard where there are several.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self.shards {
+            ..=1 => self.pipeline.clone(),
+            _ => format!("{}/{}", self.pipeline, self.shard),
+        }
+    }
 }
 
 /// How a cursor came into a database that it does not belong to.

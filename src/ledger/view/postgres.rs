@@ -15,6 +15,7 @@ use crate::source::postgres::{NEWEST_ID, ask};
 const PIPELINES: &str = "
 select coalesce(c.pipeline, l.pipeline) as pipeline,
        coalesce(c.shard, l.shard) as shard,
+       coalesce(p.shards, 1) as shards,
        c.prev::text, c.cur::text, c.floor, c.ceiling, c.last_id,
        extract(epoch from clock_timestamp() - c.updated_at)::float8 as cursor_age_seconds,
        case when l.expires_at > clock_timestamp() then l.holder end as holder,
@@ -25,6 +26,7 @@ select coalesce(c.pipeline, l.pipeline) as pipeline,
             when c.timeline <> i.timeline then 'timeline' end as moved
   from outbox.cursors c
   full join outbox.leases l on l.pipeline = c.pipeline and l.shard = c.shard
+  left join outbox.pipelines p on p.pipeline = coalesce(c.pipeline, l.pipeline)
  cross join (
     select system_identifier,
            case when not pg_is_in_recovery()
@@ -67,6 +69,7 @@ select size.bytes,
 struct PipelineRow {
     pipeline: String,
     shard: i32,
+    shards: i32,
     prev: Option<String>,
     cur: Option<String>,
     floor: Option<i64>,
@@ -131,15 +134,28 @@ pub async fn log_size(connection: &mut PgConnection) -> Result<LogSize, anyhow::
         .context("ask for the size of the log")
 }
 
+impl PipelineRow {
+    /// Empty, or `and …`: which rows with an entity are the shard's.
+    fn is_ours(&self) -> String {
+        let Self { shard, shards, .. } = self;
+        match shards {
+            ..=1 => String::new(),
+            _ => format!("and outbox.shard_of(aggregate_type, aggregate_id, {shards}) = {shard}"),
+        }
+    }
+}
+
 async fn pipeline(
     connection: &mut PgConnection,
     row: PipelineRow,
     newest_id: i64,
 ) -> Result<PipelineBooks, anyhow::Error> {
     let statement = oldest_unpublished(&row)?;
+    let is_ours = row.is_ours();
     let PipelineRow {
         pipeline,
         shard,
+        shards,
         last_id,
         cursor_age_seconds,
         holder,
@@ -158,11 +174,12 @@ async fn pipeline(
             Err(error) => (None, Some(reason(&error))),
         },
     };
-    let parked: ParkedCount = ask::one(connection, &parked_count(&pipeline))
+    let parked: ParkedCount = ask::one(connection, &parked_count(&pipeline, &is_ours))
         .await
         .context("count parked events")?;
     Ok(PipelineBooks {
         shard,
+        shards,
         last_id,
         backlog_ids: last_id.map(|last_id| backlog(newest_id, last_id)),
         owner: holder.map(|holder| Owner {
@@ -180,10 +197,10 @@ async fn pipeline(
 }
 
 /// Served by the index on (pipeline, `aggregate_type`, `aggregate_id`, id).
-fn parked_count(pipeline: &str) -> String {
+fn parked_count(pipeline: &str, is_ours: &str) -> String {
     format!(
         "select coalesce(sum(events), 0)::bigint as events, count(*) as entities \
-           from (select count(*) as events from outbox.parked where pipeline = {} \
+           from (select count(*) as events from outbox.parked where pipeline = {} {is_ours} \
                   group by aggregate_type, aggregate_id) entity",
         ask::literal(pipeline)
     )
@@ -201,23 +218,24 @@ fn oldest_unpublished(row: &PipelineRow) -> Result<Option<String>, anyhow::Error
     };
     let (prev, cur): (Snapshot, Snapshot) = (prev.parse()?, cur.parse()?);
     let mut parts = Vec::new();
+    let is_ours = row.is_ours();
     if last_id < ceiling {
         parts.push(format!(
             "(select occurred_at from outbox.events where id > {} and id <= {ceiling} \
-                 and pg_visible_in_snapshot(xid, '{cur}') and not pg_visible_in_snapshot(xid, '{prev}') \
+                 and pg_visible_in_snapshot(xid, '{cur}') and not pg_visible_in_snapshot(xid, '{prev}') {is_ours} \
                order by id limit 1)",
             last_id.max(floor)
         ));
         parts.extend(of_open_transactions(
             &prev,
             &format!(
-                "and id > {last_id} and id <= {floor} and pg_visible_in_snapshot(xid, '{cur}')"
+                "and id > {last_id} and id <= {floor} and pg_visible_in_snapshot(xid, '{cur}') {is_ours}"
             ),
         ));
     }
-    parts.extend(of_open_transactions(&cur, ""));
+    parts.extend(of_open_transactions(&cur, &is_ours));
     parts.push(format!(
-        "(select occurred_at from outbox.events where xid >= '{}'::xid8 order by xid, id limit 1)",
+        "(select occurred_at from outbox.events where xid >= '{}'::xid8 {is_ours} order by xid, id limit 1)",
         cur.xmax
     ));
     Ok(Some(format!(

@@ -86,6 +86,7 @@ fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Erro
     Ok(PipelineBooks {
         pipeline: row.try_get_unchecked(0)?,
         shard: row.try_get_unchecked(1)?,
+        shards: 1,
         last_id,
         backlog_ids: last_id.map(|last_id| backlog(newest_id, last_id)),
         owner: holder.map(|holder| Owner {

@@ -9,7 +9,7 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
-use crate::event::PipelineName;
+use crate::event::{PipelineName, Shard};
 
 /// The widest that librdkafka can be set to; the topic's own limit is checked before.
 const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
@@ -135,12 +135,11 @@ impl fmt::Debug for Settings {
 }
 
 impl Settings {
-    /// The settings of one pipeline: its transactional id is its own.
+    /// The settings of one shard of a pipeline: its transactional id is its own.
     #[must_use]
-    pub fn of_pipeline(mut self, pipeline: &PipelineName) -> Self {
+    pub fn of_shard(mut self, pipeline: &PipelineName, shard: Shard) -> Self {
         if let Some(id) = &mut self.transactional_id {
-            // The last part is the shard.
-            *id = format!("{id}.{pipeline}.0");
+            *id = format!("{id}.{pipeline}.{}", shard.index);
         }
         self
     }

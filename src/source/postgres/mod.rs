@@ -7,6 +7,7 @@ pub(crate) mod ask;
 mod copy;
 mod hint;
 mod history;
+mod shard;
 mod statement;
 
 use std::borrow::Cow;
@@ -25,9 +26,10 @@ pub use self::hint::CaptureMode;
 use self::hint::Hints;
 pub(crate) use self::history::History;
 pub use self::history::Selection;
+use self::shard::Share;
 pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};
-use crate::event::{Event, EventId};
+use crate::event::{Event, EventId, PipelineName, Shard};
 use crate::position::{Position, Snapshot, Window};
 
 /// A page starts this small and doubles while its bytes allow, so that the first page of huge events is not thousands.
@@ -81,6 +83,8 @@ pub struct PostgresSource {
     page_rows: usize,
     /// How often in a row a stretch of the window had no rows.
     empty_stretches: u32,
+    /// Which events are its own.
+    share: Share,
 }
 
 impl PostgresSource {
@@ -105,7 +109,15 @@ impl PostgresSource {
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
             empty_stretches: 0,
+            share: Share::everything(),
         }
+    }
+
+    /// Reads only the events of one shard of a pipeline.
+    #[must_use]
+    pub fn of_shard(mut self, pipeline: PipelineName, shard: Shard) -> Self {
+        self.share = Share::new(pipeline, shard);
+        self
     }
 
     /// The statement that the next capture sends; for the tests of its plan.
@@ -114,9 +126,16 @@ impl PostgresSource {
     pub fn statement(&self, limits: PageLimits) -> String {
         let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
         if self.at.at_end_of_window() {
-            statement::open_window(&self.at.window, rows_max, ids_max)
+            let window = &self.at.window;
+            statement::open_window(
+                window,
+                &self.share.condition(&window.cur),
+                rows_max,
+                ids_max,
+            )
         } else {
-            statement::next_page(&self.at, rows_max, ids_max)
+            let condition = self.share.condition(&self.at.window.prev);
+            statement::next_page(&self.at, &condition, rows_max, ids_max)
         }
     }
 
@@ -125,7 +144,8 @@ impl PostgresSource {
     }
 
     fn ids_max(&self, limits: PageLimits) -> i64 {
-        let enough = i64::try_from(self.rows_max(limits)).map_or(IDS_MAX, |rows| rows * 2);
+        let shards = i64::from(self.share.shards());
+        let enough = i64::try_from(self.rows_max(limits)).map_or(IDS_MAX, |rows| rows * 2 * shards);
         let base = enough.clamp(IDS_MIN, IDS_MAX);
         (base << self.empty_stretches.min(16)).min(IDS_MAX)
     }
@@ -180,8 +200,13 @@ impl PostgresSource {
     }
 
     async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {
-        let statement = self.statement(limits);
         let mut connection = self.connected().await?;
+        if !self.share.is_known() {
+            timeout(SILENCE_MAX, self.share.learn(&mut connection))
+                .await
+                .map_err(|_| silent())??;
+        }
+        let statement = self.statement(limits);
         let read = fetch(&mut connection, &statement, limits.bytes).await?;
         if read.complete {
             self.connection = Some(connection);
@@ -247,6 +272,7 @@ impl Source for PostgresSource {
         self.safe_floor = EventId(0);
         self.page_rows = FIRST_PAGE_ROWS;
         self.empty_stretches = 0;
+        self.share.forget();
     }
 
     async fn capture(

@@ -36,7 +36,13 @@ const MERGE: &str = "order by page.id";
 ///
 /// The statement's own snapshot is `cur`, so rows that it sees need no test against `cur`. When the newest id is at the
 /// floor no table is touched: the range is guarded by a condition on the head alone. Covers `ids_max` ids above the floor.
-pub(super) fn open_window(before: &Window, rows_max: usize, ids_max: i64) -> String {
+/// `condition` is empty, or begins with `and` and tells which of the events `e` are wanted.
+pub(super) fn open_window(
+    before: &Window,
+    condition: &str,
+    rows_max: usize,
+    ids_max: i64,
+) -> String {
     let prev = &before.cur;
     let floor = before.next_floor.0;
     let mut rows = String::new();
@@ -52,7 +58,7 @@ pub(super) fn open_window(before: &Window, rows_max: usize, ids_max: i64) -> Str
         let _ = write!(
             rows,
             "({}) union all ",
-            late_rows(&ended, 0, floor, rows_max)
+            late_rows(&ended, condition, (0, floor), rows_max)
         );
     }
     let _ = write!(
@@ -60,7 +66,7 @@ pub(super) fn open_window(before: &Window, rows_max: usize, ids_max: i64) -> Str
         "(select page.* from head cross join lateral (\
             select {COLUMNS} from outbox.events e \
              where head.ceiling > {floor} and e.id > {floor} and e.id <= {} and e.id <= head.ceiling \
-               and not pg_visible_in_snapshot(e.xid, '{prev}') \
+               and not pg_visible_in_snapshot(e.xid, '{prev}') {condition} \
              order by e.id limit {rows_max}) page)",
         floor.saturating_add(ids_max)
     );
@@ -76,7 +82,7 @@ pub(super) fn open_window(before: &Window, rows_max: usize, ids_max: i64) -> Str
 }
 
 /// The page after `at.last_id` in the window of `at`. Covers `ids_max` ids above the floor.
-pub(super) fn next_page(at: &Position, rows_max: usize, ids_max: i64) -> String {
+pub(super) fn next_page(at: &Position, condition: &str, rows_max: usize, ids_max: i64) -> String {
     let Window {
         prev,
         cur,
@@ -100,7 +106,7 @@ pub(super) fn next_page(at: &Position, rows_max: usize, ids_max: i64) -> String 
             let _ = write!(
                 rows,
                 "({}) union all ",
-                late_rows(&ended, last_id, floor.0, rows_max)
+                late_rows(&ended, condition, (last_id, floor.0), rows_max)
             );
         }
     }
@@ -109,7 +115,7 @@ pub(super) fn next_page(at: &Position, rows_max: usize, ids_max: i64) -> String 
         "(select {COLUMNS} from outbox.events e \
            where e.id > {after} and e.id <= {} \
              and pg_visible_in_snapshot(e.xid, '{cur}') \
-             and not pg_visible_in_snapshot(e.xid, '{prev}') \
+             and not pg_visible_in_snapshot(e.xid, '{prev}') {condition} \
            order by e.id limit {rows_max})",
         ceiling.0.min(after.saturating_add(ids_max))
     );
@@ -121,11 +127,12 @@ pub(super) fn next_page(at: &Position, rows_max: usize, ids_max: i64) -> String 
 /// Compared and ordered by the pair, which is what only the index on `(xid, id)` can serve: with `xid = …` and `order by id`
 /// stale statistics make the planner walk whole partitions along the primary key. The bound of the id alone is for leaving
 /// out the partitions above.
-fn late_rows(ended: &str, after: i64, floor: i64, rows_max: usize) -> String {
+fn late_rows(ended: &str, condition: &str, (after, floor): (i64, i64), rows_max: usize) -> String {
     format!(
         "select e.* from (select late.xid from {ended}) late cross join lateral (\
             select {COLUMNS} from outbox.events e \
              where (e.xid, e.id) > (late.xid, {after}) and (e.xid, e.id) <= (late.xid, {floor}) and e.id <= {floor} \
+               {condition} \
              order by e.xid, e.id limit {rows_max}) e \
          order by e.id limit {rows_max}"
     )

@@ -33,14 +33,19 @@ pub(super) struct Books {
 /// Which events a pipeline is done with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Settled {
-    /// Those that are visible in `prev`, and of those that are visible in `cur` the ids up to `last_id`.
-    Window {
-        prev: String,
-        cur: String,
-        last_id: i64,
-    },
+    /// By the cursor of each shard.
+    Windows(Vec<Cursor>),
     /// Those with ids up to this one.
     UpTo(i64),
+}
+
+/// Of the entities of one shard: the events that are visible in `prev`, and of those that are visible in `cur` the ids up
+/// to `last_id`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cursor {
+    prev: String,
+    cur: String,
+    last_id: i64,
 }
 
 impl Log {

@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use uuid::Uuid;
 
-use super::{Books, Emitted, Retained, Settled, gaps};
+use super::{Books, Cursor, Emitted, Retained, Settled, gaps};
 use crate::event::PipelineName;
 
 pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
@@ -28,15 +28,17 @@ pub(super) async fn books(
     pipeline: &PipelineName,
 ) -> Result<Books, anyhow::Error> {
     const BOOKS: &str = "
-select c.prev::text, c.cur::text, c.last_id,
-       c.system_identifier <> i.system_identifier or c.timeline <> i.timeline as moved,
+select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_agg(c.cur::text order by s.shard), '{}'),
+       coalesce(array_agg(c.last_id order by s.shard), '{}'),
+       bool_or(c.system_identifier <> i.system_identifier or c.timeline <> i.timeline) as moved,
        (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked,
        (select coalesce(sum(events), 0)::bigint from outbox.acts where pipeline = $1 and action = 'drop') as dropped
   from (select system_identifier,
                case when not pg_is_in_recovery()
                     then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
           from pg_control_system()) i
-  left join outbox.cursors c on c.pipeline = $1 and c.shard = 0";
+ cross join generate_series(0, coalesce((select shards from outbox.pipelines where pipeline = $1), 1) - 1) s (shard)
+  left join outbox.cursors c on c.pipeline = $1 and c.shard = s.shard";
     let mut transaction = unlimited(connection).await?;
     let row = sqlx::query(BOOKS)
         .persistent(false)
@@ -46,12 +48,19 @@ select c.prev::text, c.cur::text, c.last_id,
         .context("read the cursor and the parked events")?;
     transaction.commit().await?;
     let moved = row.try_get::<Option<bool>, _>(3)?.unwrap_or_default();
-    let settled = match (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?) {
-        (Some(prev), Some(cur), Some(last_id)) if !moved => {
-            Some(Settled::Window { prev, cur, last_id })
-        }
-        _ => None,
-    };
+    let snapshots = |column| row.try_get::<Vec<Option<String>>, _>(column);
+    let last_ids: Vec<Option<i64>> = row.try_get(2)?;
+    let windows = snapshots(0)?.into_iter().zip(snapshots(1)?).zip(last_ids);
+    let cursors: Option<Vec<Cursor>> = windows
+        .map(|((prev, cur), last_id)| {
+            Some(Cursor {
+                prev: prev?,
+                cur: cur?,
+                last_id: last_id?,
+            })
+        })
+        .collect();
+    let settled = cursors.filter(|_| !moved).map(Settled::Windows);
     Ok(Books {
         settled,
         parked: row.try_get(4)?,
@@ -147,15 +156,20 @@ pub(super) async fn read(
 ) -> Result<Retained, anyhow::Error> {
     const LOG: &str = "
 select id, event_id, aggregate_type, aggregate_id, event_type, payload::text, payload_bytes, headers::text,
-       coalesce(pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
-                or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4, false)
+       coalesce(pg_visible_in_snapshot(xid, ($2::text[]::pg_snapshot[])[nth])
+                or pg_visible_in_snapshot(xid, ($3::text[]::pg_snapshot[])[nth]) and id <= ($4::bigint[])[nth], false)
   from outbox.events
+ cross join lateral (select case cardinality($4::bigint[]) when 0 then null when 1 then 1
+                                 else 1 + outbox.shard_of(aggregate_type, aggregate_id, cardinality($4::bigint[])) end) s (nth)
  where id >= $1
  order by id";
-    let (prev, cur, last_id) = match settled {
-        Some(Settled::Window { prev, cur, last_id }) => (Some(prev), Some(cur), *last_id),
-        Some(Settled::UpTo(_)) | None => (None, None, 0),
+    let cursors = match settled {
+        Some(Settled::Windows(cursors)) => &cursors[..],
+        Some(Settled::UpTo(_)) | None => &[],
     };
+    let prev: Vec<&str> = cursors.iter().map(|cursor| &cursor.prev[..]).collect();
+    let cur: Vec<&str> = cursors.iter().map(|cursor| &cursor.cur[..]).collect();
+    let last_id: Vec<i64> = cursors.iter().map(|cursor| cursor.last_id).collect();
     let mut transaction = unlimited(connection).await?;
     let retained = retained(&mut transaction).await?;
     let mut rows = sqlx::query(LOG)

@@ -123,7 +123,7 @@ pub(super) async fn read(
 ) -> Result<Retained, anyhow::Error> {
     let settled = match settled {
         Some(Settled::UpTo(last_id)) => *last_id,
-        Some(Settled::Window { .. }) | None => i64::MIN,
+        Some(Settled::Windows(_)) | None => i64::MIN,
     };
     let newest: i64 = sqlx::query_scalar(
         "select coalesce((select seq from sqlite_sequence where name = 'outbox_events'), 0)",

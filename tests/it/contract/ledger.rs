@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_relay::event::{Event, EventId, HeldEntity, Payload, Start};
+use outbox_relay::event::{Event, EventId, HeldEntity, Payload, Shard, Start};
 use outbox_relay::ledger::{Acquired, Fenced, Ledger, Parked, Settings, Tenure};
 use outbox_relay::position::{Position, Snapshot, Window};
 use outbox_relay::source::{PageLimits, Source};
@@ -70,7 +70,7 @@ async fn one_owner<B: Books>(books: B) {
         expires_in <= LONG && expires_in > LONG / 2,
         "{expires_in:?}"
     );
-    first.release().await.unwrap();
+    first.release(true).await.unwrap();
     ours(&mut second).await;
     assert_eq!(held(&mut first).await.0, "second's \"name\"");
 }
@@ -102,7 +102,7 @@ async fn a_standby_takes_over_at_once_after_a_release<B: Books>(books: B) {
     let mut first = books.ledger(settings("first", LONG));
     ours(&mut first).await;
     first.acknowledge(&position(3)).await.unwrap();
-    first.release().await.unwrap();
+    first.release(true).await.unwrap();
     let mut second = books.ledger(settings("second", LONG));
     assert_eq!(ours(&mut second).await.position, position(3));
 }
@@ -128,21 +128,21 @@ async fn writes_of_a_former_owner_change_nothing<B: Books>(mut books: B) {
     assert_eq!(first.acknowledge(&position(9)).await.unwrap(), Fenced::Lost);
     assert_eq!(first.park(&[rejected(1)]).await.unwrap(), Fenced::Lost);
     assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
-    first.release().await.unwrap();
+    first.release(true).await.unwrap();
     assert_eq!(books.parked().await, []);
     let mut third = books.ledger(settings("third", LONG));
     let (holder, expires_in) = held(&mut third).await;
     assert_eq!(holder, "second");
     assert!(expires_in > SHORT, "{expires_in:?}");
     assert_eq!(second.renew().await.unwrap(), Fenced::Written);
-    second.release().await.unwrap();
+    second.release(true).await.unwrap();
     assert_eq!(ours(&mut third).await.position, position(3));
 }
 
 async fn writes_after_a_release_change_nothing<B: Books>(mut books: B) {
     let mut first = books.ledger(settings("first", LONG));
     ours(&mut first).await;
-    first.release().await.unwrap();
+    first.release(true).await.unwrap();
     assert_eq!(first.acknowledge(&position(9)).await.unwrap(), Fenced::Lost);
     assert_eq!(first.park(&[rejected(1)]).await.unwrap(), Fenced::Lost);
     assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
@@ -171,7 +171,7 @@ async fn pipelines_do_not_meet<B: Books>(books: B) {
     ours(&mut second).await;
     first.acknowledge(&position(3)).await.unwrap();
     first.park(&[rejected(1)]).await.unwrap();
-    second.release().await.unwrap();
+    second.release(true).await.unwrap();
     let tenure = ours(&mut second).await;
     assert_eq!(
         (tenure.position, tenure.held, tenure.dead_letters),
@@ -219,7 +219,7 @@ async fn the_next_tenure_starts_with_what_was_acknowledged<B: Books>(books: B) {
         );
         // A new life of the same process, and then another process.
         assert_eq!(ours(&mut ledger).await.position, position);
-        ledger.release().await.unwrap();
+        ledger.release(true).await.unwrap();
         ledger = books.ledger(settings("next", LONG));
         assert_eq!(ours(&mut ledger).await.position, position);
     }
@@ -320,7 +320,7 @@ async fn parked_entities_are_reported_with_their_first_event<B: Books>(books: B)
         .await
         .unwrap();
     ledger.park(&[of(8, "Customer", "1")]).await.unwrap();
-    ledger.release().await.unwrap();
+    ledger.release(true).await.unwrap();
     let mut next = books.ledger(settings("next", LONG));
     let tenure = ours(&mut next).await;
     let mut held = tenure.held;
@@ -390,14 +390,14 @@ async fn the_start_is_decided_once<B: Books>(mut books: B) {
     });
     let tenure = ours(&mut first).await;
     books.emit(vec![event("e")]).await;
-    first.release().await.unwrap();
+    first.release(true).await.unwrap();
     for start in [Start::Latest, Start::Earliest, Start::Time(0)] {
         let mut next = books.ledger(Settings {
             start,
             ..settings("next", LONG)
         });
         assert_eq!(ours(&mut next).await, tenure);
-        next.release().await.unwrap();
+        next.release(true).await.unwrap();
     }
 }
 
@@ -405,13 +405,14 @@ async fn of_two_that_race_one_wins<B: Books>(books: B) {
     for round in 0..60 {
         let settings = |holder| Settings {
             pipeline: format!("race-{round}").parse().unwrap(),
+            shard: Shard::whole(),
             ..settings(holder, LONG)
         };
         // Connected before the race, where it matters: released leases are raced for in odd rounds.
         let (mut first, second) = (books.ledger(settings("a")), books.ledger(settings("b")));
         if round % 2 == 1 {
             ours(&mut first).await;
-            first.release().await.unwrap();
+            first.release(true).await.unwrap();
         }
         assert_eq!(winners(first, second).await, 1, "round {round}");
     }
@@ -421,6 +422,7 @@ async fn of_two_that_race_for_an_expired_lease_one_wins<B: Books>(books: B) {
     for round in 0..8 {
         let settings = |holder, ttl| Settings {
             pipeline: format!("race-{round}").parse().unwrap(),
+            shard: Shard::whole(),
             ..settings(holder, ttl)
         };
         let ttl = Duration::from_millis(300);
@@ -458,7 +460,7 @@ async fn the_log_keeps_its_name_while_its_positions_mean_the_same<B: Books>(mut 
     let name = async |books: &B, holder: &str| {
         let mut ledger = books.ledger(settings(holder, LONG));
         let tenure = ours(&mut ledger).await;
-        ledger.release().await.unwrap();
+        ledger.release(true).await.unwrap();
         tenure.log
     };
     let first = name(&books, "first").await;
@@ -478,7 +480,7 @@ async fn a_crash_of_the_server_gives_the_log_another_name() {
     };
     let mut ledger = books.ledger(settings("first", LONG));
     let first = ours(&mut ledger).await.log;
-    ledger.release().await.unwrap();
+    ledger.release(true).await.unwrap();
     // Which is what a crash does to an unlogged table.
     let emptied = sqlx::query("truncate outbox.incarnation").execute(&books.database.pool);
     emptied.await.unwrap();
@@ -493,6 +495,7 @@ async fn take_over_or_lose(ledger: &mut impl Ledger) -> bool {
             Acquired::Ours(_) => return true,
             Acquired::Held { holder, .. } if holder != "dead" => return false,
             Acquired::Held { .. } => {}
+            resharded @ Acquired::Resharded { .. } => panic!("{resharded:?}"),
         }
     }
 }
@@ -500,6 +503,7 @@ async fn take_over_or_lose(ledger: &mut impl Ledger) -> bool {
 fn settings(holder: &str, lease_ttl: Duration) -> Settings {
     Settings {
         pipeline: "default".parse().unwrap(),
+        shard: Shard::whole(),
         holder: holder.to_owned(),
         lease_ttl,
         start: Start::Earliest,
@@ -509,14 +513,14 @@ fn settings(holder: &str, lease_ttl: Duration) -> Settings {
 async fn ours(ledger: &mut impl Ledger) -> Tenure {
     match ledger.acquire().await.unwrap() {
         Acquired::Ours(tenure) => tenure,
-        held @ Acquired::Held { .. } => panic!("{held:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
 async fn held(ledger: &mut impl Ledger) -> (String, Duration) {
     match ledger.acquire().await.unwrap() {
         Acquired::Held { holder, expires_in } => (holder, expires_in),
-        Acquired::Ours(tenure) => panic!("not held: {tenure:?}"),
+        other => panic!("not held: {other:?}"),
     }
 }
 
@@ -525,6 +529,7 @@ async fn take_over(ledger: &mut impl Ledger) -> Tenure {
         match ledger.acquire().await.unwrap() {
             Acquired::Ours(tenure) => return tenure,
             Acquired::Held { expires_in, .. } => tokio::time::sleep(expires_in).await,
+            resharded @ Acquired::Resharded { .. } => panic!("{resharded:?}"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::event::{Event, EventId, Payload, Start};
+use outbox_relay::event::{Event, EventId, Payload, Shard, Start};
 use outbox_relay::ledger::acts::{Action, ParkedDetail, Selector, Wish};
 use outbox_relay::ledger::{Acquired, Due, Fenced, Ledger, Parked, Resolution, Resolved, Settings};
 use outbox_relay::position::{Position, Window};
@@ -52,6 +52,7 @@ const BYTES: usize = 1 << 20;
 fn settings(holder: &str) -> Settings {
     Settings {
         pipeline: "default".parse().unwrap(),
+        shard: Shard::whole(),
         holder: holder.to_owned(),
         lease_ttl: Duration::from_secs(60),
         start: Start::Earliest,
@@ -305,7 +306,7 @@ async fn due_events_are_bounded_in_rows_and_bytes<B: Books>(mut books: B) {
 async fn a_former_owner_resolves_nothing<B: Books>(mut books: B) {
     let mut ledger = owner(&books).await;
     ledger.park(&[parked(1, "a", Some("bad"))]).await.unwrap();
-    ledger.release().await.unwrap();
+    ledger.release(true).await.unwrap();
     let mut next = books.ledger(settings("next"));
     next.acquire().await.unwrap();
     let resolved = Resolved {

@@ -465,7 +465,7 @@ impl Ledger for FakeLedger {
         Ok(written.map_or(Resolution::Lost, |free| Resolution::Written { free }))
     }
 
-    async fn release(&mut self) -> Result<(), LedgerError> {
+    async fn release(&mut self, _settled: bool) -> Result<(), LedgerError> {
         self.write(Write::Release).await.map(drop)
     }
 }

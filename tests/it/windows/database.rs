@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use outbox_relay::event::{PipelineName, Start};
+use outbox_relay::event::{PipelineName, Shard, Start};
 use outbox_relay::ledger::postgres::PostgresLedger;
 use outbox_relay::ledger::{self};
 use outbox_relay::source::postgres::{CaptureMode, PostgresSource, Settings};
@@ -136,6 +136,7 @@ impl Database {
     pub(crate) fn ledger(&self, start: Start) -> PostgresLedger {
         let settings = ledger::Settings {
             pipeline: PipelineName::from_str("orders").expect("a name"),
+            shard: Shard::whole(),
             holder: "the only one".to_owned(),
             lease_ttl: Duration::from_secs(60),
             start,

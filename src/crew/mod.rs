@@ -1,0 +1,278 @@
+//! The relays of this process, one for each shard of each pipeline, and whose turn it is.
+//!
+//! Looks now and then at who else is there, tells each relay whether it may own its shard, and replaces them all when the
+//! number of shards changes. None of that is needed for safety, which the leases give.
+
+pub mod plan;
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use self::plan::{Plan, plan};
+use crate::config::{Config, PipelineConfig, Source};
+use crate::event::{PipelineName, Shard};
+use crate::ledger::LedgerError;
+use crate::ledger::postgres::roster::{Crew, Roster};
+use crate::relay::Changes;
+use crate::relay::status::Status;
+use crate::relay::turn::Turn;
+use crate::reload::Reload;
+use crate::supervise::assemble;
+use crate::telemetry;
+
+/// A process that owns every shard looks who else is there this often.
+const LOOK_ALONE: Duration = Duration::from_secs(2);
+/// One that stands by for something, so that it follows at once.
+const LOOK: Duration = Duration::from_millis(500);
+/// A shard that has been free for this long is anybody's: whoever should own it seems unable to.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// For saying goodbye.
+const LEAVE_MAX: Duration = Duration::from_secs(1);
+
+/// A relay that runs until it is told to stop.
+pub type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What one relay says about itself.
+#[derive(Clone)]
+pub struct ShownRelay {
+    /// Its pipeline.
+    pub pipeline: PipelineName,
+    /// Which part of it.
+    pub shard: Shard,
+    /// How it is.
+    pub status: watch::Receiver<Status>,
+}
+
+/// The relays of this process.
+pub struct Crews<'a> {
+    config: &'a Config,
+    holder: &'a str,
+    /// None where there can be one relay only.
+    roster: Option<Roster>,
+    crews: Vec<Here<'a>>,
+    shown: watch::Sender<Vec<ShownRelay>>,
+    look_at: Instant,
+    beat_at: Instant,
+    /// Whether the last look failed.
+    blind: bool,
+}
+
+/// The relays of one pipeline.
+struct Here<'a> {
+    pipeline: &'a PipelineConfig,
+    changes: watch::Receiver<Option<std::sync::Arc<Changes>>>,
+    /// One for each shard.
+    turns: Vec<watch::Sender<Turn>>,
+    /// Since when nobody has owned each shard.
+    free_since: Vec<Option<Instant>>,
+    shown: Vec<ShownRelay>,
+    stopping: &'a CancellationToken,
+    /// Of the relays of this number of shards.
+    until: CancellationToken,
+}
+
+impl<'a> Crews<'a> {
+    /// The crews of a configuration, and the relays that begin. They stop with `stopping`.
+    #[must_use]
+    pub fn begin(
+        config: &'a Config,
+        reload: &Reload,
+        holder: &'a str,
+        stopping: &'a CancellationToken,
+    ) -> (Self, Vec<Running>) {
+        let roster = match &config.source {
+            Source::Postgres(settings) => {
+                let pipelines = config.pipelines.iter();
+                Some(Roster::new(
+                    settings.options.clone(),
+                    holder.to_owned(),
+                    config.relay.lease_ttl,
+                    pipelines
+                        .map(|p| (p.pipeline.name.clone(), p.shards))
+                        .collect(),
+                ))
+            }
+            Source::Sqlite { .. } => None,
+        };
+        let crews = config.pipelines.iter().map(|pipeline| Here {
+            pipeline,
+            changes: reload.changes(&pipeline.pipeline.name),
+            turns: Vec::new(),
+            free_since: Vec::new(),
+            shown: Vec::new(),
+            stopping,
+            until: stopping.child_token(),
+        });
+        let mut crews = Self {
+            config,
+            holder,
+            roster,
+            crews: crews.collect(),
+            shown: watch::Sender::default(),
+            look_at: Instant::now(),
+            beat_at: Instant::now(),
+            blind: false,
+        };
+        let mut relays = Vec::new();
+        for here in &mut crews.crews {
+            // A single shard need not wait for a look at the others: its lease is enough.
+            let turn = if here.pipeline.shards == 1 {
+                Turn::Ours
+            } else {
+                Turn::Theirs {
+                    holder: "nobody yet".to_owned(),
+                }
+            };
+            relays.extend(here.make(config, holder, here.pipeline.shards, &turn));
+        }
+        crews.show();
+        (crews, relays)
+    }
+
+    /// What the relays say about themselves.
+    #[must_use]
+    pub fn shown(&self) -> watch::Receiver<Vec<ShownRelay>> {
+        self.shown.subscribe()
+    }
+
+    /// Waits until it is time, looks who is there, and says whose turn it is. Returns relays that are to run from now on.
+    ///
+    /// # Cancel safety
+    /// Safe: the next call looks again.
+    pub async fn look(&mut self) -> Vec<Running> {
+        let Some(roster) = &mut self.roster else {
+            return std::future::pending().await;
+        };
+        sleep_until(self.look_at).await;
+        let beat = Instant::now() >= self.beat_at;
+        let looked = roster.look(beat).await;
+        self.look_at = Instant::now() + LOOK;
+        let seen = match looked {
+            Ok(seen) => seen,
+            Err(error) => {
+                self.lose_sight(&error);
+                return Vec::new();
+            }
+        };
+        self.blind = false;
+        if beat {
+            self.beat_at = Instant::now() + self.config.relay.lease_ttl / 3;
+        }
+        let mut relays = Vec::new();
+        let mut alone = true;
+        for (here, crew) in self.crews.iter_mut().zip(seen) {
+            if here.turns.len() != crew.leases.len() {
+                tracing::info!(
+                    pipeline = crew.pipeline,
+                    shards = crew.shards,
+                    "publishing in so many shards"
+                );
+                let turn = Turn::Theirs {
+                    holder: "nobody yet".to_owned(),
+                };
+                relays.extend(here.make(self.config, self.holder, crew.shards, &turn));
+            }
+            let plan = here.follow(self.holder, &crew);
+            alone &= plan.turns.iter().all(|turn| *turn == Turn::Ours);
+            if let Some(shards) = plan.reshard {
+                let changed = roster.reshard(&here.pipeline.pipeline.name, shards).await;
+                match changed {
+                    // The next look sees it, or that somebody else was first.
+                    Ok(_) => self.look_at = Instant::now(),
+                    Err(error) => {
+                        tracing::warn!(pipeline = crew.pipeline, %error, "could not change the number of shards")
+                    }
+                }
+            }
+        }
+        if alone {
+            self.look_at = (Instant::now() + LOOK_ALONE).min(self.beat_at);
+        }
+        if !relays.is_empty() {
+            self.show();
+        }
+        relays
+    }
+
+    /// The relays themselves say what is wrong with the database; whose turn it is stays as it was.
+    fn lose_sight(&mut self, error: &LedgerError) {
+        if !std::mem::replace(&mut self.blind, true) {
+            tracing::warn!(%error, "can't see which other relays are there");
+        }
+    }
+
+    fn show(&self) {
+        let shown = self.crews.iter().flat_map(|here| here.shown.clone());
+        self.shown.send_replace(shown.collect());
+    }
+
+    /// Says that this process is gone.
+    pub async fn leave(&mut self) {
+        if let Some(roster) = &mut self.roster
+            && !self.blind
+            && let Ok(Err(error)) = timeout(LEAVE_MAX, roster.leave()).await
+        {
+            tracing::debug!(%error, "could not leave the roster");
+        }
+    }
+}
+
+impl Here<'_> {
+    /// Ends the relays that there are and makes one for each shard.
+    fn make(&mut self, config: &Config, holder: &str, shards: u32, turn: &Turn) -> Vec<Running> {
+        telemetry::shards(self.pipeline.pipeline.name.as_str(), shards);
+        self.until.cancel();
+        self.until = self.stopping.child_token();
+        self.turns.clear();
+        self.shown.clear();
+        self.free_since = vec![None; shards as usize];
+        let mut relays: Vec<Running> = Vec::new();
+        for index in 0..shards {
+            let shard = Shard {
+                index,
+                count: shards,
+            };
+            let (mut relay, status) = assemble(config, self.pipeline, shard, holder);
+            let (sender, receiver) = watch::channel(turn.clone());
+            relay.turn = receiver;
+            relay.changes = self.changes.clone();
+            self.turns.push(sender);
+            self.shown.push(ShownRelay {
+                pipeline: self.pipeline.pipeline.name.clone(),
+                shard,
+                status,
+            });
+            relays.push(Box::pin(relay.run(self.until.clone())));
+        }
+        relays
+    }
+
+    /// Tells each relay whether it is its turn.
+    fn follow(&mut self, me: &str, crew: &Crew) -> Plan {
+        let now = Instant::now();
+        for (free_since, lease) in self.free_since.iter_mut().zip(&crew.leases) {
+            *free_since = match lease.holder {
+                None => free_since.or(Some(now)),
+                Some(_) => None,
+            };
+        }
+        let waited: Vec<bool> = self
+            .free_since
+            .iter()
+            .map(|since| since.is_some_and(|since| now - since >= PATIENCE))
+            .collect();
+        let plan = plan(me, crew, &waited);
+        for (sender, turn) in self.turns.iter().zip(&plan.turns) {
+            sender.send_if_modified(|current| {
+                let changed = *current != *turn;
+                current.clone_from(turn);
+                changed
+            });
+        }
+        plan
+    }
+}

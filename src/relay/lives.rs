@@ -1,0 +1,250 @@
+//! Life after life within one tenure: reads from the last settled position and publishes, until something ends it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::books::Order;
+use super::lease::LeaseEnd;
+use super::publish::{Ended, Publisher};
+use super::redrive::Try;
+use super::reject::Full;
+use super::status::{State, Status};
+use super::{BACKOFF_MAX, Changes, Over, Pipeline, Settings, backoff};
+use crate::event::{EventId, Rejection};
+use crate::order::{Suspects, Waiting};
+use crate::position::Position;
+use crate::sink::{NotPrepared, Sink, SinkError};
+use crate::source::{Page, PageLimits, Source, SourceError};
+use crate::telemetry::PipelineMetrics;
+
+/// A cursor moves at least this often when there are new ids, also if none of them is its own.
+const PASS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The lives of one tenure, one after the other.
+pub(super) struct Lives<'a, S, K> {
+    pub(super) pipeline: &'a Pipeline,
+    pub(super) settings: &'a Settings,
+    pub(super) source: &'a mut S,
+    pub(super) sink: &'a mut K,
+    pub(super) status: &'a watch::Sender<Status>,
+    pub(super) changes: &'a watch::Receiver<Option<Arc<Changes>>>,
+    pub(super) metrics: &'a PipelineMetrics,
+    pub(super) now_us: fn() -> i64,
+    /// The name of the log that the positions belong to.
+    pub(super) log: String,
+    pub(super) waiting: Waiting,
+    pub(super) dead_letters: BTreeSet<EventId>,
+    pub(super) condemned: HashMap<(EventId, Try), Rejection>,
+    pub(super) full: Option<Full>,
+    pub(super) suspects: Suspects,
+    pub(super) durable: watch::Receiver<Position>,
+    pub(super) orders: mpsc::Sender<Order>,
+    pub(super) lease_end: watch::Receiver<LeaseEnd>,
+    /// Whether the topics that are known beforehand were there once.
+    pub(super) topics_ready: bool,
+    /// Whether the sink has said how far everything was published.
+    pub(super) resumed: bool,
+}
+
+impl<S: Source, K: Sink> Lives<'_, S, K> {
+    pub(super) async fn run(
+        &mut self,
+        settled: &watch::Sender<Position>,
+        stop: &CancellationToken,
+    ) -> Over {
+        let mut backoff = backoff();
+        loop {
+            let began = Instant::now();
+            let reason = match self.live(settled, stop).await {
+                Ended::Stopped => return Over::Stopped,
+                Ended::LeaseLost => return Over::LeaseLost,
+                Ended::Condemned(id, this, rejection) => {
+                    tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
+                        "the broker refused an event after its hand-over, reading again to set it aside");
+                    self.suspects.acquit(id);
+                    self.condemned.insert((id, this), rejection);
+                    continue;
+                }
+                Ended::Suspected(rejection) => {
+                    tracing::warn!(pipeline = %self.pipeline.name, events = self.suspects.len(), reason = %rejection,
+                        "the broker refused a batch, reading again to find the event that it can't take");
+                    continue;
+                }
+                Ended::Halted(id, rejection) => {
+                    self.halt(format!("event {id}: {rejection}"), stop).await;
+                    return Over::Stopped;
+                }
+                Ended::Full(full) => {
+                    self.full = Some(full);
+                    continue;
+                }
+                Ended::Room => {
+                    self.full = None;
+                    continue;
+                }
+                Ended::Sink(error) => error.to_string(),
+                Ended::Source(error) => return Over::Trouble(error.to_string()),
+            };
+            self.metrics.restarted();
+            if began.elapsed() > BACKOFF_MAX {
+                backoff = super::backoff();
+            }
+            self.set_state(State::Stalled { reason });
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Over::Stopped,
+                () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
+            }
+        }
+    }
+
+    /// One life: reads from the last settled position and publishes, until something ends it.
+    async fn live(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Ended {
+        if let Err(error) = self.sink.open().await {
+            return Ended::Sink(error);
+        }
+        if let Some(Full { reason, .. }) = &self.full {
+            let reason = reason.clone();
+            self.set_state(State::Halted { reason });
+        }
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ended::Stopped,
+            ready = self.make_ready(settled) => if let Err(ended) = ready {
+                return ended;
+            },
+        }
+        self.source.seek(settled.borrow().clone());
+        let (pages, pages_read) = mpsc::channel(1);
+        let (answers, answered) = watch::channel(false);
+        let mut publisher = Publisher {
+            pipeline: self.pipeline,
+            settings: self.settings,
+            sink: self.sink,
+            metrics: self.metrics,
+            status: self.status,
+            changes: self.changes,
+            settled,
+            orders: &self.orders,
+            lease_end: &self.lease_end,
+            waiting: &mut self.waiting,
+            dead_letters: &mut self.dead_letters,
+            condemned: &mut self.condemned,
+            full: self.full.as_ref(),
+            suspects: &mut self.suspects,
+            answered,
+            now_us: self.now_us,
+        };
+        let reader = Reader {
+            limits: self.settings.page,
+            durable: &self.durable,
+            pages,
+            answers,
+            metrics: self.metrics,
+        };
+        let reads = self.full.is_none();
+        tokio::select! {
+            biased;
+            ended = publisher.run(pages_read, stop) => ended,
+            error = reader.run(self.source, stop), if reads => Ended::Source(error),
+        }
+    }
+
+    /// Before anything is published: does the sink answer, are the topics there that are known beforehand, and how far is
+    /// everything published already?
+    async fn make_ready(&mut self, settled: &watch::Sender<Position>) -> Result<(), Ended> {
+        self.sink.check().await.map_err(Ended::Sink)?;
+        self.prepare_topics().await.map_err(Ended::Sink)?;
+        // Without a lease somebody else may have taken over at the sink, who must not be put out of it again.
+        if self.lease_end.borrow().is_over((self.now_us)()) {
+            return Err(Ended::LeaseLost);
+        }
+        let committed = self.sink.resume(&self.log).await.map_err(Ended::Sink)?;
+        self.resumed = true;
+        // Both are true: what is filtered or parked moves only the cursor, and what was committed with the records may be
+        // ahead of it.
+        settled.send_if_modified(|settled| match committed {
+            Some(committed) if committed.compare(settled).is_gt() => {
+                *settled = committed;
+                true
+            }
+            _ => false,
+        });
+        Ok(())
+    }
+
+    async fn prepare_topics(&mut self) -> Result<(), SinkError> {
+        if self.topics_ready {
+            // A topic that went missing since is the affair of its own events (I6).
+            return Ok(());
+        }
+        for topic in self.pipeline.known_topics() {
+            match self.sink.prepare(&topic).await {
+                Ok(()) => {}
+                Err(NotPrepared::Unknown(error)) => return Err(error),
+                Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
+            }
+        }
+        self.topics_ready = true;
+        Ok(())
+    }
+
+    /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
+    async fn halt(&self, reason: String, stop: &CancellationToken) {
+        self.set_state(State::Halted { reason });
+        stop.cancelled().await;
+    }
+
+    fn set_state(&self, state: State) {
+        self.status
+            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+    }
+}
+
+/// Reads pages while earlier ones are handed over.
+struct Reader<'a> {
+    limits: PageLimits,
+    durable: &'a watch::Receiver<Position>,
+    pages: mpsc::Sender<Page>,
+    /// Says that the source answers.
+    answers: watch::Sender<bool>,
+    metrics: &'a PipelineMetrics,
+}
+
+impl Reader<'_> {
+    /// Returns only with an error. After `stop` it reads nothing more, and lets what is under way be drained.
+    async fn run<S: Source>(&self, source: &mut S, stop: &CancellationToken) -> SourceError {
+        let (mut passed, mut passed_at) = (self.durable.borrow().window.ceiling, Instant::now());
+        while !stop.is_cancelled() {
+            let acknowledged = self.durable.borrow().clone();
+            let began = Instant::now();
+            let page = match source.capture(self.limits, &acknowledged).await {
+                Ok(page) => page,
+                // Nothing more is wanted of the source: its trouble must not cut the drain short.
+                Err(_) if stop.is_cancelled() => break,
+                Err(error) => return error,
+            };
+            self.answers
+                .send_if_modified(|answered| !std::mem::replace(answered, true));
+            self.metrics.captured(page.events.len(), began.elapsed());
+            let more = page.more;
+            // Ids that held nothing for this pipeline: of another shard, or rolled back.
+            let passes = page.newest() > passed && passed_at.elapsed() >= PASS_INTERVAL;
+            if !page.events.is_empty() || passes {
+                (passed, passed_at) = (page.newest(), Instant::now());
+                if self.pages.send(page).await.is_err() {
+                    break;
+                }
+            }
+            if !more {
+                source.wake().await;
+            }
+        }
+        std::future::pending().await
+    }
+}
