@@ -358,6 +358,81 @@ mod tests {
         }
     }
 
+    /// The snapshots of a server whose transactions begin and end at random, in the order in which they were taken.
+    fn snapshots(steps: Vec<(u8, Vec<prop::sample::Index>)>) -> Vec<Snapshot> {
+        let (mut next, mut open, mut end) = (3, Vec::new(), 3);
+        let mut taken = vec![Snapshot::nothing()];
+        for (begun, ended) in steps {
+            for _ in 0..begun {
+                open.push(next);
+                next += 1;
+            }
+            for index in ended.iter().take(open.len()) {
+                end = end.max(open.remove(index.index(open.len())) + 1);
+            }
+            let in_progress: Vec<u64> = open.iter().copied().filter(|xid| *xid < end).collect();
+            taken.push(Snapshot {
+                xmin: in_progress.first().copied().unwrap_or(end),
+                xmax: end,
+                in_progress,
+            });
+        }
+        taken
+    }
+
+    proptest! {
+        #[test]
+        fn where_shards_meet_none_of_them_has_been(
+            steps in prop::collection::vec((0_u8..3, prop::collection::vec(any::<prop::sample::Index>(), 0..3)), 1..12),
+            shards in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0_i64..30), 1..6),
+        ) {
+            let taken = snapshots(steps);
+            // Ids that had been given out when a snapshot was taken.
+            let ceiling = |snapshot: usize| EventId(i64::try_from(snapshot).unwrap() * 3);
+            let positions: Vec<Position> = shards
+                .iter()
+                .map(|(from, to, last_id)| {
+                    let (a, b) = (from.index(taken.len()), to.index(taken.len()));
+                    let (prev, cur) = (a.min(b), a.max(b));
+                    let window = Window {
+                        prev: taken[prev].clone(),
+                        cur: taken[cur].clone(),
+                        floor: ceiling(prev),
+                        ceiling: ceiling(cur),
+                        next_floor: ceiling(cur),
+                    };
+                    let last_id = EventId(*last_id).min(window.ceiling);
+                    Position { window: Arc::new(window), last_id }
+                })
+                .collect();
+            let meet = Position::meet(&positions).unwrap();
+            let passed = |position: &Position, xid: u64, id: EventId| {
+                let Window { prev, cur, .. } = &*position.window;
+                prev.sees(xid) || (cur.sees(xid) && id <= position.last_id)
+            };
+            let last = taken.last().unwrap().xmax;
+            for xid in 3..last + 1 {
+                for id in (0..40).map(EventId) {
+                    // A transaction's ids were given out before the first snapshot that sees it.
+                    let seen = (0..taken.len()).find(|n| taken[*n].sees(xid));
+                    if seen.is_none_or(|n| id > ceiling(n)) {
+                        continue;
+                    }
+                    let all = positions.iter().all(|position| passed(position, xid, id));
+                    prop_assert!(!passed(&meet, xid, id) || all, "{xid} {id:?} {meet:?} {positions:?}");
+                    if positions.iter().all(|position| position.window == positions[0].window) {
+                        prop_assert_eq!(passed(&meet, xid, id), all, "{} {:?}", xid, id);
+                    }
+                }
+            }
+            let lags = positions.iter().all(|position| {
+                meet.window.floor <= position.window.floor
+                    && meet.window.next_floor <= position.window.next_floor
+            });
+            prop_assert!(lags);
+        }
+    }
+
     #[test]
     fn a_position_is_written_in_a_form_that_stays() {
         let window = Window {

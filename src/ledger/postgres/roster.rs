@@ -241,11 +241,28 @@ async fn reshard(
     holder: &str,
     shards: u32,
 ) -> Result<bool, anyhow::Error> {
-    let name = literal(pipeline.as_str());
     let mut transaction = connection.begin().await.context("begin")?;
+    let changed = change(&mut transaction, pipeline, holder, shards).await?;
+    // Dropped, it would keep its locks until the connection is used again.
+    let ended = if changed {
+        transaction.commit().await
+    } else {
+        transaction.rollback().await
+    };
+    ended.context("end the transaction")?;
+    Ok(changed)
+}
+
+async fn change(
+    transaction: &mut PgConnection,
+    pipeline: &PipelineName,
+    holder: &str,
+    shards: u32,
+) -> Result<bool, anyhow::Error> {
+    let name = literal(pipeline.as_str());
     // Whoever takes a lease meanwhile waits, and finds that its shard is not what it was.
     let row = fetch_one(
-        &mut transaction,
+        transaction,
         format!(
             "select shards, generation from outbox.pipelines where pipeline = {name} for update"
         ),
@@ -254,7 +271,7 @@ async fn reshard(
     .context("lock the pipeline")?;
     let (before, generation): (i32, i64) = (get(&row, 0)?, get(&row, 1)?);
     let row = fetch_one(
-        &mut transaction,
+        transaction,
         format!(
             "select (select count(*) from outbox.leases \
                       where pipeline = {name} and settled and expires_at <= clock_timestamp()) = {before} \
@@ -289,8 +306,8 @@ async fn reshard(
         return Ok(false);
     };
     let start = Position::meet(&stood).context("a pipeline without a shard")?;
-    forget_former(&mut transaction, pipeline, &start).await?;
-    let (identity, timeline) = restored::identity(&mut transaction).await?;
+    forget_former(transaction, pipeline, &start).await?;
+    let (identity, timeline) = restored::identity(transaction).await?;
     let mut statements = String::new();
     if stood.iter().any(|position| *position != start) {
         for (shard, Position { window, last_id }) in stood.iter().enumerate() {
@@ -316,7 +333,6 @@ async fn reshard(
         .execute(sqlx::raw_sql(AssertSqlSafe(statements)))
         .await
         .context("change the number of shards")?;
-    transaction.commit().await.context("commit")?;
     Ok(true)
 }
 

@@ -27,6 +27,7 @@ mod replay;
 mod replicas;
 mod retention;
 mod services;
+mod shards;
 mod start;
 mod stops;
 mod verify;

@@ -177,7 +177,22 @@ impl Process {
     }
 
     pub(super) fn owns(&self) -> bool {
-        self.metric("outbox_owner{pipeline=\"main\"}") == Some(1.0)
+        self.owned() == [0]
+    }
+
+    /// The shards of the main pipeline that it owns, by what it says.
+    pub(super) fn owned(&self) -> Vec<u32> {
+        let metrics = self
+            .get("/metrics")
+            .map(|(_, body)| body)
+            .unwrap_or_default();
+        let shard_of = |line: &str| {
+            let line = line.strip_prefix("outbox_owner{pipeline=\"main\",shard=\"")?;
+            line.strip_suffix("\"} 1")?.parse().ok()
+        };
+        let mut owned: Vec<u32> = metrics.lines().filter_map(shard_of).collect();
+        owned.sort_unstable();
+        owned
     }
 
     pub(super) async fn ready(&self) {

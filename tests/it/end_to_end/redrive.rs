@@ -144,15 +144,16 @@ async fn a_redriven_entity_arrives_complete_and_in_order_across_a_kill() {
     emit(pool, "1", 161, 180).await;
     parked_are(pool, 0).await;
     eventually("nobody waits", PATIENCE, async || {
-        (relay.metric("outbox_waiting_entities{pipeline=\"main\"}")? < 0.5).then_some(())
+        (relay.metric("outbox_waiting_entities{pipeline=\"main\",shard=\"0\"}")? < 0.5)
+            .then_some(())
     })
     .await;
     // The entity is free: nothing is parked any more on its way.
-    let before = relay.metric("outbox_parked_events_total{pipeline=\"main\"}");
+    let before = relay.metric("outbox_parked_events_total{pipeline=\"main\",shard=\"0\"}");
     emit(pool, "1", 181, 200).await;
     settled(&relay, pool).await;
     assert_eq!(
-        relay.metric("outbox_parked_events_total{pipeline=\"main\"}"),
+        relay.metric("outbox_parked_events_total{pipeline=\"main\",shard=\"0\"}"),
         before
     );
     relay.stop().await;
@@ -258,7 +259,7 @@ async fn a_dead_letter_is_stored_and_copied_and_its_entity_goes_on() {
         (Some("bad"), Some("[1]"))
     );
     assert_eq!((copy.key_text(), copy.text()), ("1", "1"));
-    let refused = relay.metric("outbox_dead_letters_refused_total{pipeline=\"main\"}");
+    let refused = relay.metric("outbox_dead_letters_refused_total{pipeline=\"main\",shard=\"0\"}");
     assert_eq!(refused, Some(1.0));
     assert!(
         relay.log().contains("refused by its topic too"),
@@ -296,7 +297,7 @@ async fn what_is_dropped_by_policy_is_counted_and_logged() {
     settled(&relay, pool).await;
     assert_eq!(line.kafka.read(&["order"]).await.len(), 9);
     assert_eq!(number(pool, PARKED).await, 0);
-    let dropped = relay.metric("outbox_dropped_events_total{pipeline=\"main\"}");
+    let dropped = relay.metric("outbox_dropped_events_total{pipeline=\"main\",shard=\"0\"}");
     assert_eq!(dropped, Some(1.0));
     let log = relay.log();
     let told = log
@@ -388,11 +389,11 @@ async fn one_bad_event_among_100_000_delays_nobody() {
     settled(&relay, pool).await;
     // Nothing was read twice and nothing began again: whoever came after it did not wait for it.
     assert_eq!(
-        relay.metric("outbox_captured_events_total{pipeline=\"main\"}"),
+        relay.metric("outbox_captured_events_total{pipeline=\"main\",shard=\"0\"}"),
         Some(100_004.0)
     );
     assert_eq!(
-        relay.metric("outbox_restarts_total{pipeline=\"main\"}"),
+        relay.metric("outbox_restarts_total{pipeline=\"main\",shard=\"0\"}"),
         Some(0.0)
     );
     assert_eq!(number(pool, PARKED).await, 4);

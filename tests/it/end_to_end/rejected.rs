@@ -121,7 +121,7 @@ async fn rejected_events_are_parked_and_nobody_else_waits() {
     }
     judge(&line.kafka.read(&["order"]).await, 10_000);
     eventually("the waiting entities", PATIENCE, async || {
-        let waiting = relay.metric("outbox_waiting_entities{pipeline=\"main\"}")?;
+        let waiting = relay.metric("outbox_waiting_entities{pipeline=\"main\",shard=\"0\"}")?;
         (waiting > 4.5).then_some(())
     })
     .await;

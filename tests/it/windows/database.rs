@@ -133,6 +133,22 @@ impl Database {
         })
     }
 
+    /// The reader and the books of one shard.
+    pub(crate) fn shard(&self, shard: Shard, holder: &str) -> (PostgresSource, PostgresLedger) {
+        let pipeline = PipelineName::from_str("orders").expect("a name");
+        let settings = ledger::Settings {
+            pipeline: pipeline.clone(),
+            shard,
+            holder: holder.to_owned(),
+            lease_ttl: Duration::from_secs(60),
+            start: Start::Earliest,
+        };
+        (
+            self.source().of_shard(pipeline, shard),
+            PostgresLedger::new(self.options.clone(), settings),
+        )
+    }
+
     pub(crate) fn ledger(&self, start: Start) -> PostgresLedger {
         let settings = ledger::Settings {
             pipeline: PipelineName::from_str("orders").expect("a name"),

@@ -11,6 +11,7 @@ mod database;
 mod oracle;
 mod plans;
 mod reader;
+mod reshard;
 mod sabotage;
 mod schedules;
 mod storm;
