@@ -411,7 +411,7 @@ mod tests {
                 prev.sees(xid) || (cur.sees(xid) && id <= position.last_id)
             };
             let last = taken.last().unwrap().xmax;
-            for xid in 3..last + 1 {
+            for xid in 3..=last {
                 for id in (0..40).map(EventId) {
                     // A transaction's ids were given out before the first snapshot that sees it.
                     let seen = (0..taken.len()).find(|n| taken[*n].sees(xid));

@@ -586,9 +586,9 @@ grant usage on sequence outbox.events_id_seq to outbox_writer;
 
 grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
-grant select, insert, update, delete
-    on outbox.cursors, outbox.leases, outbox.parked, outbox.pipelines, outbox.former_cursors, outbox.members
-    to outbox_relay;
+grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked, outbox.members to outbox_relay;
+grant select, insert, update on outbox.pipelines to outbox_relay;
+grant select, insert, delete on outbox.former_cursors to outbox_relay;
 grant select, insert on outbox.incarnation to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.

@@ -6,6 +6,7 @@
 pub mod plan;
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -53,7 +54,7 @@ pub struct Crews<'a> {
     holder: &'a str,
     /// None where there can be one relay only.
     roster: Option<Roster>,
-    crews: Vec<Here<'a>>,
+    pipelines: Vec<Here<'a>>,
     shown: watch::Sender<Vec<ShownRelay>>,
     look_at: Instant,
     beat_at: Instant,
@@ -64,7 +65,7 @@ pub struct Crews<'a> {
 /// The relays of one pipeline.
 struct Here<'a> {
     pipeline: &'a PipelineConfig,
-    changes: watch::Receiver<Option<std::sync::Arc<Changes>>>,
+    changes: watch::Receiver<Option<Arc<Changes>>>,
     /// One for each shard.
     turns: Vec<watch::Sender<Turn>>,
     /// Since when nobody has owned each shard.
@@ -98,7 +99,7 @@ impl<'a> Crews<'a> {
             }
             Source::Sqlite { .. } => None,
         };
-        let crews = config.pipelines.iter().map(|pipeline| Here {
+        let here = config.pipelines.iter().map(|pipeline| Here {
             pipeline,
             changes: reload.changes(&pipeline.pipeline.name),
             turns: Vec::new(),
@@ -111,14 +112,14 @@ impl<'a> Crews<'a> {
             config,
             holder,
             roster,
-            crews: crews.collect(),
+            pipelines: here.collect(),
             shown: watch::Sender::default(),
             look_at: Instant::now(),
             beat_at: Instant::now(),
             blind: false,
         };
         let mut relays = Vec::new();
-        for here in &mut crews.crews {
+        for here in &mut crews.pipelines {
             // A single shard need not wait for a look at the others: its lease is enough.
             let turn = if here.pipeline.shards == 1 {
                 Turn::Ours
@@ -163,8 +164,9 @@ impl<'a> Crews<'a> {
             self.beat_at = Instant::now() + self.config.relay.lease_ttl / 3;
         }
         let mut relays = Vec::new();
+        let mut changes = Vec::new();
         let mut alone = true;
-        for (here, crew) in self.crews.iter_mut().zip(seen) {
+        for (here, crew) in self.pipelines.iter_mut().zip(seen) {
             if here.turns.len() != crew.leases.len() {
                 tracing::info!(
                     pipeline = crew.pipeline,
@@ -179,13 +181,15 @@ impl<'a> Crews<'a> {
             let plan = here.follow(self.holder, &crew);
             alone &= plan.turns.iter().all(|turn| *turn == Turn::Ours);
             if let Some(shards) = plan.reshard {
-                let changed = roster.reshard(&here.pipeline.pipeline.name, shards).await;
-                match changed {
-                    // The next look sees it, or that somebody else was first.
-                    Ok(_) => self.look_at = Instant::now(),
-                    Err(error) => {
-                        tracing::warn!(pipeline = crew.pipeline, %error, "could not change the number of shards")
-                    }
+                changes.push((here.pipeline.pipeline.name.clone(), shards));
+            }
+        }
+        for (pipeline, shards) in changes {
+            // The next look sees it, or that somebody else was first.
+            match roster.reshard(&pipeline, shards).await {
+                Ok(_) => self.look_at = Instant::now(),
+                Err(error) => {
+                    tracing::warn!(%pipeline, %error, "could not change the number of shards");
                 }
             }
         }
@@ -206,7 +210,7 @@ impl<'a> Crews<'a> {
     }
 
     fn show(&self) {
-        let shown = self.crews.iter().flat_map(|here| here.shown.clone());
+        let shown = self.pipelines.iter().flat_map(|here| here.shown.clone());
         self.shown.send_replace(shown.collect());
     }
 

@@ -15,13 +15,13 @@ pub struct Plan {
     pub reshard: Option<u32>,
 }
 
-/// The plan of the relay `me`. `waited` says of each shard whether nobody has owned it for so long that whoever should
+/// The plan of the relay `me`. `overdue` says of each shard whether nobody has owned it for so long that whoever should
 /// take it seems unable to.
 ///
 /// While everybody who is there wants another number of shards, all of them are given back. One whose last owner could not
 /// settle it (it died) is owned once more for that: only then is its cursor known to be exact.
 #[must_use]
-pub fn plan(me: &str, crew: &Crew, waited: &[bool]) -> Plan {
+pub fn plan(me: &str, crew: &Crew, overdue: &[bool]) -> Plan {
     let owners: Vec<Option<&str>> = crew
         .leases
         .iter()
@@ -36,7 +36,7 @@ pub fn plan(me: &str, crew: &Crew, waited: &[bool]) -> Plan {
         let free = lease.holder.is_none();
         let ours = match wanted {
             Some(_) => assigned && free && !lease.settled,
-            None => assigned || (free && waited.get(shard).copied().unwrap_or_default()),
+            None => assigned || (free && overdue.get(shard).copied().unwrap_or_default()),
         };
         if ours {
             return Turn::Ours;
@@ -84,6 +84,9 @@ fn everybody<'a>(me: &'a str, crew: &'a Crew) -> Vec<&'a str> {
 
 /// For each shard the index of the member who should own it: no two members differ by more than one shard, and as few
 /// shards as possible change hands.
+///
+/// # Panics
+/// When there are shards and no members.
 #[must_use]
 pub fn spread(members: &[&str], owners: &[Option<&str>]) -> Vec<usize> {
     let index_of = |owner: Option<&str>| members.iter().position(|member| Some(*member) == owner);

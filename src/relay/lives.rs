@@ -234,8 +234,8 @@ impl Reader<'_> {
             self.metrics.captured(page.events.len(), began.elapsed());
             let more = page.more;
             // Ids that held nothing for this pipeline: of another shard, or rolled back.
-            let passes = page.newest() > passed && passed_at.elapsed() >= PASS_INTERVAL;
-            if !page.events.is_empty() || passes {
+            let goes_on = page.newest() > passed && passed_at.elapsed() >= PASS_INTERVAL;
+            if !page.events.is_empty() || goes_on {
                 (passed, passed_at) = (page.newest(), Instant::now());
                 if self.pages.send(page).await.is_err() {
                     break;

@@ -55,8 +55,7 @@ fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
             "if it was given up, its cursor only stands in the way of dropping what was published",
         )
         .sql(format!(
-            "delete from outbox.cursors where pipeline = {literal}; delete from outbox.leases where pipeline = {literal}; \
-             delete from outbox.pipelines where pipeline = {literal}"
+            "delete from outbox.cursors where pipeline = {literal}; delete from outbox.leases where pipeline = {literal}"
         ))
     }));
     findings

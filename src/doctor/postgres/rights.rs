@@ -29,6 +29,9 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
                    ('incarnation', 'select'), ('incarnation', 'insert'),
                    ('cursors', 'select'), ('cursors', 'insert'), ('cursors', 'update'), ('cursors', 'delete'),
                    ('leases', 'select'), ('leases', 'insert'), ('leases', 'update'), ('leases', 'delete'),
+                   ('pipelines', 'select'), ('pipelines', 'insert'), ('pipelines', 'update'),
+                   ('former_cursors', 'select'), ('former_cursors', 'insert'), ('former_cursors', 'delete'),
+                   ('members', 'select'), ('members', 'insert'), ('members', 'update'), ('members', 'delete'),
                    ('acts', 'select'),
                    ('parked', 'select'), ('parked', 'insert'), ('parked', 'update'), ('parked', 'delete'))
            r (name, privilege)
@@ -48,7 +51,7 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
       from pg_proc p
       join pg_namespace s on s.oid = p.pronamespace
       left join pg_roles g on g.rolname = 'outbox_relay'
-     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('pg_catalog', 'pg_control_system'))) n";
+     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('outbox', 'shard_of'), ('pg_catalog', 'pg_control_system'))) n";
 
 /// What writers need, and what they must not have.
 const WRITERS: &str = "

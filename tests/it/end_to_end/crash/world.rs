@@ -20,6 +20,9 @@ pub(super) const LEASE: Duration = Duration::from_secs(1);
 /// Small, so that a duplicate too many is seen.
 pub(super) const IN_FLIGHT_EVENTS: u64 = 500;
 
+/// The pipeline is spread over so many at most.
+pub(super) const SHARDS_MAX: u32 = 4;
+
 /// A place for a relay, with its own way to the database.
 struct Seat {
     /// Ends before its folder and its services do.
@@ -49,6 +52,7 @@ pub(super) enum Blow {
     KillDatabase,
     Freeze,
     Stop,
+    Reshard,
     Cut,
     Reset,
     Slow,
@@ -61,14 +65,15 @@ pub(super) enum Blow {
 
 impl Blow {
     /// With how often each comes in a hundred.
-    const WEIGHTS: [(Self, u32); 15] = [
-        (Self::KillOwner, 60),
+    const WEIGHTS: [(Self, u32); 16] = [
+        (Self::KillOwner, 58),
         (Self::KillAny, 8),
         (Self::KillAll, 6),
         (Self::KillBroker, 1),
         (Self::KillDatabase, 2),
         (Self::Freeze, 5),
         (Self::Stop, 2),
+        (Self::Reshard, 2),
         (Self::Cut, 3),
         (Self::Reset, 3),
         (Self::Slow, 2),
@@ -157,7 +162,7 @@ impl World {
         }
     }
 
-    /// Who holds the lease by the database's own books; waits until one of the relays does.
+    /// Who holds the lease of the first shard by the database's own books; waits until one of the relays does.
     async fn owner(&self) -> usize {
         self.owner_but(None).await
     }
@@ -166,7 +171,7 @@ impl World {
     async fn owner_but(&self, not: Option<u32>) -> usize {
         eventually("an owner", super::PATIENCE, async || {
             let holder: Option<String> = sqlx::query_scalar(
-                "select holder from outbox.leases where expires_at > clock_timestamp()",
+                "select holder from outbox.leases where shard = 0 and expires_at > clock_timestamp()",
             )
             .fetch_optional(&self.pool)
             .await
@@ -224,6 +229,7 @@ impl World {
                 let relay = self.seats[owner].relay.take();
                 relay.expect("the owner runs").stop().await;
             }
+            Blow::Reshard => self.reshard(random.u32(1..=SHARDS_MAX)).await,
             Blow::Cut => way.cut(false),
             Blow::Reset => way.cut(true),
             Blow::Slow => spell(way, slow, long, None).await,
@@ -238,6 +244,26 @@ impl World {
         self.fill();
         self.owner().await;
         struck
+    }
+
+    /// A rolling update to another number of shards.
+    async fn reshard(&mut self, shards: u32) {
+        for seat in 0..self.seats.len() {
+            let seat = &mut self.seats[seat];
+            seat.setup.set("PIPELINE__SHARDS", &shards.to_string());
+            if let Some(relay) = seat.relay.take() {
+                relay.stop().await;
+            }
+            self.fill();
+        }
+        eventually("the new number of shards", super::PATIENCE, async || {
+            let there: i32 = sqlx::query_scalar("select shards from outbox.pipelines")
+                .fetch_one(&self.pool)
+                .await
+                .ok()?;
+            (u32::try_from(there) == Ok(shards)).then_some(())
+        })
+        .await;
     }
 
     async fn kill_owner(&mut self, owner: usize) -> Struck {
