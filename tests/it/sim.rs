@@ -44,6 +44,8 @@ struct Weather {
     sabotage: Option<Sabotage>,
     /// No faults, no crashes, one process.
     fair: bool,
+    /// It is always everybody's turn.
+    still: bool,
 }
 
 fn run(seed: u64, weather: Weather) -> Outcome {
@@ -100,6 +102,7 @@ async fn simulate(seed: u64, weather: Weather) -> Outcome {
             &shared,
             number,
             (settings.clone(), &rules),
+            weather.still,
             &closing,
         )));
     }
@@ -219,6 +222,7 @@ async fn process(
     shared: &Shared,
     number: u32,
     (settings, rules): (Settings, &Rules),
+    still: bool,
     closing: &CancellationToken,
 ) {
     while !closing.is_cancelled() {
@@ -238,6 +242,7 @@ async fn process(
             pipeline.parked_max += 10;
             pipeline.parked_max_per_entity += 10;
         }
+        let (turn, turn_seen) = watch::channel(Turn::Ours);
         let relay = Relay {
             pipeline,
             settings,
@@ -245,7 +250,7 @@ async fn process(
             sink: FakeSink::new(shared, number, owner),
             ledger: FakeLedger::new(shared, owner),
             shard: Shard::whole(),
-            turn: Turn::always(),
+            turn: turn_seen,
             status: watch::channel(Status::starting()).0,
             changes: tokio::sync::watch::channel(None).1,
             now_us: || 0,
@@ -257,24 +262,54 @@ async fn process(
             polls_left,
             stalled: None,
         };
-        let stopped = match stop_after {
-            None => life.await,
-            Some(after) => {
-                tokio::select! {
-                    biased;
-                    stopped = &mut life => stopped,
-                    () = sleep(after) => {
-                        stop.cancel();
-                        life.await
-                    }
-                }
-            }
+        let stopped = tokio::select! {
+            biased;
+            stopped = lived(&mut life, stop_after, &stop) => stopped,
+            () = take_turns(shared, &turn), if !still => unreachable!("it never ends"),
         };
         if !stopped {
             shared.with(|world| world.note(Fact::Crashed { owner }));
         }
         let away = shared.with(|world| world.ms(100));
         sleep(away).await;
+    }
+}
+
+/// To the end of a life, which is asked for after some time. False when it died.
+async fn lived<F: Future<Output = ()>>(
+    life: &mut Mortal<F>,
+    stop_after: Option<Duration>,
+    stop: &CancellationToken,
+) -> bool {
+    let Some(after) = stop_after else {
+        return life.await;
+    };
+    tokio::select! {
+        biased;
+        stopped = &mut *life => stopped,
+        () = sleep(after) => {
+            stop.cancel();
+            life.await
+        }
+    }
+}
+
+/// Now and then it is another relay's turn, as when one joins or leaves; in the end it is everybody's.
+async fn take_turns(shared: &Shared, turn: &watch::Sender<Turn>) {
+    loop {
+        let (wait, ours) = shared.with(|world| {
+            let wait = world.ms(4000);
+            (wait, world.calm || world.rng.u32(0..3) > 0)
+        });
+        sleep(wait).await;
+        let ours = ours || shared.with(|world| world.calm);
+        turn.send_replace(if ours {
+            Turn::Ours
+        } else {
+            Turn::Theirs {
+                holder: "another".to_owned(),
+            }
+        });
     }
 }
 
@@ -569,7 +604,11 @@ const FOUND_SOMETHING: &[u64] = &[
 #[test]
 fn what_broke_once_holds() {
     for seed in FOUND_SOMETHING {
-        demand(*seed, &run(*seed, Weather::default()));
+        let weather = Weather {
+            still: true,
+            ..Weather::default()
+        };
+        demand(*seed, &run(*seed, weather));
     }
 }
 
