@@ -663,6 +663,7 @@ fn is_caught(sabotage: Sabotage, promise: Promise) {
         let weather = Weather {
             sabotage: Some(sabotage),
             fair: false,
+            still: false,
         };
         let violations = run(seed, weather).violations;
         if violations
