@@ -13,7 +13,8 @@
 //! | route | whether an event concerns a pipeline, its topic and key | [`route`] |
 //! | encode | makes a record of it | [`encode`] |
 //! | sink | takes records over in order, says which arrived | [`sink::kafka`], [`sink::stdout`] |
-//! | loop | where they meet, once per pipeline | [`relay`] |
+//! | loop | where they meet, once per shard of a pipeline | [`relay`] |
+//! | crew | which relay owns which shard of a pipeline | [`crew`] |
 //! | ledger | the durable books: lease, cursor, parked events, what operators ask for | [`ledger`] |
 //!
 //! The outbox is a log: nothing updates or deletes a row to make progress, a pipeline holds a [`position::Position`]. The
@@ -29,7 +30,7 @@
 //! * **I5** Rows and bytes in memory are bounded, whatever the backlog.
 //! * **I6** A rejected event affects its own entity and nobody else; a failing pipeline no other pipeline.
 //! * **I7** Hints change latency only.
-//! * **I8** Of many replicas one owns a pipeline; an owner that lost its lease publishes nothing new.
+//! * **I8** Of many replicas one owns a (pipeline, shard); an owner that lost its lease publishes nothing new.
 //! * **I9** In exactly-once mode a consumer of committed records sees each event once, across any crash of relay and broker.
 //!   Else delivery is at least once, and consumers deduplicate by the header `id`.
 //!
@@ -41,7 +42,7 @@
 //!
 //! ```text
 //! words            rules                  ends                    loop    shell                         door
-//! event position ← order route encode  ←  source sink ledger   ←  relay ← config supervise admin …   ←  cli main
+//! event position ← order route encode  ←  source sink ledger   ←  relay ← config crew supervise …    ←  cli main
 //! ```
 //!
 //! `source`, `sink` and `ledger` know neither each other nor the rules. [`telemetry`] names every metric, [`supervise`] is the
