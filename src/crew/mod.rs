@@ -71,6 +71,8 @@ struct Here<'a> {
     /// Since when nobody has owned each shard.
     free_since: Vec<Option<Instant>>,
     shown: Vec<ShownRelay>,
+    /// Who was told another number of shards than this process, when that was last said.
+    told_otherwise: Vec<String>,
     stopping: &'a CancellationToken,
     /// Of the relays of this number of shards.
     until: CancellationToken,
@@ -105,6 +107,7 @@ impl<'a> Crews<'a> {
             turns: Vec::new(),
             free_since: Vec::new(),
             shown: Vec::new(),
+            told_otherwise: Vec::new(),
             stopping,
             until: stopping.child_token(),
         });
@@ -255,8 +258,26 @@ impl Here<'_> {
         relays
     }
 
+    /// Says who has to be told another number of shards, before it can come into force or because it never will.
+    fn name_others(&mut self, crew: &Crew) {
+        let told = self.pipeline.shards;
+        let others = crew.members.iter().filter(|member| member.shards != told);
+        let others: Vec<String> = others.map(|member| member.holder.clone()).collect();
+        if !others.is_empty() && others != self.told_otherwise {
+            tracing::warn!(
+                pipeline = crew.pipeline,
+                shards = crew.shards,
+                told,
+                others = others.join(", "),
+                "other relays are told another number of shards: it changes when all are told the same"
+            );
+        }
+        self.told_otherwise = others;
+    }
+
     /// Tells each relay whether it is its turn.
     fn follow(&mut self, me: &str, crew: &Crew) -> Plan {
+        self.name_others(crew);
         let now = Instant::now();
         for (free_since, lease) in self.free_since.iter_mut().zip(&crew.leases) {
             *free_since = match lease.holder {

@@ -144,8 +144,7 @@ impl PostgresSource {
     }
 
     fn ids_max(&self, limits: PageLimits) -> i64 {
-        let shards = i64::from(self.share.shards());
-        let enough = i64::try_from(self.rows_max(limits)).map_or(IDS_MAX, |rows| rows * 2 * shards);
+        let enough = i64::try_from(self.rows_max(limits)).map_or(IDS_MAX, |rows| rows * 2);
         let base = enough.clamp(IDS_MIN, IDS_MAX);
         (base << self.empty_stretches.min(16)).min(IDS_MAX)
     }

@@ -42,10 +42,6 @@ impl Share {
         }
     }
 
-    pub(super) fn shards(&self) -> u32 {
-        self.of.as_ref().map_or(1, |(_, shard)| shard.count)
-    }
-
     pub(super) fn is_known(&self) -> bool {
         self.former.is_some()
     }
@@ -98,7 +94,12 @@ impl Share {
             return sql;
         };
         if *count > 1 {
-            let _ = write!(sql, "and outbox.shard_of({ENTITY}, {count}) = {index}");
+            // The planner takes an equality with an expression for one row in two hundred, so that it would sort whole
+            // partitions rather than walk along the primary key to the limit. Of what it can't see through it expects half.
+            let _ = write!(
+                sql,
+                "and coalesce(outbox.shard_of({ENTITY}, {count}) = {index}, false)"
+            );
         }
         let needed = |former: &&Former| former.cur.age() > prev.age();
         for former in self.former.iter().flatten().filter(needed) {

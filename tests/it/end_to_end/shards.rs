@@ -188,6 +188,8 @@ async fn an_owner_that_was_frozen_over_the_change_publishes_nothing() {
     first.signal("CONT");
     // It is there again and wants two: the three stay, and it gets its share of them.
     share(&[&second, &first], &[2, 1]).await;
+    let told = "other relays are told another number of shards";
+    assert!(second.log().contains(told), "{}", second.log());
     writing.commits(50).await;
     writing.stop().await;
     // What it sent of its old shards on waking up would be out of order or doubled.

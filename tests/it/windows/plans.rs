@@ -2,10 +2,11 @@
 
 use std::fmt::Write;
 
-use outbox_relay::event::{EventId, Start};
+use outbox_relay::event::{EventId, Shard, Start};
 use outbox_relay::position::Position;
 use outbox_relay::source::PageLimits;
 use outbox_relay::source::Source;
+use outbox_relay::source::postgres::PostgresSource;
 use serde_json::Value;
 use sqlx::postgres::PgConnection;
 
@@ -32,12 +33,12 @@ struct Ran {
     shape: Value,
 }
 
-async fn explain(connection: &mut PgConnection, relay: &Relay<'_>) -> Ran {
+async fn explain(connection: &mut PgConnection, source: &PostgresSource) -> Ran {
     let limits = PageLimits {
         rows: PAGE_ROWS,
         bytes: usize::MAX,
     };
-    let statement = relay.source.statement(limits);
+    let statement = source.statement(limits);
     let select = statement
         .strip_prefix("copy (")
         .and_then(|rest| rest.strip_suffix(") to stdout (format binary)"))
@@ -241,19 +242,19 @@ async fn in_state(
 
     let mut relay = Relay::start(database, Start::Latest).await;
     settle(&mut relay).await;
-    let idle = explain(connection, &relay).await;
+    let idle = explain(connection, &relay.source).await;
     idle.check_idle(state);
     // The snapshot moves, with transactions of others, and still nothing is read.
     sql(connection, "select pg_current_xact_id()").await;
     sql(&mut late, "begin; select pg_current_xact_id()").await;
     sql(connection, "select pg_current_xact_id()").await;
-    let idle = explain(connection, &relay).await;
+    let idle = explain(connection, &relay.source).await;
     println!("{state}: idle: {} buffers", idle.buffers);
     idle.check_idle(state);
     sql(&mut late, "rollback").await;
 
     sql(connection, &fill(1, 100)).await;
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     assert_eq!(ran.rows, 101, "with the head");
     ran.check(&format!("{state}: open a window"), populated);
     ran.check_buffers(&format!("{state}: open a window"));
@@ -265,12 +266,12 @@ async fn in_state(
         sql(connection, &fill(1, 10)).await;
         settle(&mut relay).await;
     }
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     assert_eq!(ran.rows, 1, "not ended yet");
     ran.check_buffers(&format!("{state}: while one is open"));
     sql(&mut late, "commit").await;
     sql(connection, &fill(1, 100)).await;
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     assert_eq!(ran.rows, 111);
     ran.check(&format!("{state}: open a window with late rows"), populated);
     ran.check_buffers(&format!("{state}: open a window with late rows"));
@@ -278,7 +279,7 @@ async fn in_state(
     let page = relay.page(5).await;
     assert_eq!(page.events.len(), 5);
     relay.source.seek(page.end);
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     assert_eq!(ran.rows, 105);
     ran.check(&format!("{state}: next page with late rows"), populated);
     ran.check_buffers(&format!("{state}: next page with late rows"));
@@ -286,7 +287,7 @@ async fn in_state(
     // A backlog: its pages, and the window after it.
     sql(connection, "truncate outbox.cursors, outbox.leases").await;
     let mut relay = Relay::start(database, Start::Earliest).await;
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     ran.check(&format!("{state}: first page of a backlog"), populated);
     ran.check_buffers(&format!("{state}: first page of a backlog"));
     let page = relay.page(5).await;
@@ -295,8 +296,14 @@ async fn in_state(
             last_id: EventId(last_id),
             ..page.end.clone()
         };
+        let (mut shard, _) = database.shard(Shard { index: 1, count: 4 }, "nobody");
+        shard.seek(at.clone());
+        let ran = explain(connection, &shard).await;
+        assert_eq!(ran.rows, PAGE_ROWS as u64);
+        ran.check(&format!("{state}: next page of a shard"), populated);
+        ran.check_buffers(&format!("{state}: next page of a shard"));
         relay.source.seek(at);
-        let ran = explain(connection, &relay).await;
+        let ran = explain(connection, &relay.source).await;
         assert_eq!(ran.rows, PAGE_ROWS as u64);
         ran.check(&format!("{state}: next page"), populated);
         ran.check_buffers(&format!("{state}: next page"));
@@ -308,7 +315,7 @@ async fn in_state(
     relay.source.seek(done.clone());
     relay.acknowledge(done).await;
     sql(connection, &fill(1, 100)).await;
-    let ran = explain(connection, &relay).await;
+    let ran = explain(connection, &relay.source).await;
     assert_eq!(ran.rows, 101);
     ran.check_buffers(&format!("{state}: the window after a backlog"));
 }
