@@ -106,14 +106,20 @@ pub struct Resolved {
     pub rejected: Vec<(EventId, String)>,
 }
 
+/// What the books look like after [`Ledger::resolve`], each in no order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    /// Entities (aggregate type and id) of which nothing is parked any more that holds them.
+    pub free: Vec<(String, String)>,
+    /// Of the events to be dropped those that stay, because nobody wants that any more.
+    pub kept: Vec<EventId>,
+}
+
 /// The answer to [`Ledger::resolve`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolution {
-    /// Written. Of these entities (aggregate type and id) nothing is parked any more that holds them.
-    Written {
-        /// In no order.
-        free: Vec<(String, String)>,
-    },
+    /// Written.
+    Written(Released),
     /// Not written, as [`Fenced::Lost`].
     Lost,
 }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Changes;
 use super::lease::LeaseEnd;
-use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved};
+use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved};
 use crate::position::Position;
 
 /// What the loop wants of the books, and where to answer.
@@ -20,8 +20,8 @@ pub(super) enum Order {
     Park(Vec<Parked>, oneshot::Sender<()>),
     /// Say which parked events are due, as soon as there are any.
     Due(oneshot::Sender<Vec<Due>>),
-    /// Write what became of them, and say which entities are free.
-    Resolve(Resolved, oneshot::Sender<Vec<(String, String)>>),
+    /// Write what became of them, and say what that released.
+    Resolve(Resolved, oneshot::Sender<Released>),
 }
 
 /// The ends of the channels that the books hold.
@@ -179,8 +179,8 @@ async fn fulfil<L: Ledger>(ledger: &mut L, order: Order, deadline: Instant) -> F
             let written = timeout_at(deadline, ledger.resolve(&resolved)).await;
             written.map(|written| {
                 written.map(|resolution| match resolution {
-                    Resolution::Written { free } => {
-                        let _ = done.send(free);
+                    Resolution::Written(released) => {
+                        let _ = done.send(released);
                         Fenced::Written
                     }
                     Resolution::Lost => Fenced::Lost,

@@ -14,7 +14,7 @@ use super::books::Order;
 use super::publish::{Ended, Life, Pause, Publisher, Verdict};
 use super::topics::Topics;
 use crate::event::{Event, EventId, Rejection, Seq};
-use crate::ledger::{Due, Resolved};
+use crate::ledger::{Due, Released, Resolved};
 use crate::sink::Sink;
 
 /// Which try of an event: what the broker said about one says nothing about the next.
@@ -195,7 +195,7 @@ impl<K: Sink> Publisher<'_, K> {
             let last = Seq(batch.first.0 + batch.rows.len() as u64 - 1);
             batch.taken == batch.rows.len() && life.in_flight.is_released(last)
         });
-        let Some(Batch { rows, .. }) = finished else {
+        let Some(Batch { mut rows, .. }) = finished else {
             return;
         };
         let mut resolved = Resolved::default();
@@ -209,7 +209,11 @@ impl<K: Sink> Publisher<'_, K> {
                 Fate::Stay => {}
             }
         }
-        let free = self.tell_books(|done| Order::Resolve(resolved, done)).await;
+        let order = |done| Order::Resolve(resolved, done);
+        let Released { free, kept } = self.tell_books(order).await;
+        for row in rows.iter_mut().filter(|row| kept.contains(&row.id)) {
+            row.fate = Fate::Stay;
+        }
         self.resolved(&rows);
         for (aggregate_type, aggregate_id) in free {
             self.waiting.release(&aggregate_type, &aggregate_id);

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgTransaction};
 
 use super::{Fence, get, is_ours, literal, of_shard};
 use crate::event::{Event, EventId, HeldEntity, Payload};
-use crate::ledger::{Due, Fenced, Parked, Resolution, Resolved, Settings};
+use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings};
 
 /// The time as history has it.
 const NOW: &str =
@@ -250,24 +250,24 @@ pub(super) async fn resolve(
         .await
         .with_context(|| format!("note that event {id} was rejected again"))?;
     }
-    let free = remove(&mut transaction, settings, resolved).await?;
+    let released = remove(&mut transaction, settings, resolved).await?;
     transaction.commit().await.context("commit")?;
-    Ok(Resolution::Written { free })
+    Ok(Resolution::Written(released))
 }
 
-/// Removes rows, makes the next of their entities due, and returns the entities that have none left.
+/// Removes rows, and makes the next of their entities due.
 async fn remove(
     connection: &mut PgConnection,
     settings: &Settings,
     Resolved {
         delivered, dropped, ..
     }: &Resolved,
-) -> Result<Vec<(String, String)>, anyhow::Error> {
+) -> Result<Released, anyhow::Error> {
     let ids = |ids: &[EventId]| ids.iter().map(|id| id.0).collect::<Vec<i64>>();
-    let removed: Vec<(String, String, bool)> = sqlx::query_as(
+    let removed: Vec<(i64, String, String, bool)> = sqlx::query_as(
         "delete from outbox.parked \
           where pipeline = $1 and (id = any($2) or (id = any($3) and wanted = 'drop')) \
-         returning aggregate_type, aggregate_id, holds",
+         returning id, aggregate_type, aggregate_id, holds",
     )
     .persistent(false)
     .bind(settings.pipeline.as_str())
@@ -276,12 +276,21 @@ async fn remove(
     .fetch_all(&mut *connection)
     .await
     .context("remove what is not parked any more")?;
+    let gone: BTreeSet<i64> = removed.iter().map(|(id, ..)| *id).collect();
+    let mut released = Released {
+        free: Vec::new(),
+        kept: dropped
+            .iter()
+            .filter(|id| !gone.contains(&id.0))
+            .copied()
+            .collect(),
+    };
     let entities: BTreeSet<(String, String)> = removed
         .into_iter()
-        .filter_map(|(kind, entity, holds)| holds.then_some((kind, entity)))
+        .filter_map(|(_, kind, entity, holds)| holds.then_some((kind, entity)))
         .collect();
     if entities.is_empty() {
-        return Ok(Vec::new());
+        return Ok(released);
     }
     let (types, ids): (Vec<String>, Vec<String>) = entities.into_iter().unzip();
     sqlx::query(
@@ -299,7 +308,7 @@ async fn remove(
     .execute(&mut *connection)
     .await
     .context("release what waits")?;
-    sqlx::query_as(
+    released.free = sqlx::query_as(
         "select e.aggregate_type, e.aggregate_id from unnest($2::text[], $3::text[]) e (aggregate_type, aggregate_id) \
           where not exists (select from outbox.parked \
                              where pipeline = $1 and aggregate_type = e.aggregate_type \
@@ -311,5 +320,6 @@ async fn remove(
     .bind(&ids)
     .fetch_all(connection)
     .await
-    .context("look for entities that are free")
+    .context("look for entities that are free")?;
+    Ok(released)
 }

@@ -8,7 +8,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Connection, Row, SqliteTransaction};
 
 use crate::event::{Event, EventId, HeldEntity, Payload};
-use crate::ledger::{Due, Fenced, Parked, Resolution, Resolved, Settings};
+use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings};
 
 pub(super) async fn held(
     connection: &mut SqliteConnection,
@@ -248,6 +248,7 @@ pub(super) async fn resolve(
         .await
         .with_context(|| format!("note that event {id} was rejected again"))?;
     }
+    let mut released = Released::default();
     let mut entities = BTreeSet::new();
     let delivered = delivered.iter().map(|id| (id, false));
     for (id, dropped) in delivered.chain(dropped.iter().map(|id| (id, true))) {
@@ -261,16 +262,18 @@ pub(super) async fn resolve(
         .fetch_optional(&mut *transaction)
         .await
         .with_context(|| format!("remove event {id}"))?;
+        if dropped && removed.is_none() {
+            released.kept.push(*id);
+        }
         entities.extend(removed.and_then(|(kind, entity, holds)| holds.then_some((kind, entity))));
     }
-    let mut free = Vec::new();
     for (kind, entity) in entities {
         if !next_is_due(&mut transaction, settings, &kind, &entity).await? {
-            free.push((kind, entity));
+            released.free.push((kind, entity));
         }
     }
     transaction.commit().await.context("commit")?;
-    Ok(Resolution::Written { free })
+    Ok(Resolution::Written(released))
 }
 
 /// Makes the next event of an entity due unless it was rejected; false when there is none.

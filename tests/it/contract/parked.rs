@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use outbox_relay::event::{Event, EventId, Payload, Shard, Start};
 use outbox_relay::ledger::acts::{Action, ParkedDetail, Selector, Wish};
-use outbox_relay::ledger::{Acquired, Due, Fenced, Ledger, Parked, Resolution, Resolved, Settings};
+use outbox_relay::ledger::{
+    Acquired, Due, Fenced, Ledger, Parked, Released, Resolution, Resolved, Settings,
+};
 use outbox_relay::position::{Position, Window};
 
 use crate::harness::books::Books;
@@ -17,6 +19,7 @@ macro_rules! kept_by {
                 nothing_is_due_before_somebody_asks,
                 an_entity_is_due_from_its_oldest_event_on,
                 what_waits_behind_a_dropped_event_is_due,
+                a_drop_that_was_taken_back_stays,
                 what_is_rejected_again_waits_again,
                 a_dead_letter_is_due_alone,
                 due_events_are_as_they_were_written,
@@ -116,7 +119,7 @@ async fn delivered(ledger: &mut impl Ledger, ids: &[i64]) -> Vec<(String, String
 
 fn free(resolution: Resolution) -> Vec<(String, String)> {
     match resolution {
-        Resolution::Written { free } => free,
+        Resolution::Written(Released { free, .. }) => free,
         Resolution::Lost => panic!("the lease is ours"),
     }
 }
@@ -204,6 +207,27 @@ async fn what_waits_behind_a_dropped_event_is_due<B: Books>(mut books: B) {
     };
     assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
     assert_eq!(due(&mut ledger).await, [2, 3]);
+}
+
+async fn a_drop_that_was_taken_back_stays<B: Books>(mut books: B) {
+    let mut ledger = owner(&books).await;
+    let some = [parked(1, "a", Some("bad")), parked(2, "b", Some("bad"))];
+    ledger.park(&some).await.unwrap();
+    for n in [1, 2] {
+        books.mark(&wish(Action::Drop, id(n))).await;
+    }
+    assert_eq!(due(&mut ledger).await, [1, 2]);
+    books.mark(&wish(Action::Redrive, id(1))).await;
+    let resolved = Resolved {
+        dropped: vec![EventId(1), EventId(2)],
+        ..Resolved::default()
+    };
+    let Resolution::Written(released) = ledger.resolve(&resolved).await.unwrap() else {
+        panic!("the lease is ours");
+    };
+    assert_eq!(released.kept, [EventId(1)]);
+    assert_eq!(released.free, [("order".to_owned(), "b".to_owned())]);
+    assert_eq!(due(&mut ledger).await, [1]);
 }
 
 async fn what_is_rejected_again_waits_again<B: Books>(mut books: B) {

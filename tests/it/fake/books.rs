@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use outbox_relay::event::{Event, EventId, HeldEntity};
 use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved, Tenure,
 };
 use outbox_relay::position::Position;
 use tokio::time::{Instant, sleep, timeout};
@@ -234,7 +234,7 @@ impl World {
         Some(row)
     }
 
-    fn resolve(&mut self, at: Instant, resolved: &Resolved) -> Vec<Entity> {
+    fn resolve(&mut self, at: Instant, resolved: &Resolved) -> Released {
         let Resolved {
             delivered,
             dropped,
@@ -244,7 +244,8 @@ impl World {
             let row = self.books.parked.get(&id.0);
             row.is_some_and(|row| row.wanted == Some(Wanted::Drop))
         };
-        let dropped: Vec<EventId> = dropped.iter().filter(wanted).copied().collect();
+        let (dropped, kept): (Vec<EventId>, Vec<EventId>) =
+            dropped.iter().copied().partition(|id| wanted(&id));
         for (id, _) in rejected {
             if let Some(row) = self.books.parked.get_mut(&id.0) {
                 row.rejected = true;
@@ -257,18 +258,21 @@ impl World {
             let row = self.remove(at, id.0).filter(|row| row.holds);
             entities.extend(row.map(|row| row.entity()));
         }
-        let mut free = Vec::new();
+        let mut released = Released {
+            free: Vec::new(),
+            kept,
+        };
         for entity in entities {
             let next = self.books.of_entity(&entity).next().map(|(id, _)| *id);
             if next.is_none() || self.is(Sabotage::FreeEarly) {
-                free.push(entity);
+                released.free.push(entity);
             }
             let next = next.and_then(|id| self.books.parked.get_mut(&id));
             if let Some(row) = next.filter(|row| !row.rejected && row.wanted.is_none()) {
                 row.wanted = Some(Wanted::Redrive);
             }
         }
-        free
+        released
     }
 
     /// An operator asks for something.
@@ -280,8 +284,8 @@ impl World {
         }
     }
 
-    /// None when it is fenced; else the entities that are free now.
-    fn write(&mut self, at: Instant, owner: u32, epoch: u64, write: &Write) -> Option<Vec<Entity>> {
+    /// None when it is fenced; else what a resolution released.
+    fn write(&mut self, at: Instant, owner: u32, epoch: u64, write: &Write) -> Option<Released> {
         if epoch != self.books.epoch && !self.is(Sabotage::NoFence) {
             return None;
         }
@@ -324,7 +328,7 @@ impl World {
                 self.note_at(at, Fact::Released { owner });
             }
         }
-        Some(Vec::new())
+        Some(Released::default())
     }
 
     pub(super) fn write_late(&mut self, at: Instant, late: &LateWrite) {
@@ -358,14 +362,14 @@ impl FakeLedger {
         Ok(written.map_or(Fenced::Lost, |_| Fenced::Written))
     }
 
-    async fn ask(&mut self, write: Write) -> Result<Option<Vec<Entity>>, LedgerError> {
+    async fn ask(&mut self, write: Write) -> Result<Option<Released>, LedgerError> {
         let limit = self.shared.with(|world| world.books.lease_ttl);
         timeout(limit, self.try_write(write))
             .await
             .unwrap_or_else(|_| Err(LedgerError(anyhow!("no answer"))))
     }
 
-    async fn try_write(&self, write: Write) -> Result<Option<Vec<Entity>>, LedgerError> {
+    async fn try_write(&self, write: Write) -> Result<Option<Released>, LedgerError> {
         let Self {
             shared,
             owner,
@@ -462,7 +466,7 @@ impl Ledger for FakeLedger {
 
     async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
         let written = self.ask(Write::Resolve(resolved.clone())).await?;
-        Ok(written.map_or(Resolution::Lost, |free| Resolution::Written { free }))
+        Ok(written.map_or(Resolution::Lost, Resolution::Written))
     }
 
     async fn release(&mut self, _settled: bool) -> Result<(), LedgerError> {
