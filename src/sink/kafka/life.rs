@@ -9,12 +9,13 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{self, BaseRecord, Producer, ProducerContext, PurgeConfig};
+use rdkafka::producer::{BaseRecord, Producer, ProducerContext, PurgeConfig};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::partition::{Admission, FirstRecords, Partitions};
+use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
 use super::{Receipt, Refused, Settings, SinkError, log_librdkafka, not_set_up};
 use crate::crash;
@@ -27,11 +28,11 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a dying producer may take to say what became of the rest.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-pub(super) type ThreadedProducer = producer::ThreadedProducer<Context>;
+pub(super) type KafkaProducer = PolledProducer<Context>;
 
 /// A producer and what it says.
 pub(super) struct Life {
-    producer: ThreadedProducer,
+    producer: KafkaProducer,
     pub(super) trouble: Arc<watch::Sender<Option<String>>>,
     news: mpsc::UnboundedReceiver<News>,
     received: Vec<News>,
@@ -54,7 +55,8 @@ struct Dying {
 /// What librdkafka says.
 enum News {
     Delivered(Seq),
-    Failed(Seq, Code),
+    /// With the topic, where that is gone.
+    Failed(Seq, Code, Option<String>),
     /// Something else is wrong, perhaps for good.
     Trouble,
 }
@@ -105,11 +107,9 @@ impl ProducerContext for Context {
             Ok(_) => News::Delivered(seq),
             Err((error, message)) => {
                 let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
-                if of_a_lost_topic(code) {
-                    let lost = format!("topic {} is gone", message.topic());
-                    self.trouble.send_replace(Some(lost));
-                }
-                News::Failed(seq, code)
+                // Later complaints must not hide which one it is.
+                let lost = of_a_lost_topic(code).then(|| message.topic().to_owned());
+                News::Failed(seq, code, lost)
             }
         });
     }
@@ -131,7 +131,7 @@ impl Life {
             news: sender,
             trouble: trouble.clone(),
         };
-        let producer = config.create_with_context(context).map_err(not_set_up)?;
+        let producer = PolledProducer::create(config, context).map_err(not_set_up)?;
         Ok(Self {
             producer,
             trouble,
@@ -339,9 +339,13 @@ impl Life {
                     }
                     continue;
                 }
-                News::Failed(seq, code) => {
+                News::Failed(seq, code, lost) => {
                     self.outstanding -= 1;
-                    (code.to_string(), Some((seq, code)))
+                    let reason = match lost {
+                        Some(topic) => format!("topic {topic} is gone"),
+                        None => code.to_string(),
+                    };
+                    (reason, Some((seq, code)))
                 }
                 // After a fatal error nothing is sent any more, and without a message timeout nothing is said about it.
                 News::Trouble => match self.producer.client().fatal_error() {
@@ -393,7 +397,7 @@ impl Life {
     }
 }
 
-fn purge(producer: &ThreadedProducer) {
+fn purge(producer: &KafkaProducer) {
     producer.purge(PurgeConfig::default().queue().inflight());
 }
 

@@ -5,6 +5,7 @@
 
 mod life;
 mod partition;
+mod polled;
 mod settings;
 mod topic;
 mod transaction;

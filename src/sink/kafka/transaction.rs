@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
-use super::life::ThreadedProducer;
+use super::life::KafkaProducer;
 use super::topic::{self};
 use super::{NotPrepared, Settings, SinkError, Topics};
 use crate::crash;
@@ -81,7 +81,7 @@ impl Transactions {
     }
 
     /// Makes sure that a transaction is open; false while one is being committed.
-    pub(super) fn admit(&mut self, producer: &ThreadedProducer) -> Result<bool, SinkError> {
+    pub(super) fn admit(&mut self, producer: &KafkaProducer) -> Result<bool, SinkError> {
         match self.state {
             State::Idle if self.log.is_none() => Err(SinkError(
                 "the transactional id is not initialised".to_owned(),
@@ -135,7 +135,7 @@ impl Transactions {
     }
 
     /// Begins to commit once everything has arrived.
-    pub(super) fn everything_arrived(&mut self, producer: &ThreadedProducer) {
+    pub(super) fn everything_arrived(&mut self, producer: &KafkaProducer) {
         if !matches!(self.state, State::Closing(None)) {
             return;
         }
@@ -186,7 +186,7 @@ impl Transactions {
 }
 
 /// Takes back what nobody will commit any more.
-pub(super) fn abort(producer: &ThreadedProducer) {
+pub(super) fn abort(producer: &KafkaProducer) {
     if let Err(error) = producer.abort_transaction(ABORT_MAX) {
         // The next owner does it, or the broker after its timeout.
         tracing::debug!(%error, "could not abort the transaction");
@@ -194,7 +194,7 @@ pub(super) fn abort(producer: &ThreadedProducer) {
 }
 
 /// Waits in the calls of librdkafka.
-fn commit(producer: &ThreadedProducer) -> Result<(), KafkaError> {
+fn commit(producer: &KafkaProducer) -> Result<(), KafkaError> {
     // What has arrived counts as outstanding until librdkafka has heard that we know. The binding would flush, and does so
     // by waiting 100 ms for nothing.
     let began = Instant::now();
@@ -209,7 +209,7 @@ fn commit(producer: &ThreadedProducer) -> Result<(), KafkaError> {
 
 /// Fences whoever used the transactional id before, and reads the last committed position of this log.
 pub(super) async fn resume(
-    producer: &ThreadedProducer,
+    producer: &KafkaProducer,
     settings: &Settings,
     id: &str,
     log: &str,
