@@ -205,10 +205,14 @@ impl<'a> Crews<'a> {
         relays
     }
 
-    /// The relays themselves say what is wrong with the database; whose turn it is stays as it was.
+    /// Without a view of the others the leases alone decide. So every relay asks for its own, and says what is wrong with the
+    /// database.
     fn lose_sight(&mut self, error: &LedgerError) {
         if !std::mem::replace(&mut self.blind, true) {
             tracing::warn!(%error, "can't see which other relays are there");
+        }
+        for turn in self.pipelines.iter().flat_map(|here| &here.turns) {
+            set(turn, &Turn::Ours);
         }
     }
 
@@ -292,12 +296,16 @@ impl Here<'_> {
             .collect();
         let plan = plan(me, crew, &waited);
         for (sender, turn) in self.turns.iter().zip(&plan.turns) {
-            sender.send_if_modified(|current| {
-                let changed = *current != *turn;
-                current.clone_from(turn);
-                changed
-            });
+            set(sender, turn);
         }
         plan
     }
+}
+
+fn set(turn: &watch::Sender<Turn>, to: &Turn) {
+    turn.send_if_modified(|current| {
+        let changed = *current != *to;
+        current.clone_from(to);
+        changed
+    });
 }

@@ -91,6 +91,35 @@ async fn shards_are_spread_over_the_relays_that_are_there() {
     third.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_sees_nobody_is_not_ready_and_says_why() {
+    let test = "a_relay_that_sees_nobody_is_not_ready_and_says_why";
+    let Some(mut line) = Line::create(test).await else {
+        return;
+    };
+    line.setup.set("PIPELINE__SHARDS", "2");
+    line.setup.set("RELAY__LEASE_TTL", "1s");
+    let pool = line.database.pool.clone();
+    let rename = |from: &str, to: &str| format!("alter table outbox.{from} rename to {to}");
+    run(&pool, rename("members", "gone")).await;
+    run(&pool, rename("leases", "lost")).await;
+    let relay = line.setup.start();
+    relay.not_ready(&["outbox.leases\\\" does not exist"]).await;
+    assert!(
+        relay
+            .log()
+            .contains("can't see which other relays are there")
+    );
+    // The leases alone are enough.
+    run(&pool, rename("lost", "leases")).await;
+    share(&[&relay], &[2]).await;
+    run(&pool, rename("gone", "members")).await;
+    let other = line.ready().await;
+    share(&[&relay, &other], &[1, 1]).await;
+    relay.stop().await;
+    other.stop().await;
+}
+
 /// Replaces the relays one by one by such with another number of shards, as a rolling update does.
 async fn roll(line: &mut Line, old: Vec<Process>, shards: u32) -> Vec<Process> {
     line.setup.set("PIPELINE__SHARDS", &shards.to_string());
