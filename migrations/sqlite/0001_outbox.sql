@@ -113,3 +113,12 @@ create table outbox_acts (
     events        integer not null,
     reason        text
 );
+
+-- Parked events that were given up because an operator asked for it. An audit tells them from lost ones.
+create table outbox_dropped (
+    pipeline   text    not null,
+    id         integer not null,
+    event_id   text    not null,
+    dropped_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    primary key (pipeline, id, event_id)
+);

@@ -14,6 +14,7 @@
 mod broker;
 mod crash;
 mod database;
+mod dropped;
 mod exactly_once;
 mod kafka;
 mod load;
