@@ -12,6 +12,7 @@
 #![allow(clippy::doc_markdown, reason = "names of products are no code")]
 
 mod broker;
+mod clock;
 mod crash;
 mod database;
 mod dropped;
