@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use outbox_relay::telemetry::{Kind, METRICS};
 
 /// Tables, roles and channels that begin in the same way.
-const OTHERS: [&str; 12] = [
+const OTHERS: [&str; 13] = [
     "outbox_cursors",
     "outbox_dropped",
     "outbox_events",
@@ -20,6 +20,7 @@ const OTHERS: [&str; 12] = [
     "outbox_parked_wanted",
     "outbox_acts",
     "outbox_relay",
+    "outbox_replays",
     "outbox_writer",
 ];
 

@@ -86,7 +86,7 @@ async fn what_an_operator_dropped_is_no_finding_and_what_is_lost_is() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_operator_dropped_from_sqlite_is_no_finding_and_what_is_lost_is() {
     const TEST: &str = "what_an_operator_dropped_from_sqlite_is_no_finding_and_what_is_lost_is";
-    let Some((file, setup)) = sqlite(TEST).await else {
+    let Some((file, _, setup)) = sqlite(TEST).await else {
         return;
     };
     let run = async |sql: &'static str| {

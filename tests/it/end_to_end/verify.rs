@@ -406,8 +406,8 @@ async fn what_retention_dropped_is_not_unknown_even_behind_older_events() {
     assert_eq!(counts(&report), [0, 0, 0, 1, 0], "{report}");
 }
 
-/// An outbox in a file, and a relay's settings for it; none where Kafka is missing, which is then said.
-pub(super) async fn sqlite(test: &str) -> Option<(TestFile, Setup)> {
+/// An outbox in a file, topics, and a relay's settings for them; none where Kafka is missing, which is then said.
+pub(super) async fn sqlite(test: &str) -> Option<(TestFile, Kafka, Setup)> {
     let brokers = crate::fresh::needed(test, "KAFKA_BROKERS")?;
     let file = TestFile::create().await;
     let kafka = Kafka::new(brokers);
@@ -417,13 +417,13 @@ pub(super) async fn sqlite(test: &str) -> Option<(TestFile, Setup)> {
     setup.set("SOURCE__KIND", "sqlite");
     let path = file.options.get_filename().to_str().unwrap().to_owned();
     setup.set("SOURCE__SQLITE__PATH", &path);
-    Some((file, setup))
+    Some((file, kafka, setup))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sqlite_outbox_is_audited_too() {
     const TEST: &str = "a_sqlite_outbox_is_audited_too";
-    let Some((file, setup)) = sqlite(TEST).await else {
+    let Some((file, _, setup)) = sqlite(TEST).await else {
         return;
     };
     let mut connection = file.connect().await;
