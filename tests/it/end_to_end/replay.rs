@@ -12,8 +12,8 @@ use crate::harness::sqlite::TestFile;
 
 /// The outbox of a test. The tables have the same columns.
 enum Outbox {
-    Postgres(TestDatabase),
-    Sqlite(TestFile),
+    Postgres(Box<TestDatabase>),
+    Sqlite(Box<TestFile>),
 }
 
 /// Ten orders and ten customers with thirty events each.
@@ -68,12 +68,12 @@ impl Stage {
             kafka,
             setup,
         } = Line::create(test).await?;
-        Some(Self::set(Outbox::Postgres(database), kafka, setup).await)
+        Some(Self::set(Outbox::Postgres(Box::new(database)), kafka, setup).await)
     }
 
     async fn sqlite(test: &str) -> Option<Self> {
         let (file, kafka, setup) = sqlite(test).await?;
-        Some(Self::set(Outbox::Sqlite(file), kafka, setup).await)
+        Some(Self::set(Outbox::Sqlite(Box::new(file)), kafka, setup).await)
     }
 
     /// Everything is published once.
