@@ -113,8 +113,7 @@ impl Blow {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Struck {
     pub(super) kills: u64,
-    /// Until another relay owned the pipeline, where one relay was killed or frozen and others were left; and until
-    /// whoever it was had taken the lease anew, where the clock of the owner was set.
+    /// Until another relay owned the pipeline, where one relay was killed or frozen and others were left.
     pub(super) takeover: Option<Duration>,
 }
 
@@ -238,8 +237,8 @@ impl World {
                 struck.kills = 1;
             }
             Blow::Freeze => struck = self.freeze(owner, random.bool()).await,
-            Blow::ClockForward => struck = self.set_clock(owner, HOUR_SECONDS).await,
-            Blow::ClockBack => struck = self.set_clock(owner, -HOUR_SECONDS).await,
+            Blow::ClockForward => self.set_clock(HOUR_SECONDS).await,
+            Blow::ClockBack => self.set_clock(-HOUR_SECONDS).await,
             Blow::Stop => {
                 let relay = self.seats[owner].relay.take();
                 relay.expect("the owner runs").stop().await;
@@ -293,18 +292,17 @@ impl World {
     }
 
     /// The clock of the owner is set while it publishes. What it knows of its lease is void by then, whichever way the
-    /// clock went, so it takes the lease again or another does.
-    async fn set_clock(&mut self, owner: usize, seconds: i64) -> Struck {
-        let (before, since) = (self.epoch().await, Instant::now());
-        self.seats[owner].clock.step(seconds);
+    /// clock went, so it takes the lease again or another does. One that is waiting for something else just then does not
+    /// look at the clock before the lease is renewed: it is struck again.
+    async fn set_clock(&self, seconds: i64) {
+        let before = self.epoch().await;
         eventually("a lease that is taken anew", super::PATIENCE, async || {
+            let owner = self.owner().await;
+            self.seats[owner].clock.step(seconds);
+            sleep(LEASE / 2).await;
             (self.epoch().await > before).then_some(())
         })
         .await;
-        Struck {
-            kills: 0,
-            takeover: Some(since.elapsed()),
-        }
     }
 
     /// How often the lease of the first shard was taken.
