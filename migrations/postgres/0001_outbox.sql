@@ -364,6 +364,16 @@ create table outbox.acts (
     reason        text
 );
 
+-- Parked events that were given up because an operator asked for it. An audit tells them from lost ones.
+create table outbox.dropped (
+    pipeline   text        not null,
+    id         bigint      not null,
+    event_id   uuid        not null,
+    dropped_at timestamptz not null default clock_timestamp(),
+    -- After a failover that lost the newest transactions an id may come again, for another event.
+    primary key (pipeline, id, event_id)
+);
+
 -- Replays that were asked for, and how far they have come.
 create table outbox.replays (
     id         bigint      generated always as identity primary key,
@@ -589,7 +599,7 @@ grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked, outbox.members to outbox_relay;
 grant select, insert, update on outbox.pipelines to outbox_relay;
 grant select, insert, delete on outbox.former_cursors to outbox_relay;
-grant select, insert on outbox.incarnation to outbox_relay;
+grant select, insert on outbox.incarnation, outbox.dropped to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.
 grant select, insert (who, action, pipeline, selector, events, reason) on outbox.acts to outbox_relay;

@@ -113,3 +113,33 @@ create table outbox_acts (
     events        integer not null,
     reason        text
 );
+
+-- Parked events that were given up because an operator asked for it. An audit tells them from lost ones.
+create table outbox_dropped (
+    pipeline   text    not null,
+    id         integer not null,
+    event_id   text    not null,
+    dropped_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    primary key (pipeline, id, event_id)
+);
+
+-- Replays that were asked for, and how far they have come.
+create table outbox_replays (
+    id         integer primary key autoincrement,
+    pipeline   text    not null,
+    selection  text    not null,
+    topic      text,
+    rate       integer not null check (rate > 0),
+    state      text    not null default 'open' check (state in ('open', 'done', 'cancelled')),
+    from_id    integer not null,
+    until_id   integer not null,
+    last_id    integer not null,
+    published  integer not null default 0,
+    skipped    integer not null default 0,
+    holder     text    not null,
+    expires_at integer not null,
+    -- OS user and host: there are no users in a file.
+    created_by text    not null,
+    created_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    updated_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000)
+);

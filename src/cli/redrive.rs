@@ -174,7 +174,7 @@ fn verb(action: Action) -> &'static str {
 }
 
 /// The user and host of this process. For people who read the acts: who has the database's password can say anything.
-fn who() -> String {
+pub(super) fn who() -> String {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let uid = fs::metadata("/proc/self").map(|process| process.uid().to_string());
     let uid = uid.unwrap_or_default();

@@ -6,19 +6,20 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context, Error, bail};
 use clap::{Args, Subcommand};
 use comfy_table::Cell;
-use sqlx::ConnectOptions;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::redrive::who;
 use super::{ConfigArgs, Outcome, show};
 use crate::config::{Config, Sink as SinkConfig, Source};
+use crate::database::{Database, with_next_step};
 use crate::event::{EventId, PipelineName};
 use crate::logging;
 use crate::relay::Pipeline;
-use crate::replay::books::{self, Books, Job, Listed};
+use crate::replay::books::{Books, Job, Listed};
 use crate::replay::{self, End};
-use crate::source::postgres::{self, History, Selection, connect};
+use crate::source::{AnyHistory, Selection, postgres, sqlite};
 use crate::supervise;
 
 /// Publish retained events again, beside the live flow; each record carries the header `replay`.
@@ -148,9 +149,9 @@ impl Start {
             bail!("say which events, or --all for everything that is retained");
         }
         let pipeline = choose(&config, self.pipeline.as_ref())?;
-        let settings = database(&config)?;
-        let mut books = Books::new(open(settings).await?, supervise::holder());
-        let (from, until) = books.range(pipeline.name.as_str()).await?;
+        let mut books = open(&config).await?;
+        let range = books.range(pipeline.name.as_str()).await;
+        let (from, until) = range.map_err(with_next_step)?;
         let mut job = Job {
             id: 0,
             pipeline: pipeline.name.to_string(),
@@ -164,7 +165,7 @@ impl Start {
             skipped: 0,
         };
         if self.dry_run {
-            let mut history = History::new(settings.options.clone());
+            let mut history = history(&config.source);
             let (events, entities) = replay::count(&job, pipeline, &mut history).await?;
             let whereto = job.topic.as_deref().unwrap_or("their own topics");
             anstream::println!(
@@ -189,9 +190,9 @@ impl Resume {
     async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
         drop(logging::install(&config.log)?);
-        let settings = database(&config)?;
-        let mut books = Books::new(open(settings).await?, supervise::holder());
-        let job = books.resume(self.id, self.rate).await?;
+        let mut books = open(&config).await?;
+        let job = books.resume(self.id, self.rate).await;
+        let job = job.map_err(with_next_step)?;
         let name = job.pipeline.parse().map_err(Error::msg)?;
         let pipeline = choose(&config, Some(&name))?;
         work(&config, pipeline, job, books).await
@@ -201,7 +202,7 @@ impl Resume {
 impl List {
     async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
-        let listed = books::list(&mut open(database(&config)?).await?).await?;
+        let listed = open(&config).await?.list().await.map_err(with_next_step)?;
         if self.json {
             anstream::println!("{}", serde_json::to_string_pretty(&listed)?);
         } else {
@@ -214,8 +215,8 @@ impl List {
 impl Cancel {
     async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
-        let mut connection = open(database(&config)?).await?;
-        if !books::cancel(&mut connection, self.id).await? {
+        let cancelled = open(&config).await?.cancel(self.id).await;
+        if !cancelled.map_err(with_next_step)? {
             bail!("there is no open replay {}", self.id);
         }
         anstream::println!("cancelled replay {}", self.id);
@@ -234,15 +235,20 @@ fn choose<'a>(config: &'a Config, name: Option<&PipelineName>) -> Result<&'a Pip
     }
 }
 
-fn database(config: &Config) -> Result<&postgres::Settings, Error> {
-    match &config.source {
-        Source::Postgres(settings) => Ok(settings),
-        Source::Sqlite { .. } => bail!("a SQLite outbox can't be replayed, only one in PostgreSQL"),
-    }
+async fn open(config: &Config) -> Result<Books, Error> {
+    let database = Database::open(&config.source).await?;
+    Ok(Books::new(database, supervise::holder(), who()))
 }
 
-async fn open(settings: &postgres::Settings) -> Result<sqlx::PgConnection, Error> {
-    connect(&settings.options.clone().disable_statement_logging()).await
+fn history(source: &Source) -> AnyHistory {
+    match source {
+        Source::Postgres(settings) => {
+            AnyHistory::Postgres(postgres::History::new(settings.options.clone()))
+        }
+        Source::Sqlite { path, .. } => {
+            AnyHistory::Sqlite(sqlite::History::new(supervise::sqlite_options(path)))
+        }
+    }
 }
 
 /// Publishes, shows how far it has come, and lets go of the replay in good order when it is interrupted.
@@ -256,7 +262,7 @@ async fn work(
         tracing::info!("the records go to the standard output");
     }
     let mut sink = supervise::sink(&config.sink, None);
-    let mut history = History::new(database(config)?.options.clone());
+    let mut history = history(&config.source);
     let mut shown = Progress::new(&job);
     let mut terminate = signal(SignalKind::terminate())?;
     let interrupted = async {

@@ -131,6 +131,7 @@ fn show_pipeline(report: &PipelineReport) {
         found,
         waiting,
         parked,
+        dropped,
         not_judged,
         missing,
         out_of_order,
@@ -147,6 +148,11 @@ fn show_pipeline(report: &PipelineReport) {
     line("found", *found, DIM, "in their topics");
     more("waiting", *waiting, "not settled by the cursor yet");
     more("parked", *parked, "set aside: `outbox-relay parked list`");
+    more(
+        "dropped",
+        *dropped,
+        "given up by an operator: `outbox-relay acts`",
+    );
     show_not_judged(not_judged);
     show_finding("missing", missing, "settled, and in no topic");
     show_finding(

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::{Finding, answered, transactions};
+use super::{Finding, answered, kafka_rights, transactions};
 use crate::config::PipelineConfig;
 use crate::route::illegal_topic;
 use crate::sink::kafka::Settings;
@@ -87,6 +87,8 @@ pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -
             let transactions =
                 transactions::examine(settings, pipelines, &cluster.topics, cluster.broker).await;
             findings.extend(answered("transactions", transactions));
+            let rights = kafka_rights::examine(settings, pipelines, &topics, &cluster.topics).await;
+            findings.extend(answered("kafka_rights", rights));
         }
         Err(Unreached { said, troubles }) => {
             findings.push(judge_trouble(settings, &said, &troubles));

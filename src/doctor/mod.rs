@@ -4,6 +4,7 @@
 //! a finding itself and the others go on. Changes nothing. Prints nothing: that is the command's.
 
 mod kafka;
+mod kafka_rights;
 mod postgres;
 mod sqlite;
 mod transactions;

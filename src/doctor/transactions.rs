@@ -36,7 +36,22 @@ pub(super) async fn examine(
     if settings.delivery != Delivery::ExactlyOnce {
         return Ok(Vec::new());
     }
-    let topics: Vec<String> = pipelines
+    let topics = positions_topics(settings, pipelines);
+    let there: Vec<&str> = topics
+        .iter()
+        .filter(|topic| existing.contains(*topic))
+        .map(String::as_str)
+        .collect();
+    let facts = ask(settings, &there, broker).await?;
+    Ok(judge(settings, &topics, &facts))
+}
+
+/// The topics that hold positions; none without exactly-once.
+pub(super) fn positions_topics(settings: &Settings, pipelines: &[PipelineConfig]) -> Vec<String> {
+    if settings.delivery != Delivery::ExactlyOnce {
+        return Vec::new();
+    }
+    pipelines
         .iter()
         .flat_map(|config| {
             (0..config.shards).map(|index| (&config.pipeline.name, index, config.shards))
@@ -45,14 +60,7 @@ pub(super) async fn examine(
             let settings = settings.clone().of_shard(pipeline, Shard { index, count });
             settings.transactional_id.as_deref().map(positions_topic)
         })
-        .collect();
-    let there: Vec<&str> = topics
-        .iter()
-        .filter(|topic| existing.contains(*topic))
-        .map(String::as_str)
-        .collect();
-    let facts = ask(settings, &there, broker).await?;
-    Ok(judge(settings, &topics, &facts))
+        .collect()
 }
 
 async fn ask(settings: &Settings, topics: &[&str], broker: Option<i32>) -> Result<Facts, Error> {

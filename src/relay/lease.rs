@@ -5,11 +5,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// The end of a lease that is not renewed, by two clocks: the monotonic one stands still while a machine is suspended, and
-/// the wall clock may be set back. Whichever comes first counts; when the wall clock is set forward, the lease is taken again.
+/// the wall clock may be set. Whichever comes first counts; when the wall clock is set forward, or back to before the
+/// question, it says nothing of the time that went by, and the lease is taken again.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LeaseEnd {
     /// By the monotonic clock.
     pub(super) at: Instant,
+    asked_us: i64,
     wall_us: i64,
 }
 
@@ -20,12 +22,44 @@ impl LeaseEnd {
         let ttl_us = i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX);
         Self {
             at: Instant::now() + ttl,
+            asked_us: now_us,
             wall_us: now_us.saturating_add(ttl_us),
         }
     }
 
     /// Whether nothing new may be published.
     pub(super) fn is_over(&self, now_us: i64) -> bool {
-        Instant::now() >= self.at || now_us >= self.wall_us
+        Instant::now() >= self.at || !(self.asked_us..self.wall_us).contains(&now_us)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND_US: i64 = 1_000_000;
+    const ASKED_US: i64 = 1_800_000_000 * SECOND_US;
+
+    fn asked() -> LeaseEnd {
+        LeaseEnd::asked_now(Duration::from_secs(10), ASKED_US)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_ends_by_whichever_clock_comes_first() {
+        let lease = asked();
+        assert!(!lease.is_over(ASKED_US));
+        assert!(!lease.is_over(ASKED_US + 10 * SECOND_US - 1));
+        // The machine was asleep.
+        assert!(lease.is_over(ASKED_US + 10 * SECOND_US));
+        // The wall clock was set back by as much as went by.
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert!(lease.is_over(ASKED_US));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_machine_that_slept_and_whose_clock_was_set_back_owns_nothing() {
+        // Ten minutes of sleep, which the monotonic clock does not see, and an hour back.
+        let woken_us = ASKED_US + 600 * SECOND_US - 3_600 * SECOND_US;
+        assert!(asked().is_over(woken_us));
     }
 }

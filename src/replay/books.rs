@@ -1,14 +1,18 @@
-//! The table `outbox.replays`: what was asked for, by whom, and how far it has come.
+//! The table of replays: what was asked for, by whom, and how far it has come.
+//!
+//! `outbox.replays` in PostgreSQL and `outbox_replays` in a SQLite file, with the same columns; times in the latter are in
+//! microseconds.
 
 use std::time::Duration;
 
 use anyhow::{Context, Error, bail, ensure};
 use serde::{Deserialize, Serialize};
-use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
 
+use crate::database::Database;
 use crate::event::EventId;
-use crate::source::postgres::{NEWEST_ID, Selection, ask};
+use crate::source::Selection;
+use crate::source::postgres::{NEWEST_ID, ask};
 
 /// Without news of a replay for this long somebody else may resume it.
 const EXPIRY: Duration = Duration::from_secs(30);
@@ -75,26 +79,45 @@ pub struct Listed {
     pub published: i64,
     /// Events that were left out.
     pub skipped: i64,
-    /// Who asked for it: the role of the database.
+    /// Who asked for it: the role of the database, or with a file the user and host.
     pub created_by: String,
     /// How long ago.
     pub age_seconds: f64,
 }
 
-const COLUMNS: &str = "id, pipeline, selection, topic, rate, state, \
-     case when expires_at > clock_timestamp() then holder end as holder, \
-     from_id, until_id, last_id, published, skipped, created_by, \
-     extract(epoch from clock_timestamp() - created_at)::float8 as age_seconds";
+/// As PostgreSQL lists them.
+const LIST_POSTGRES: &str = "
+select id, pipeline, selection, topic, rate, state,
+       case when expires_at > clock_timestamp() then holder end as holder,
+       from_id, until_id, last_id, published, skipped, created_by,
+       extract(epoch from clock_timestamp() - created_at)::float8 as age_seconds
+  from outbox.replays";
+
+/// As documents, which is how SQLite lists them.
+const LIST_SQLITE: &str = "
+select json_object('id', id, 'pipeline', pipeline, 'selection', json(selection), 'topic', topic, 'rate', rate,
+                   'state', state, 'holder', iif(expires_at > unixepoch('subsec') * 1000000, holder, null),
+                   'from_id', from_id, 'until_id', until_id, 'last_id', last_id, 'published', published,
+                   'skipped', skipped, 'created_by', created_by,
+                   'age_seconds', unixepoch('subsec') - created_at / 1000000.0)
+  from outbox_replays";
 
 /// The table, as one process works with it.
 pub(crate) struct Books {
-    connection: PgConnection,
+    database: Database,
+    /// This process, unlike any other.
     holder: String,
+    /// The user, for a database that knows none.
+    who: String,
 }
 
 impl Books {
-    pub(crate) fn new(connection: PgConnection, holder: String) -> Self {
-        Self { connection, holder }
+    pub(crate) fn new(database: Database, holder: String, who: String) -> Self {
+        Self {
+            database,
+            holder,
+            who,
+        }
     }
 
     /// The ids that a replay for this pipeline looks at: what is retained, up to where the pipeline has published. What is
@@ -105,26 +128,42 @@ impl Books {
             from: i64,
             until: i64,
         }
-        let Range { from, until } = ask::one(
-            &mut self.connection,
-            &format!(
-                "select coalesce((select min(id) - 1 from outbox.events), 0) as from, \
-                        least({NEWEST_ID}, coalesce( \
-                            (select min(last_id) from outbox.cursors where pipeline = {}), 0)) as until",
-                ask::literal(pipeline)
-            ),
-        )
-        .await
-        .context("ask what is retained")?;
+        let pipeline = ask::literal(pipeline);
+        let range = match &mut self.database {
+            Database::Postgres(connection) => {
+                let select = format!(
+                    "select coalesce((select min(id) - 1 from outbox.events), 0) as from, \
+                            least({NEWEST_ID}, coalesce( \
+                                (select min(last_id) from outbox.cursors where pipeline = {pipeline}), 0)) as until"
+                );
+                ask::one(connection, &select).await
+            }
+            Database::Sqlite(connection) => {
+                let select = format!(
+                    "select coalesce((select min(id) - 1 from outbox_events), 0), \
+                            coalesce((select min(last_id) from outbox_cursors where pipeline = {pipeline}), 0)"
+                );
+                let row = sqlx::query_as(AssertSqlSafe(select)).fetch_one(connection);
+                let range = row.await.map(|(from, until)| Range { from, until });
+                range.map_err(Error::from)
+            }
+        };
+        let Range { from, until } = range.context("ask what is retained")?;
         Ok((EventId(from.min(until)), EventId(until)))
     }
 
     /// Notes a new replay, held by this process; sets its number.
     pub(crate) async fn create(&mut self, job: &mut Job) -> Result<(), Error> {
         let selection = serde_json::to_string(&job.selection).context("write the selection")?;
+        // PostgreSQL knows who asks.
+        let (column, who) = match &self.database {
+            Database::Postgres(_) => ("", String::new()),
+            Database::Sqlite(_) => (", created_by", format!(", {}", ask::literal(&self.who))),
+        };
         let statement = format!(
-            "insert into outbox.replays (pipeline, selection, topic, rate, from_id, until_id, last_id, holder, expires_at) \
-             values ({}, {}, {}, {}, {}, {}, {}, {}, {}) returning id",
+            "insert into {} (pipeline, selection, topic, rate, from_id, until_id, last_id, holder, expires_at{column}) \
+             values ({}, {}, {}, {}, {}, {}, {}, {}, {}{who}) returning id",
+            self.table(),
             ask::literal(&job.pipeline),
             ask::literal(&selection),
             job.topic.as_deref().map_or("null".to_owned(), ask::literal),
@@ -133,36 +172,37 @@ impl Books {
             job.until,
             job.last_id,
             ask::literal(&self.holder),
-            expiry()
+            self.expiry()
         );
-        let row = self
-            .connection
-            .fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)))
-            .await
-            .context("note the replay")?;
-        job.id = row.try_get_unchecked(0)?;
+        job.id = match &mut self.database {
+            Database::Postgres(connection) => {
+                let row = connection.fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)));
+                row.await.and_then(|row| row.try_get_unchecked(0))
+            }
+            Database::Sqlite(connection) => {
+                let id = sqlx::query_scalar(AssertSqlSafe(statement));
+                id.fetch_one(connection).await
+            }
+        }
+        .context("note the replay")?;
         Ok(())
     }
 
     /// Takes over a replay that nobody is at.
     pub(crate) async fn resume(&mut self, id: i64, rate: Option<u32>) -> Result<Job, Error> {
         let rate = rate.map_or(String::new(), |rate| format!("rate = {rate}, "));
-        let taken = self
-            .execute(format!(
-                "update outbox.replays set {rate}holder = {}, expires_at = {} \
-                  where id = {id} and state = 'open' \
-                    and (expires_at <= clock_timestamp() or holder = {0})",
-                ask::literal(&self.holder),
-                expiry()
-            ))
-            .await
-            .context("take the replay over")?;
-        let known: Vec<Listed> = ask::all(
-            &mut self.connection,
-            &format!("select {COLUMNS} from outbox.replays where id = {id}"),
-        )
-        .await
-        .context("read the replay")?;
+        let statement = format!(
+            "update {} set {rate}holder = {holder}, expires_at = {} \
+              where id = {id} and state = 'open' and (expires_at <= {} or holder = {holder})",
+            self.table(),
+            self.expiry(),
+            self.now(),
+            holder = ask::literal(&self.holder),
+        );
+        let taken = self.execute(statement).await;
+        let taken = taken.context("take the replay over")?;
+        let known = self.listed(&format!("where id = {id}")).await;
+        let known = known.context("read the replay")?;
         let Some(found) = known.into_iter().next() else {
             bail!("there is no replay {id}: see `outbox-relay replay list`");
         };
@@ -189,78 +229,111 @@ impl Books {
 
     /// Writes down how far it has come; false when it was cancelled or taken over meanwhile.
     pub(crate) async fn progress(&mut self, job: &Job) -> Result<bool, Error> {
-        self.write(job, &format!("expires_at = {}", expiry())).await
+        let expiry = self.expiry();
+        self.write(job, &format!("expires_at = {expiry}")).await
     }
 
     /// The end; false when it was cancelled or taken over meanwhile.
     pub(crate) async fn finish(&mut self, job: &Job) -> Result<bool, Error> {
-        self.write(job, "expires_at = '-infinity', state = 'done'")
+        let over = self.long_ago();
+        self.write(job, &format!("expires_at = {over}, state = 'done'"))
             .await
     }
 
     /// Lets go of it, so that it can be resumed at once.
     pub(crate) async fn release(&mut self, job: &Job) -> Result<bool, Error> {
-        self.write(job, "expires_at = '-infinity'").await
+        let over = self.long_ago();
+        self.write(job, &format!("expires_at = {over}")).await
     }
 
     async fn write(&mut self, job: &Job, more: &str) -> Result<bool, Error> {
-        let written = self
-            .execute(format!(
-                "update outbox.replays set last_id = {}, published = {}, skipped = {}, updated_at = clock_timestamp(), \
-                        {more} \
-                  where id = {} and state = 'open' and holder = {}",
-                job.last_id,
-                job.published,
-                job.skipped,
-                job.id,
-                ask::literal(&self.holder)
-            ))
-            .await
-            .context("write down how far the replay has come")?;
-        Ok(written == 1)
+        let statement = format!(
+            "update {} set last_id = {}, published = {}, skipped = {}, updated_at = {}, {more} \
+              where id = {} and state = 'open' and holder = {}",
+            self.table(),
+            job.last_id,
+            job.published,
+            job.skipped,
+            self.now(),
+            job.id,
+            ask::literal(&self.holder)
+        );
+        let written = self.execute(statement).await;
+        Ok(written.context("write down how far the replay has come")? == 1)
+    }
+
+    /// Lists the replays, newest first.
+    ///
+    /// # Errors
+    /// When the database refuses, in particular when it is not migrated.
+    pub(crate) async fn list(&mut self) -> Result<Vec<Listed>, Error> {
+        let listed = self.listed("order by id desc limit 100").await;
+        listed.context("list the replays")
+    }
+
+    /// Ends a replay for good; whoever is at it stops within a page. False when it had ended already.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub(crate) async fn cancel(&mut self, id: i64) -> Result<bool, Error> {
+        let statement = format!(
+            "update {} set state = 'cancelled', updated_at = {} where id = {id} and state = 'open'",
+            self.table(),
+            self.now()
+        );
+        let done = self.execute(statement).await;
+        Ok(done.context("cancel the replay")? == 1)
+    }
+
+    async fn listed(&mut self, which: &str) -> Result<Vec<Listed>, Error> {
+        match &mut self.database {
+            Database::Postgres(connection) => {
+                ask::all(connection, &format!("{LIST_POSTGRES} {which}")).await
+            }
+            Database::Sqlite(connection) => {
+                let select = AssertSqlSafe(format!("{LIST_SQLITE} {which}"));
+                let rows: Vec<String> = sqlx::query_scalar(select).fetch_all(connection).await?;
+                rows.iter()
+                    .map(|row| serde_json::from_str(row).context("understand the answer"))
+                    .collect()
+            }
+        }
     }
 
     async fn execute(&mut self, statement: String) -> Result<u64, Error> {
-        let done = self
-            .connection
-            .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
-            .await?;
-        Ok(done.rows_affected())
+        let statement = sqlx::raw_sql(AssertSqlSafe(statement));
+        Ok(match &mut self.database {
+            Database::Postgres(connection) => connection.execute(statement).await?.rows_affected(),
+            Database::Sqlite(connection) => connection.execute(statement).await?.rows_affected(),
+        })
     }
-}
 
-/// Lists the replays, newest first.
-///
-/// # Errors
-/// When the database refuses, in particular when it is not migrated.
-pub(crate) async fn list(connection: &mut PgConnection) -> Result<Vec<Listed>, Error> {
-    ask::all(
-        connection,
-        &format!("select {COLUMNS} from outbox.replays order by id desc limit 100"),
-    )
-    .await
-    .context("list the replays")
-}
+    fn table(&self) -> &'static str {
+        match self.database {
+            Database::Postgres(_) => "outbox.replays",
+            Database::Sqlite(_) => "outbox_replays",
+        }
+    }
 
-/// Ends a replay for good; whoever is at it stops within a page. False when it had ended already.
-///
-/// # Errors
-/// When the database refuses.
-pub(crate) async fn cancel(connection: &mut PgConnection, id: i64) -> Result<bool, Error> {
-    let statement = format!(
-        "update outbox.replays set state = 'cancelled', updated_at = clock_timestamp() \
-          where id = {id} and state = 'open'"
-    );
-    let done = connection
-        .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
-        .await
-        .context("cancel the replay")?;
-    Ok(done.rows_affected() == 1)
-}
+    fn now(&self) -> &'static str {
+        match self.database {
+            Database::Postgres(_) => "clock_timestamp()",
+            Database::Sqlite(_) => "cast(round(unixepoch('subsec') * 1000000) as integer)",
+        }
+    }
 
-fn expiry() -> String {
-    format!(
-        "clock_timestamp() + interval '{} seconds'",
-        EXPIRY.as_secs()
-    )
+    fn expiry(&self) -> String {
+        let now = self.now();
+        match self.database {
+            Database::Postgres(_) => format!("{now} + interval '{} seconds'", EXPIRY.as_secs()),
+            Database::Sqlite(_) => format!("{now} + {}", EXPIRY.as_micros()),
+        }
+    }
+
+    fn long_ago(&self) -> &'static str {
+        match self.database {
+            Database::Postgres(_) => "'-infinity'",
+            Database::Sqlite(_) => "0",
+        }
+    }
 }

@@ -17,7 +17,7 @@ use crate::encode::encode;
 use crate::event::{Event, EventId, Record, Rejection, Seq};
 use crate::relay::Pipeline;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink};
-use crate::source::postgres::History;
+use crate::source::AnyHistory;
 
 /// The header that tells a consumer that a record is a replay; its value is the replay's number.
 pub const HEADER: &str = "replay";
@@ -44,7 +44,7 @@ pub(crate) async fn run(
     job: &mut Job,
     pipeline: &Pipeline,
     sink: &mut impl Sink,
-    (history, books): (&mut History, &mut Books),
+    (history, books): (&mut AnyHistory, &mut Books),
     mut tell: impl FnMut(&Job),
 ) -> Result<End, Error> {
     sink.open().await?;
@@ -81,7 +81,7 @@ pub(crate) async fn run(
 pub(crate) async fn count(
     job: &Job,
     pipeline: &Pipeline,
-    history: &mut History,
+    history: &mut AnyHistory,
 ) -> Result<(u64, usize), Error> {
     let (mut events_found, mut entities) = (0, HashSet::new());
     let mut after = job.last_id;

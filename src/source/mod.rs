@@ -3,12 +3,20 @@
 //! A source only reads. It never moves progress (that is the [`crate::ledger`]) and knows no sink and no rule.
 
 pub mod postgres;
+mod selection;
 pub mod sqlite;
 
 use std::future::Future;
 
+pub use self::selection::Selection;
 use crate::event::{Event, EventId};
 use crate::position::Position;
+
+/// One statement about retained events looks at this many ids, so that it ends soon however rare the events are that are
+/// asked for.
+const IDS_AT_ONCE: i64 = 50_000;
+/// One page of them holds about this many bytes; a single larger event is taken alone.
+const PAGE_BYTES: usize = 4 << 20;
 
 /// How much one page may hold.
 #[derive(Clone, Copy, Debug)]
@@ -111,6 +119,33 @@ impl Source for AnySource {
         match self {
             Self::Postgres(source) => source.wake().await,
             Self::Sqlite(source) => source.wake().await,
+        }
+    }
+}
+
+/// Retained events, by what is asked for and not by a cursor.
+pub(crate) enum AnyHistory {
+    /// Of a PostgreSQL database.
+    Postgres(postgres::History),
+    /// Of a SQLite file.
+    Sqlite(sqlite::History),
+}
+
+impl AnyHistory {
+    /// The selected events after one id and up to another, as many as are found at once, in the order of their ids; and
+    /// the id up to which that is all of them.
+    ///
+    /// # Errors
+    /// When the database can't be asked; the next call connects anew.
+    pub(crate) async fn page(
+        &mut self,
+        selection: &Selection,
+        between: (EventId, EventId),
+        rows: usize,
+    ) -> Result<(Vec<Event>, EventId), anyhow::Error> {
+        match self {
+            Self::Postgres(history) => history.page(selection, between, rows).await,
+            Self::Sqlite(history) => history.page(selection, between, rows).await,
         }
     }
 }

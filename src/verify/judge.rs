@@ -6,11 +6,10 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use uuid::Uuid;
-
 use super::expect::{Emitted, Fingerprint, Rules, partition_of};
 use super::record::{self, Identity, Seen};
 use super::report::{Example, PipelineReport};
+use super::set_aside::{SetAside, fingerprint};
 
 /// The partition of an event whose topic does not exist, and of one that was not found.
 const NOWHERE: u16 = u16::MAX;
@@ -137,8 +136,7 @@ pub(super) struct Judge {
     terms: Terms,
     rules: Rules,
     others: Vec<Rules>,
-    /// Ascending.
-    parked: Vec<i64>,
+    set_aside: SetAside,
     retained: Retained,
     topics: Vec<Known>,
     by_name: HashMap<String, usize>,
@@ -148,19 +146,19 @@ pub(super) struct Judge {
 }
 
 impl Judge {
-    /// `others` are the rules of the other pipelines of the same outbox; `parked` ids ascend.
+    /// `others` are the rules of the other pipelines of the same outbox.
     pub(super) fn new(
         terms: Terms,
         rules: Rules,
         others: Vec<Rules>,
-        parked: Vec<i64>,
+        set_aside: SetAside,
         topics: &[Topic],
     ) -> Self {
         let mut judge = Self {
             terms,
             rules,
             others,
-            parked,
+            set_aside,
             retained: Retained::default(),
             topics: Vec::new(),
             by_name: HashMap::new(),
@@ -330,8 +328,10 @@ impl Judge {
 
     /// An event that is not in the log.
     fn stranger(&mut self, identity: Identity, example: Example) {
-        let parked = self.parked.binary_search(&identity.sequence).is_ok();
-        if parked || !self.retained.reaches(identity.sequence) {
+        let Identity { event_id, sequence } = identity;
+        let committed = self.set_aside.is_parked(sequence)
+            || self.set_aside.is_dropped(sequence, fingerprint(event_id));
+        if committed || !self.retained.reaches(sequence) {
             self.report.not_judged.records_beyond_the_log += 1;
         } else {
             let what = Some("it is not in the log");
@@ -423,7 +423,7 @@ impl Judge {
         let compacted = self.newest_of_compacted_keys();
         let mut parked_and_found = 0;
         for entry in self.entries.iter().filter(|entry| entry.is(TAKEN)) {
-            let parked = self.parked.binary_search(&entry.id).is_ok();
+            let parked = self.set_aside.is_parked(entry.id);
             let unknowable = &mut self.report.not_judged;
             if entry.copies > 0 {
                 self.report.found += 1;
@@ -432,6 +432,8 @@ impl Judge {
                 // Counted with those that the log no longer has.
             } else if !entry.is(SETTLED) {
                 self.report.waiting += 1;
+            } else if self.set_aside.is_dropped(entry.id, entry.event_id) {
+                self.report.dropped += 1;
             } else if !self.terms.from_earliest && self.topics.before(&self.places, entry) {
                 unknowable.events_before_the_start += 1;
             } else if self.topics.beyond(&self.places, entry) {
@@ -448,7 +450,7 @@ impl Judge {
                 });
             }
         }
-        self.report.parked = self.parked.len() as u64 - parked_and_found;
+        self.report.parked = self.set_aside.parked() - parked_and_found;
     }
 
     /// The newest event that was found of every key in a compacted topic of which one is missing.
@@ -524,10 +526,6 @@ impl Place {
         }
         self.records += 1;
     }
-}
-
-fn fingerprint(event_id: Uuid) -> Fingerprint {
-    Fingerprint::of(Some(event_id.as_bytes()))
 }
 
 struct Compacted(HashMap<(usize, Fingerprint), i64>);

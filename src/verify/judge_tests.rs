@@ -1,5 +1,7 @@
 //! Every bad history is found, and every history that only looks bad is not.
 
+use uuid::Uuid;
+
 use super::*;
 use crate::verify::expect::Emitted;
 
@@ -8,6 +10,7 @@ struct Story {
     terms: Terms,
     config: &'static str,
     parked: Vec<i64>,
+    dropped: Vec<(i64, Uuid)>,
     retained: Retained,
     topic: Topic,
     log: Vec<Emitted>,
@@ -47,6 +50,7 @@ impl Story {
             },
             config: "",
             parked: Vec::new(),
+            dropped: Vec::new(),
             retained: Retained {
                 first: Some(1),
                 gone: Vec::new(),
@@ -80,7 +84,7 @@ impl Story {
             self.terms,
             rules.clone(),
             Vec::new(),
-            self.parked,
+            SetAside::new(self.parked, self.dropped),
             &[self.topic],
         );
         self.log.iter().for_each(|event| judge.event(event));
@@ -157,6 +161,32 @@ fn what_is_not_settled_or_parked_is_not_missing() {
     let report = story.judge(&records);
     assert!(report.holds);
     assert_eq!((report.waiting, report.parked, report.found), (1, 1, 8));
+}
+
+#[test]
+fn what_an_operator_dropped_is_not_missing_and_what_has_its_id_only_is() {
+    let mut story = Story::of(10);
+    let mut records = story.faultless();
+    let uuid = |id: i64| Uuid::from_u128(id.cast_unsigned().into());
+    records.retain(|record| ![3, 5, 7].contains(&record.id));
+    // Of event 5 the id came again after a failover; 9 was published after all; 12 is retained no more.
+    story.dropped = vec![
+        (3, uuid(3)),
+        (5, uuid(50)),
+        (5, uuid(51)),
+        (9, uuid(9)),
+        (12, uuid(12)),
+    ];
+    records.push(event(12, A));
+    let report = story.judge(&records);
+    assert_eq!(counts(&report), [2, 0, 0, 0, 0]);
+    let missing = report.missing.examples.iter();
+    assert_eq!(
+        missing.map(|e| e.sequence).collect::<Vec<_>>(),
+        [Some(5), Some(7)]
+    );
+    assert_eq!((report.dropped, report.found), (1, 7));
+    assert_eq!(report.not_judged.records_beyond_the_log, 1);
 }
 
 #[test]
@@ -429,7 +459,7 @@ fn pipelines_that_share_a_topic_do_not_accuse_each_other() {
         story.terms,
         own.clone(),
         vec![other],
-        Vec::new(),
+        SetAside::default(),
         &[story.topic],
     );
     let mut foreign = event(5, A);

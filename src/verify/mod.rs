@@ -13,6 +13,7 @@ mod judge;
 mod log;
 mod record;
 mod report;
+mod set_aside;
 mod topics;
 
 use std::collections::BTreeSet;
@@ -26,6 +27,7 @@ use self::expect::Rules;
 use self::judge::{Judge, Terms, Topic};
 use self::log::{Books, Log};
 pub use self::report::{Doubled, Example, Finding, NotJudged, PipelineReport, Report};
+use self::set_aside::SetAside;
 use self::topics::Cluster;
 use crate::config::{Config, Delivery, PipelineConfig, Policy, Sink};
 use crate::event::{PipelineName, Start};
@@ -138,10 +140,20 @@ impl Audit<'_> {
             ));
         }
         let Books {
-            settled, parked, ..
+            settled,
+            parked,
+            dropped,
+            moved: _,
         } = books;
         let parked = parked.into_iter().filter(|id| *id >= from_id).collect();
-        let mut judge = Judge::new(self.terms(from_id), rules, self.others(), parked, &topics);
+        let set_aside = SetAside::new(parked, dropped);
+        let mut judge = Judge::new(
+            self.terms(from_id),
+            rules,
+            self.others(),
+            set_aside,
+            &topics,
+        );
         let mut events = 0;
         let say = |read, done| {
             let (side, all) = (Side::Events, None);
@@ -240,12 +252,6 @@ fn note_books(books: &Books, notes: &mut Vec<String>) {
         );
     } else if books.settled.is_none() {
         notes.push("there is no cursor yet: nothing counts as settled".to_owned());
-    }
-    if books.dropped > 0 {
-        notes.push(format!(
-            "operators dropped {} parked events, which count as missing: `outbox-relay acts`",
-            books.dropped
-        ));
     }
 }
 

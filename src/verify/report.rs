@@ -39,6 +39,8 @@ pub struct PipelineReport {
     pub waiting: u64,
     /// Events set aside in the database, or waiting behind one that was.
     pub parked: u64,
+    /// Events of the retained log that an operator gave up.
+    pub dropped: u64,
     /// What can't be known.
     pub not_judged: NotJudged,
     /// Settled and in no topic (I3, I4).

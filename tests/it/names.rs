@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use outbox_relay::telemetry::{Kind, METRICS};
 
 /// Tables, roles and channels that begin in the same way.
-const OTHERS: [&str; 11] = [
+const OTHERS: [&str; 13] = [
     "outbox_cursors",
+    "outbox_dropped",
     "outbox_events",
     "outbox_events_ids_ascend",
     "outbox_leases",
@@ -19,6 +20,7 @@ const OTHERS: [&str; 11] = [
     "outbox_parked_wanted",
     "outbox_acts",
     "outbox_relay",
+    "outbox_replays",
     "outbox_writer",
 ];
 

@@ -131,6 +131,8 @@ async fn the_relay_reads_and_keeps_its_books() {
              select error from outbox.parked;
              insert into outbox.acts (who, action, selector, events) values ('me', 'drop', 'all', 1);
              select who from outbox.acts;
+             insert into outbox.dropped (pipeline, id, event_id) select pipeline, id, event_id from outbox.parked;
+             select event_id from outbox.dropped;
              delete from outbox.parked",
         )
         .await;
@@ -156,6 +158,8 @@ async fn the_relay_reads_and_keeps_its_books() {
                 ("truncate outbox.events", DENIED, events),
                 ("update outbox.acts set who = 'somebody else'", DENIED, "permission denied for table acts"),
                 ("delete from outbox.acts", DENIED, "permission denied for table acts"),
+                ("update outbox.dropped set id = 1", DENIED, "permission denied for table dropped"),
+                ("delete from outbox.dropped", DENIED, "permission denied for table dropped"),
                 (
                     "insert into outbox.acts (who, action, selector, events, database_user) values ('a', 'b', 'c', 1, 'd')",
                     DENIED,
@@ -199,6 +203,7 @@ async fn strangers_may_do_nothing() {
             "select * from outbox.cursors",
             "select * from outbox.leases",
             "select * from outbox.parked",
+            "select * from outbox.dropped",
             "select nextval('outbox.events_id_seq')",
         ];
         for sql in statements {

@@ -27,6 +27,7 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
            has_table_privilege(g.oid, c.oid, r.privilege), g.oid
       from (values ('events', 'select'), ('events_id_seq', 'select'), ('migrations', 'select'),
                    ('incarnation', 'select'), ('incarnation', 'insert'),
+                   ('dropped', 'select'), ('dropped', 'insert'),
                    ('cursors', 'select'), ('cursors', 'insert'), ('cursors', 'update'), ('cursors', 'delete'),
                    ('leases', 'select'), ('leases', 'insert'), ('leases', 'update'), ('leases', 'delete'),
                    ('pipelines', 'select'), ('pipelines', 'insert'), ('pipelines', 'update'),

@@ -255,7 +255,7 @@ pub(super) async fn resolve(
     Ok(Resolution::Written(released))
 }
 
-/// Removes rows, and makes the next of their entities due.
+/// Removes rows, notes which were given up, and makes the next of their entities due.
 async fn remove(
     connection: &mut PgConnection,
     settings: &Settings,
@@ -265,9 +265,14 @@ async fn remove(
 ) -> Result<Released, anyhow::Error> {
     let ids = |ids: &[EventId]| ids.iter().map(|id| id.0).collect::<Vec<i64>>();
     let removed: Vec<(i64, String, String, bool)> = sqlx::query_as(
-        "delete from outbox.parked \
-          where pipeline = $1 and (id = any($2) or (id = any($3) and wanted = 'drop')) \
-         returning id, aggregate_type, aggregate_id, holds",
+        "with removed as ( \
+            delete from outbox.parked \
+             where pipeline = $1 and (id = any($2) or (id = any($3) and wanted = 'drop')) \
+            returning id, event_id, aggregate_type, aggregate_id, holds), \
+         noted as ( \
+            insert into outbox.dropped (pipeline, id, event_id) \
+            select $1, id, event_id from removed where id <> all($2) on conflict do nothing) \
+         select id, aggregate_type, aggregate_id, holds from removed",
     )
     .persistent(false)
     .bind(settings.pipeline.as_str())

@@ -252,6 +252,9 @@ pub(super) async fn resolve(
     let mut entities = BTreeSet::new();
     let delivered = delivered.iter().map(|id| (id, false));
     for (id, dropped) in delivered.chain(dropped.iter().map(|id| (id, true))) {
+        if dropped {
+            note_dropped(&mut transaction, settings, *id).await?;
+        }
         let removed: Option<(String, String, bool)> = sqlx::query_as(
             "delete from outbox_parked where pipeline = ?1 and id = ?2 and (not ?3 or wanted = 'drop')
              returning aggregate_type, aggregate_id, holds",
@@ -274,6 +277,25 @@ pub(super) async fn resolve(
     }
     transaction.commit().await.context("commit")?;
     Ok(Resolution::Written(released))
+}
+
+/// Keeps which event it was that is given up now.
+async fn note_dropped(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+    id: EventId,
+) -> Result<(), anyhow::Error> {
+    sqlx::query(
+        "insert into outbox_dropped (pipeline, id, event_id)
+         select pipeline, id, event_id from outbox_parked where pipeline = ?1 and id = ?2 and wanted = 'drop'
+         on conflict do nothing",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(id.0)
+    .execute(connection)
+    .await
+    .with_context(|| format!("note that event {id} is dropped"))?;
+    Ok(())
 }
 
 /// Makes the next event of an entity due unless it was rejected; false when there is none.

@@ -2,6 +2,7 @@
 //!
 //! librdkafka forgets nothing by itself and never forgives a fatal error, so that a new life needs a new producer.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
-use super::{Receipt, Refused, Settings, SinkError, log_librdkafka, not_set_up};
+use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
@@ -39,6 +40,8 @@ pub(super) struct Life {
     /// Records handed over about which nothing has been said.
     outstanding: usize,
     pub(super) first_records: FirstRecords,
+    /// Topics that may not be written to.
+    denied: BTreeSet<String>,
     /// For exactly-once only. What is aborted needs no care for first records.
     transactions: Option<Transactions>,
     /// Set once a record has failed, or everything.
@@ -57,6 +60,8 @@ enum News {
     Delivered(Seq),
     /// With the topic, where that is gone.
     Failed(Seq, Code, Option<String>),
+    /// This topic may not be written to.
+    Denied(String),
     /// Something else is wrong, perhaps for good.
     Trouble,
 }
@@ -76,6 +81,9 @@ impl Context {
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        if let Some(topic) = denied(facility, message) {
+            self.tell(News::Denied(topic.to_owned()));
+        }
         log_librdkafka(level, facility, message);
     }
 
@@ -107,6 +115,9 @@ impl ProducerContext for Context {
             Ok(_) => News::Delivered(seq),
             Err((error, message)) => {
                 let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
+                if code == Code::TopicAuthorizationFailed {
+                    self.tell(News::Denied(message.topic().to_owned()));
+                }
                 // Later complaints must not hide which one it is.
                 let lost = of_a_lost_topic(code).then(|| message.topic().to_owned());
                 News::Failed(seq, code, lost)
@@ -139,13 +150,14 @@ impl Life {
             received: Vec::new(),
             outstanding: 0,
             first_records: FirstRecords::new(),
+            denied: BTreeSet::new(),
             transactions: transactional_id.map(|id| Transactions::new(id.to_owned())),
             dying: None,
         })
     }
 
-    /// Returns when nothing that is queued will be sent any more.
-    pub(super) async fn end(self) {
+    /// Returns when nothing that is queued will be sent any more, with the topics that it was not allowed to write to.
+    pub(super) async fn end(self) -> BTreeSet<String> {
         let producer = self.producer;
         let open = self.transactions.is_some_and(|all| all.is_open());
         // All wait for librdkafka's threads, which may be looking a name up.
@@ -159,6 +171,7 @@ impl Life {
         if let Ok(producer) = purged.await {
             spawn_blocking(move || drop(producer));
         }
+        self.denied
     }
 
     /// As [`Sink::resume`](super::Sink::resume).
@@ -246,9 +259,11 @@ impl Life {
                 let lost = format!("topic {} is gone", record.topic);
                 Err(Refused::Broken(SinkError(lost)))
             }
-            Err((error, _)) => Err(Refused::Broken(SinkError(
-                self.with_trouble(error.to_string()),
-            ))),
+            Err((error, _)) => {
+                let reason = fatal(&self.producer);
+                let reason = reason.unwrap_or_else(|| self.with_trouble(error.to_string()));
+                Err(Refused::Broken(SinkError(reason)))
+            }
         }
     }
 
@@ -347,9 +362,13 @@ impl Life {
                     };
                     (reason, Some((seq, code)))
                 }
+                News::Denied(topic) => {
+                    self.denied.insert(topic);
+                    continue;
+                }
                 // After a fatal error nothing is sent any more, and without a message timeout nothing is said about it.
-                News::Trouble => match self.producer.client().fatal_error() {
-                    Some((code, reason)) => (format!("{code}: {reason}"), None),
+                News::Trouble => match fatal(&self.producer) {
+                    Some(reason) => (reason, None),
                     None => continue,
                 },
             };
@@ -379,10 +398,13 @@ impl Life {
             .drain(..)
             .filter(|(seq, code)| refused_for_good(*code) && *seq != POSITION);
         into.extend(
-            refused.map(|(seq, code)| Receipt::Rejected(seq, Rejection::new(code.to_string()))),
+            refused.map(|(seq, code)| Receipt::Rejected(seq, Rejection::new(explained(code)))),
         );
         if into.len() > known {
             return Ok(());
+        }
+        if let Some(topic) = self.denied.first() {
+            return Err(SinkError(lacks("Write", &format!("topic {topic}"))));
         }
         let reason = std::mem::take(reason);
         Err(SinkError(self.with_trouble(reason)))
@@ -399,6 +421,32 @@ impl Life {
 
 fn purge(producer: &KafkaProducer) {
     producer.purge(PurgeConfig::default().queue().inflight());
+}
+
+/// The topic that keeps a transaction from being written because it may not be written to. librdkafka says so in its log
+/// alone, and of all records of the transaction no more than that they are purged (2.12.1).
+fn denied<'a>(facility: &str, message: &'a str) -> Option<&'a str> {
+    let said = message.contains("Topic authorization failed") && facility == "ADDPARTS";
+    let (_, rest) = message.split_once("Failed to add partition \"")?;
+    let (topic, _) = rest.split_once('"')?;
+    said.then_some(topic)
+}
+
+/// With the right that is missing, where that is the reason.
+fn explained(code: Code) -> String {
+    let lacks = match code {
+        Code::TopicAuthorizationFailed => lacks("Write", "the topic"),
+        // What makes a producer idempotent comes with the right to write to any topic.
+        Code::ClusterAuthorizationFailed => lacks("Write", "every topic"),
+        _ => return code.to_string(),
+    };
+    format!("{lacks} ({code})")
+}
+
+/// Why a producer will never send anything again.
+fn fatal(producer: &KafkaProducer) -> Option<String> {
+    let (code, reason) = producer.client().fatal_error()?;
+    Some(format!("{}: {reason}", explained(code)))
 }
 
 /// Whether it was deleted, or some of its partitions were.

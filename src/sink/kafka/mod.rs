@@ -10,7 +10,7 @@ mod settings;
 mod topic;
 mod transaction;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
 use rdkafka::config::RDKafkaLogLevel;
@@ -33,6 +33,9 @@ pub struct KafkaSink {
     settings: Settings,
     life: Option<Life>,
     topics: HashMap<String, (Topic, Partitions)>,
+    /// Topics that a life before was not allowed to write to. That shows only when a record is refused, which ends a life
+    /// and takes other records along.
+    denied: BTreeSet<String>,
     /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
     batch_bytes: usize,
 }
@@ -53,6 +56,7 @@ impl KafkaSink {
             settings,
             life: None,
             topics: HashMap::new(),
+            denied: BTreeSet::new(),
             batch_bytes: MESSAGE_BYTES_DEFAULT,
         }
     }
@@ -62,7 +66,7 @@ impl Sink for KafkaSink {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.topics.clear();
         if let Some(life) = self.life.take() {
-            life.end().await;
+            self.denied.extend(life.end().await);
         }
         let config = self.settings.producer(self.batch_bytes);
         self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
@@ -97,6 +101,11 @@ impl Sink for KafkaSink {
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
+        // Told once for each life that was refused; the next time it is tried again.
+        if self.denied.remove(name) {
+            let lacks = lacks("Write", &format!("topic {name}"));
+            return Err(NotPrepared::Rejected(Rejection(lacks)));
+        }
         let life = self.life.as_mut().ok_or_else(not_open);
         let life = life.map_err(NotPrepared::Unknown)?;
         let found = topic::find_or_create(&self.settings, name).await;
@@ -174,6 +183,11 @@ impl Sink for KafkaSink {
 
 fn not_open() -> SinkError {
     SinkError("the Kafka producer is not open".to_owned())
+}
+
+/// A right, as `kafka-acls.sh --operation` calls it, that the brokers want to see.
+fn lacks(right: &str, of: &str) -> String {
+    format!("the user that the relay logs in as lacks the right {right} on {of}")
 }
 
 /// Leaves out the value of a property, which may be a secret.

@@ -11,7 +11,7 @@ use rdkafka::metadata::MetadataBroker;
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
-use super::{NotPrepared, Settings, SinkError, Topics, log_librdkafka, not_set_up};
+use super::{NotPrepared, Settings, SinkError, Topics, lacks, log_librdkafka, not_set_up};
 use crate::event::{Record, Rejection};
 
 /// What a topic takes when it does not say: the broker's default `message.max.bytes`.
@@ -153,8 +153,14 @@ impl Admin {
         match topic.error().map(Code::from) {
             None | Some(Code::LeaderNotAvailable) => {}
             Some(Code::UnknownTopicOrPartition) => return Ok(None),
-            Some(code @ (Code::InvalidTopic | Code::TopicAuthorizationFailed)) => {
+            Some(code @ Code::InvalidTopic) => {
                 return Err(rejected(format!("topic {name}: {code}")));
+            }
+            Some(code @ Code::TopicAuthorizationFailed) => {
+                let lacks = lacks("Describe", "it");
+                return Err(rejected(format!(
+                    "topic {name} may not be seen: {lacks} ({code})"
+                )));
             }
             Some(code) => return Err(unknown(ask(code.to_string()))),
         }
@@ -222,6 +228,15 @@ impl Admin {
             Some(Err((_, Code::TopicAlreadyExists))) => Ok(()),
             Some(Err((_, code @ (Code::InvalidTopic | Code::PolicyViolation)))) => {
                 Err(rejected(format!("topic {name} can't be created: {code}")))
+            }
+            Some(Err((
+                _,
+                code @ (Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed),
+            ))) => {
+                let lacks = lacks("Create", "it");
+                Err(rejected(format!(
+                    "topic {name} does not exist: {lacks} ({code})"
+                )))
             }
             Some(Err((_, code))) => Err(failed(code.to_string())),
             None => Err(failed("no answer".to_owned())),

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::life::KafkaProducer;
 use super::topic::{self};
-use super::{NotPrepared, Settings, SinkError, Topics};
+use super::{NotPrepared, Settings, SinkError, Topics, lacks};
 use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
@@ -239,7 +239,7 @@ pub(super) async fn resume(
     let asked = spawn_blocking(move || {
         producer
             .init_transactions(ANSWER_MAX)
-            .map_err(|error| SinkError(format!("initialise transactional id {id}: {error}")))?;
+            .map_err(|error| SinkError(not_initialised(&id, &error)))?;
         // Else it would ask when the first position waits for the answer.
         producer
             .client()
@@ -252,6 +252,17 @@ pub(super) async fn resume(
     asked
         .await
         .unwrap_or_else(|error| Err(SinkError(error.to_string())))
+}
+
+fn not_initialised(id: &str, error: &KafkaError) -> String {
+    let refused = matches!(error, KafkaError::Transaction(error)
+        if error.code() == Code::TransactionalIdAuthorizationFailed);
+    let lacks = if refused {
+        format!(": {}", lacks("Describe or Write", "it"))
+    } else {
+        String::new()
+    };
+    format!("initialise transactional id {id}{lacks}: {error}")
 }
 
 /// The position of this log; that of another one means nothing here.

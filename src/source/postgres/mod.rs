@@ -25,7 +25,6 @@ use self::copy::Row;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
 pub(crate) use self::history::History;
-pub use self::history::Selection;
 use self::shard::Share;
 pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};

@@ -5,6 +5,7 @@ mod sqlite;
 
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
+use uuid::Uuid;
 
 use super::expect::Emitted;
 use super::judge::Retained;
@@ -26,8 +27,8 @@ pub(super) struct Books {
     pub(super) parked: Vec<i64>,
     /// Whether the cursor was written in another cluster or timeline.
     pub(super) moved: bool,
-    /// Set-aside events that operators asked to drop.
-    pub(super) dropped: i64,
+    /// Ids and uuids of those that operators gave up, ascending.
+    pub(super) dropped: Vec<(i64, Uuid)>,
 }
 
 /// Which events a pipeline is done with.

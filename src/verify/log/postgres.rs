@@ -22,7 +22,8 @@ pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, any
         })
 }
 
-/// Cursor and parked ids in one statement and so in one snapshot: what was settled is published or parked.
+/// Cursor, parked and dropped ids in one statement and so in one snapshot: what was settled is published, parked or
+/// dropped.
 pub(super) async fn books(
     connection: &mut PgConnection,
     pipeline: &PipelineName,
@@ -32,7 +33,9 @@ select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_
        coalesce(array_agg(c.last_id order by s.shard), '{}'),
        bool_or(c.system_identifier <> i.system_identifier or c.timeline <> i.timeline) as moved,
        (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked,
-       (select coalesce(sum(events), 0)::bigint from outbox.acts where pipeline = $1 and action = 'drop') as dropped
+       (select coalesce(array_agg(id order by id, event_id), '{}') from outbox.dropped where pipeline = $1) as dropped,
+       (select coalesce(array_agg(event_id::text order by id, event_id), '{}') from outbox.dropped where pipeline = $1)
+           as dropped_event_ids
   from (select system_identifier,
                case when not pg_is_in_recovery()
                     then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
@@ -61,11 +64,14 @@ select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_
         })
         .collect();
     let settled = cursors.filter(|_| !moved).map(Settled::Windows);
+    let ids: Vec<i64> = row.try_get(5)?;
+    let event_ids: Vec<String> = row.try_get(6)?;
+    let event_ids = event_ids.iter().map(|id| id.parse().unwrap_or_default());
     Ok(Books {
         settled,
         parked: row.try_get(4)?,
         moved,
-        dropped: row.try_get(5)?,
+        dropped: ids.into_iter().zip(event_ids).collect(),
     })
 }
 

@@ -38,19 +38,22 @@ pub(super) async fn books(
         .fetch_all(&mut *transaction)
         .await
         .context("read the parked events")?;
-    let dropped = sqlx::query_scalar(
-        "select coalesce(sum(events), 0) from outbox_acts where pipeline = ? and action = 'drop'",
+    let dropped: Vec<(i64, String)> = sqlx::query_as(
+        "select id, event_id from outbox_dropped where pipeline = ? order by id, event_id",
     )
     .bind(pipeline.as_str())
-    .fetch_one(&mut *transaction)
+    .fetch_all(&mut *transaction)
     .await
-    .context("read what operators did")?;
+    .context("read the dropped events")?;
     transaction.commit().await?;
     Ok(Books {
         settled: settled.flatten().map(Settled::UpTo),
         parked,
         moved: false,
-        dropped,
+        dropped: dropped
+            .into_iter()
+            .map(|(id, event_id)| (id, event_id.parse().unwrap_or_default()))
+            .collect(),
     })
 }
 

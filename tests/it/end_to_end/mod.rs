@@ -11,9 +11,12 @@
 #![allow(clippy::too_many_lines, reason = "a test is a story")]
 #![allow(clippy::doc_markdown, reason = "names of products are no code")]
 
+mod acl;
 mod broker;
+mod clock;
 mod crash;
 mod database;
+mod dropped;
 mod exactly_once;
 mod kafka;
 mod load;

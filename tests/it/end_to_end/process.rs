@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::clock::Clock;
 use super::kafka::Kafka;
 use super::{PATIENCE, eventually};
 
@@ -44,6 +45,11 @@ impl Setup {
         let name = format!("RELAY_{name}");
         self.environment.retain(|(other, _)| *other != name);
         self.environment.push((name, value.to_owned()));
+    }
+
+    /// Lets the relays that are started have a wall clock of their own.
+    pub(super) fn clock(&mut self, clock: &Clock) {
+        self.environment.extend(clock.environment());
     }
 
     /// Leaves `RELAY_` and this to the configuration file.

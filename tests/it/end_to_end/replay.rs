@@ -3,43 +3,105 @@
 use std::collections::HashSet;
 use std::process::{Child, Output, Stdio};
 
-use super::kafka::Received;
-use super::process::signal;
+use super::kafka::{Kafka, Received};
+use super::process::{Setup, signal};
+use super::verify::sqlite;
 use super::{Line, PATIENCE, eventually, number, run};
+use crate::harness::postgres::TestDatabase;
+use crate::harness::sqlite::TestFile;
+
+/// The outbox of a test. The tables have the same columns.
+enum Outbox {
+    Postgres(Box<TestDatabase>),
+    Sqlite(Box<TestFile>),
+}
+
+/// Ten orders and ten customers with thirty events each.
+const EMIT: [&str; 2] = [
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+     select kind, (n % 10)::text, case when n % 3 = 0 then 'third' else 'other' end, n::text::json
+       from generate_series(0, 299) n, unnest(array['order', 'customer']) kind",
+    "insert into outbox_events (aggregate_type, aggregate_id, event_type, payload)
+     with recursive numbers (n) as (select 0 union all select n + 1 from numbers where n < 299)
+     select kind, cast(n % 10 as text), iif(n % 3 = 0, 'third', 'other'), cast(n as text)
+       from numbers, (select 'order' as kind union all select 'customer')",
+];
+
+impl Outbox {
+    async fn emit(&self) {
+        match self {
+            Self::Postgres(database) => run(&database.pool, EMIT[0]).await,
+            Self::Sqlite(file) => {
+                let mut connection = file.connect().await;
+                sqlx::raw_sql(EMIT[1])
+                    .execute(&mut connection)
+                    .await
+                    .unwrap();
+            }
+        }
+    }
+
+    async fn number(&self, [postgres, sqlite]: [&'static str; 2]) -> i64 {
+        match self {
+            Self::Postgres(database) => number(&database.pool, postgres).await,
+            Self::Sqlite(file) => {
+                let mut connection = file.connect().await;
+                let number = sqlx::query_scalar(sqlite).fetch_one(&mut connection);
+                number.await.unwrap()
+            }
+        }
+    }
+}
 
 /// Where the replayed records are, and what they are told by.
 struct Stage {
-    line: Line,
+    outbox: Outbox,
+    kafka: Kafka,
+    setup: Setup,
     topic: String,
 }
 
 impl Stage {
-    /// Ten orders and ten customers with thirty events each, published once.
-    async fn set(test: &str) -> Option<Self> {
-        let mut line = Line::create(test).await?;
-        line.kafka.create(&["all", "again"]).await;
-        let topic = line.kafka.topic("all");
-        line.setup.set("PIPELINE__TOPIC", &topic);
-        let relay = line.ready().await;
-        run(
-            &line.database.pool,
-            "select outbox.emit(kind, (n % 10)::text, case when n % 3 = 0 then 'third' else 'other' end, n::text::json)
-               from generate_series(0, 299) n, unnest(array['order', 'customer']) kind",
-        )
-        .await;
+    async fn postgres(test: &str) -> Option<Self> {
+        let Line {
+            database,
+            kafka,
+            setup,
+        } = Line::create(test).await?;
+        Some(Self::set(Outbox::Postgres(Box::new(database)), kafka, setup).await)
+    }
+
+    async fn sqlite(test: &str) -> Option<Self> {
+        let (file, kafka, setup) = sqlite(test).await?;
+        Some(Self::set(Outbox::Sqlite(Box::new(file)), kafka, setup).await)
+    }
+
+    /// Everything is published once.
+    async fn set(outbox: Outbox, kafka: Kafka, mut setup: Setup) -> Self {
+        kafka.create(&["all", "again"]).await;
+        let topic = kafka.topic("all");
+        setup.set("PIPELINE__TOPIC", &topic);
+        let relay = setup.start();
+        relay.ready().await;
+        outbox.emit().await;
         eventually("everything published", PATIENCE, async || {
             (relay.pipeline("main")?["last_id"].as_i64()? >= 600).then_some(())
         })
         .await;
         relay.stop().await;
-        let stage = Self { line, topic };
+        let stage = Self {
+            outbox,
+            kafka,
+            setup,
+            topic,
+        };
         assert_eq!(stage.read(&stage.topic).await.len(), 600);
-        Some(stage)
+        stage
     }
 
     async fn read(&self, topic: &str) -> Vec<Received> {
         let topics = [topic.to_owned()];
-        self.line.kafka.reader(&topics).read_to_end().await
+        self.kafka.reader(&topics).read_to_end().await
     }
 
     async fn replayed(&self, topic: &str) -> Vec<Received> {
@@ -49,7 +111,7 @@ impl Stage {
     }
 
     fn start(&self, arguments: &[&str]) -> Child {
-        let mut command = self.line.setup.command("replay");
+        let mut command = self.setup.command("replay");
         command
             .args(arguments)
             .stdout(Stdio::piped())
@@ -96,11 +158,26 @@ fn names(records: &[Received]) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_asked_for_is_published_again_and_marked() {
-    let Some(stage) = Stage::set("what_is_asked_for_is_published_again_and_marked").await else {
-        return;
-    };
-    let cursor = "select last_id from outbox.cursors";
-    let before = number(&stage.line.database.pool, cursor).await;
+    const TEST: &str = "what_is_asked_for_is_published_again_and_marked";
+    if let Some(stage) = Stage::postgres(TEST).await {
+        is_published_again_and_marked(stage).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_for_of_sqlite_is_published_again_and_marked() {
+    const TEST: &str = "what_is_asked_for_of_sqlite_is_published_again_and_marked";
+    if let Some(stage) = Stage::sqlite(TEST).await {
+        is_published_again_and_marked(stage).await;
+    }
+}
+
+async fn is_published_again_and_marked(stage: Stage) {
+    const CURSOR: [&str; 2] = [
+        "select last_id from outbox.cursors",
+        "select last_id from outbox_cursors",
+    ];
+    let before = stage.outbox.number(CURSOR).await;
     assert!(stage.fails(&["start"]).contains("--all"));
 
     let said = stage.succeeds(&["start", "--entity", "order/7", "--dry-run"]);
@@ -136,7 +213,7 @@ async fn what_is_asked_for_is_published_again_and_marked() {
     }
 
     // To a topic of its own, by several conditions.
-    let other = stage.line.kafka.topic("again");
+    let other = stage.kafka.topic("again");
     let rate = ["--rate", "100000", "--topic", &other];
     stage.succeeds(
         &[
@@ -160,9 +237,15 @@ async fn what_is_asked_for_is_published_again_and_marked() {
     stage.succeeds(&[&["start", "--until", "2020-01-01T00:00:00Z"], &rate[..]].concat());
     assert_eq!(stage.replayed(&other).await.len(), 101);
 
-    assert_eq!(number(&stage.line.database.pool, cursor).await, before);
+    assert_eq!(stage.outbox.number(CURSOR).await, before);
     let listed = stage.succeeds(&["list"]);
     assert_eq!(listed.matches("done").count(), 4, "{listed}");
+    let listed: serde_json::Value =
+        serde_json::from_str(&stage.succeeds(&["list", "--json"])).unwrap();
+    let newest = &listed[0];
+    assert_eq!(newest["published"], 0);
+    assert!(!newest["created_by"].as_str().unwrap().is_empty());
+    assert!(newest["age_seconds"].as_f64().unwrap() < 60.0, "{newest}");
     assert!(stage.fails(&["resume", "1"]).contains("replay 1 is done"));
     assert!(stage.fails(&["cancel", "1"]).contains("no open replay 1"));
     assert!(
@@ -174,14 +257,28 @@ async fn what_is_asked_for_is_published_again_and_marked() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replay_is_paused_resumed_and_cancelled() {
-    let Some(stage) = Stage::set("a_replay_is_paused_resumed_and_cancelled").await else {
-        return;
-    };
-    let pool = &stage.line.database.pool;
+    if let Some(stage) = Stage::postgres("a_replay_is_paused_resumed_and_cancelled").await {
+        is_paused_resumed_and_cancelled(stage).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_of_sqlite_is_paused_resumed_and_cancelled() {
+    const TEST: &str = "a_replay_of_sqlite_is_paused_resumed_and_cancelled";
+    if let Some(stage) = Stage::sqlite(TEST).await {
+        is_paused_resumed_and_cancelled(stage).await;
+    }
+}
+
+async fn is_paused_resumed_and_cancelled(stage: Stage) {
+    const PUBLISHED: [&str; 2] = [
+        "select coalesce(max(id * 1000 + published), 0) from outbox.replays",
+        "select coalesce(max(id * 1000 + published), 0) from outbox_replays",
+    ];
     let some_published = async |newest: i64| {
-        let published = "select coalesce(max(id * 1000 + published), 0) from outbox.replays";
         eventually("some of it", PATIENCE, async || {
-            (number(pool, published).await >= newest * 1000 + 20).then_some(())
+            let published = stage.outbox.number(PUBLISHED).await;
+            (published >= newest * 1000 + 20).then_some(())
         })
         .await;
     };

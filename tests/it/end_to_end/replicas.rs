@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::clock::Clock;
 use super::process::Process;
-use super::{Line, PATIENCE, complete, eventually};
+use super::{Line, PATIENCE, complete, eventually, number};
 
 const LEASE: Duration = Duration::from_secs(2);
 
@@ -80,4 +81,39 @@ async fn of_two_one_publishes_and_the_other_takes_over() {
     assert!(fourth.owns() && !third.owns());
     third.stop().await;
     fourth.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_whose_clock_is_set_takes_the_lease_again_and_goes_on() {
+    const TEST: &str = "an_owner_whose_clock_is_set_takes_the_lease_again_and_goes_on";
+    let Some((mut line, load)) = Line::with_load(TEST).await else {
+        return;
+    };
+    let clock = Clock::new();
+    line.setup.clock(&clock);
+    // Long: what is over is over by the wall clock, not because time went by.
+    line.setup.set("RELAY__LEASE_TTL", "60s");
+    let relay = line.ready().await;
+    let writing = load.start(2);
+    let times_taken = async || number(&line.database.pool, "select epoch from outbox.leases").await;
+    for seconds in [3_600, -7_200, 61] {
+        writing.commits(50).await;
+        let before = times_taken().await;
+        let since = Instant::now();
+        clock.step(seconds);
+        eventually("a lease that is taken anew", PATIENCE, async || {
+            (times_taken().await > before).then_some(())
+        })
+        .await;
+        eprintln!(
+            "{seconds} s: the lease was taken again after {:?}",
+            since.elapsed()
+        );
+        assert!(since.elapsed() < Duration::from_secs(5));
+    }
+    writing.commits(50).await;
+    writing.stop().await;
+    complete(&load, &line.kafka).await;
+    assert!(relay.owns());
+    relay.stop().await;
 }

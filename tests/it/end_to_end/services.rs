@@ -10,6 +10,7 @@ pub(super) struct Own {
     folder: TempDir,
     script: &'static str,
     arguments: Vec<String>,
+    settings: Vec<String>,
     environment: HashMap<String, String>,
     /// Whether the data lies in a file system of its own.
     disk: bool,
@@ -20,6 +21,14 @@ impl Own {
         // Where the broker of all tests is from somewhere else, this machine may not be able to start one.
         crate::fresh::needed(test, "KAFKA_JARS")?;
         Some(Self::new("kafka", Vec::new(), |_| {}))
+    }
+
+    /// A broker with settings of its own, as `name=value`.
+    pub(super) fn kafka_with(test: &str, settings: &[&str]) -> Option<Self> {
+        crate::fresh::needed(test, "KAFKA_JARS")?;
+        let settings = settings.iter().map(|&setting| setting.to_owned()).collect();
+        let nothing = |_: &Path| {};
+        Some(Self::with_settings("kafka", Vec::new(), settings, nothing))
     }
 
     /// A second broker of the same cluster.
@@ -60,12 +69,22 @@ impl Own {
     }
 
     fn new(script: &'static str, arguments: Vec<String>, prepare: impl FnOnce(&Path)) -> Self {
+        Self::with_settings(script, arguments, Vec::new(), prepare)
+    }
+
+    fn with_settings(
+        script: &'static str,
+        arguments: Vec<String>,
+        settings: Vec<String>,
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
         let parent =
             std::env::var("RELAY_TEST_FOLDER").map_or_else(|_| std::env::temp_dir(), Into::into);
         let mut own = Self {
             folder: TempDir::new_in(parent).unwrap(),
             script,
             arguments,
+            settings,
             environment: HashMap::new(),
             disk: false,
         };
@@ -80,6 +99,7 @@ impl Own {
         let status = script(self.script)
             .args(&self.arguments)
             .arg(self.folder.path())
+            .args(&self.settings)
             .stdout(Stdio::null())
             .status()
             .unwrap();

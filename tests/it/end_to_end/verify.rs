@@ -220,21 +220,13 @@ async fn swapped_and_doubled_events_are_found() {
     strict.set("SINK__KAFKA__DELIVERY", "exactly-once");
     strict.set("SINK__KAFKA__TRANSACTIONAL_ID", "verify");
     strict.set("PIPELINE__ON_REJECTED", "drop");
-    run(
-        &line.database.pool,
-        "insert into outbox.acts (who, action, pipeline, selector, events) values ('me', 'drop', 'main', 'all', 3)",
-    )
-    .await;
     let (code, report) = verify(&strict, &[]).await;
     assert_eq!((code, counts(&report)), (3, [0, 0, 0, 0, 1]), "{report}");
     let notes = report["pipelines"][0]["notes"].to_string();
-    for part in [
-        "what was dropped counts as missing",
-        "dropped 3 parked events",
-    ] {
-        assert!(notes.contains(part), "{notes}");
-    }
-    run(&line.database.pool, "delete from outbox.acts").await;
+    assert!(
+        notes.contains("what was dropped counts as missing"),
+        "{notes}"
+    );
 
     // A cursor from elsewhere says nothing about these events.
     run(
@@ -414,12 +406,9 @@ async fn what_retention_dropped_is_not_unknown_even_behind_older_events() {
     assert_eq!(counts(&report), [0, 0, 0, 1, 0], "{report}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sqlite_outbox_is_audited_too() {
-    const TEST: &str = "a_sqlite_outbox_is_audited_too";
-    let Some(brokers) = crate::fresh::needed(TEST, "KAFKA_BROKERS") else {
-        return;
-    };
+/// An outbox in a file, topics, and a relay's settings for them; none where Kafka is missing, which is then said.
+pub(super) async fn sqlite(test: &str) -> Option<(TestFile, Kafka, Setup)> {
+    let brokers = crate::fresh::needed(test, "KAFKA_BROKERS")?;
     let file = TestFile::create().await;
     let kafka = Kafka::new(brokers);
     kafka.create(&["order"]).await;
@@ -428,6 +417,15 @@ async fn a_sqlite_outbox_is_audited_too() {
     setup.set("SOURCE__KIND", "sqlite");
     let path = file.options.get_filename().to_str().unwrap().to_owned();
     setup.set("SOURCE__SQLITE__PATH", &path);
+    Some((file, kafka, setup))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sqlite_outbox_is_audited_too() {
+    const TEST: &str = "a_sqlite_outbox_is_audited_too";
+    let Some((file, _, setup)) = sqlite(TEST).await else {
+        return;
+    };
     let mut connection = file.connect().await;
     for n in 0..30 {
         sqlx::query("insert into outbox_events (aggregate_type, aggregate_id, event_type, payload, payload_bytes) values ('order', ?, 'changed', ?, ?)")

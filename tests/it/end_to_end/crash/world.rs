@@ -7,11 +7,12 @@ use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use tokio::time::{Instant, sleep};
 
+use super::super::clock::Clock;
 use super::super::kafka::Kafka;
 use super::super::load::KINDS;
 use super::super::process::{Process, Setup};
 use super::super::services::Own;
-use super::super::{eventually, run};
+use super::super::{eventually, number, run};
 use super::proxy::{Proxy, Weather};
 use super::writers;
 
@@ -19,6 +20,8 @@ use super::writers;
 pub(super) const LEASE: Duration = Duration::from_secs(1);
 /// Small, so that a duplicate too many is seen.
 pub(super) const IN_FLIGHT_EVENTS: u64 = 500;
+/// By so much a clock is set.
+const HOUR_SECONDS: i64 = 3_600;
 
 /// The pipeline is spread over so many at most.
 pub(super) const SHARDS_MAX: u32 = 4;
@@ -29,6 +32,8 @@ struct Seat {
     relay: Option<Process>,
     setup: Setup,
     way: Proxy,
+    /// That of its relays.
+    clock: Clock,
 }
 
 pub(super) struct World {
@@ -51,6 +56,8 @@ pub(super) enum Blow {
     KillBroker,
     KillDatabase,
     Freeze,
+    ClockForward,
+    ClockBack,
     Stop,
     Reshard,
     Cut,
@@ -65,13 +72,15 @@ pub(super) enum Blow {
 
 impl Blow {
     /// With how often each comes in a hundred.
-    const WEIGHTS: [(Self, u32); 16] = [
-        (Self::KillOwner, 58),
+    const WEIGHTS: [(Self, u32); 18] = [
+        (Self::KillOwner, 54),
         (Self::KillAny, 8),
         (Self::KillAll, 6),
         (Self::KillBroker, 1),
         (Self::KillDatabase, 2),
         (Self::Freeze, 5),
+        (Self::ClockForward, 2),
+        (Self::ClockBack, 2),
         (Self::Stop, 2),
         (Self::Reshard, 2),
         (Self::Cut, 3),
@@ -132,10 +141,13 @@ impl World {
             let url = format!("postgres://postgres@{}/postgres", way.address);
             let mut setup = setup(&url, &kafka);
             setup.set("SINK__KAFKA__BROKERS", &listen);
+            let clock = Clock::new();
+            setup.clock(&clock);
             seats.push(Seat {
                 relay: None,
                 setup,
                 way,
+                clock,
             });
         }
         let direct = setup(database.variable("DATABASE_URL"), &kafka);
@@ -224,7 +236,9 @@ impl World {
                 self.database.start();
                 struck.kills = 1;
             }
-            Blow::Freeze => struck = self.freeze(owner).await,
+            Blow::Freeze => struck = self.freeze(owner, random.bool()).await,
+            Blow::ClockForward => self.set_clock(HOUR_SECONDS).await,
+            Blow::ClockBack => self.set_clock(-HOUR_SECONDS).await,
             Blow::Stop => {
                 let relay = self.seats[owner].relay.take();
                 relay.expect("the owner runs").stop().await;
@@ -277,8 +291,32 @@ impl World {
         Struck { kills: 1, takeover }
     }
 
-    /// The owner stands still for longer than its lease, and goes on where it was.
-    async fn freeze(&mut self, owner: usize) -> Struck {
+    /// The clock of the owner is set while it publishes. What it knows of its lease is void by then, whichever way the
+    /// clock went, so it takes the lease again or another does. One that is waiting for something else just then does not
+    /// look at the clock before the lease is renewed: it is struck again.
+    async fn set_clock(&self, seconds: i64) {
+        let before = self.epoch().await;
+        eventually("a lease that is taken anew", super::PATIENCE, async || {
+            let owner = self.owner().await;
+            self.seats[owner].clock.step(seconds);
+            sleep(LEASE / 2).await;
+            (self.epoch().await > before).then_some(())
+        })
+        .await;
+    }
+
+    /// How often the lease of the first shard was taken.
+    async fn epoch(&self) -> i64 {
+        number(
+            &self.pool,
+            "select epoch from outbox.leases where shard = 0",
+        )
+        .await
+    }
+
+    /// The owner stands still for longer than its lease, and goes on where it was, perhaps by a clock that was set back
+    /// meanwhile.
+    async fn freeze(&mut self, owner: usize, set_back: bool) -> Struck {
         let (pid, since) = (self.pid(owner), Instant::now());
         let relay = self.seats[owner].relay.as_ref();
         let relay = relay.expect("the owner runs");
@@ -291,6 +329,9 @@ impl World {
             sleep(LEASE * 2).await;
         }
         sleep(Duration::from_millis(100)).await;
+        if set_back {
+            self.seats[owner].clock.step(-HOUR_SECONDS);
+        }
         relay.signal("CONT");
         Struck { kills: 0, takeover }
     }

@@ -4,6 +4,8 @@
 //! needs no snapshot. Never writes, and holds no transaction open between statements, because that would keep the
 //! write-ahead log from being used again.
 
+mod history;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use sqlx::{ConnectOptions, Connection, Row};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
+pub(crate) use self::history::History;
 use super::{Page, PageLimits, Source, SourceError};
 use crate::event::{Event, EventId, Payload};
 use crate::position::{Position, Snapshot, Window};
