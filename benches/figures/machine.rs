@@ -3,76 +3,43 @@
 use std::process::Command;
 
 use anyhow::Error;
-use serde::{Deserialize, Serialize};
 use sqlx::Row;
 
 use crate::options::Options;
+use crate::report::Header;
 use crate::world::World;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Header {
-    pub relay: String,
-    /// Empty where the bench does not run in its repository.
-    pub commit: String,
-    pub machine: String,
-    pub kernel: String,
-    /// Before the bench began: others on the machine are noise.
-    pub load_average: f64,
-    pub postgres: String,
-    pub kafka: String,
-    pub sizes: String,
-    /// Why these are not figures: a debug build, small sizes.
-    pub caveats: Vec<String>,
-}
-
-impl Header {
-    pub async fn of(world: &World, options: &Options) -> Result<Self, Error> {
-        let mut caveats = Vec::new();
-        if cfg!(debug_assertions) {
-            caveats.push("a debug build".to_owned());
-        }
-        if options.quick {
-            caveats.push("--quick".to_owned());
-        }
-        let sizes = &world.sizes;
-        Ok(Self {
-            relay: env!("CARGO_PKG_VERSION").to_owned(),
-            commit: commit(),
-            machine: machine(),
-            kernel: first_line("/proc/sys/kernel/osrelease"),
-            load_average: first_line("/proc/loadavg")
-                .split(' ')
-                .next()
-                .and_then(|load| load.parse().ok())
-                .unwrap_or_default(),
-            postgres: postgres(world).await?,
-            kafka: options
-                .kafka_version
-                .clone()
-                .unwrap_or_else(|| "of unknown version (--kafka-version)".to_owned()),
-            sizes: format!(
-                "{} rounds, backlogs of {} events, steady load for {} s, {} partitions per topic",
-                sizes.rounds, sizes.events, sizes.seconds, options.partitions
-            ),
-            caveats,
-        })
+/// Finds out what this is.
+pub async fn header(world: &World, options: &Options) -> Result<Header, Error> {
+    let mut caveats = Vec::new();
+    if cfg!(debug_assertions) {
+        caveats.push("a debug build".to_owned());
     }
-
-    pub fn lines(&self) -> Vec<String> {
-        let mut lines = vec![
-            format!("outbox-relay {} {}", self.relay, self.commit),
-            format!(
-                "{}, Linux {}, load {}",
-                self.machine, self.kernel, self.load_average
-            ),
-            format!("PostgreSQL {}; Kafka {}", self.postgres, self.kafka),
-            self.sizes.clone(),
-        ];
-        if !self.caveats.is_empty() {
-            lines.push(format!("NOT FIGURES: {}", self.caveats.join(", ")));
-        }
-        lines
+    if options.quick {
+        caveats.push("--quick".to_owned());
     }
+    let sizes = &world.sizes;
+    Ok(Header {
+        relay: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: commit(),
+        machine: machine(),
+        kernel: first_line("/proc/sys/kernel/osrelease"),
+        load_average: first_line("/proc/loadavg")
+            .split(' ')
+            .next()
+            .and_then(|load| load.parse().ok())
+            .unwrap_or_default(),
+        postgres: postgres(world).await?,
+        kafka: options
+            .kafka_version
+            .clone()
+            .unwrap_or_else(|| "of unknown version (--kafka-version)".to_owned()),
+        sizes: format!(
+            "{} rounds, backlogs of {} events, steady load for {} s, {} partitions per topic",
+            sizes.rounds, sizes.events, sizes.seconds, options.partitions
+        ),
+        caveats,
+    })
 }
 
 fn commit() -> String {

@@ -1,7 +1,7 @@
 //! The relay's figures on a PostgreSQL and a Kafka of the user's, each beside its limit in the same run.
 //!
 //! `docs/performance.md` says how to run it and how to read it. [`cases`] are what is measured, [`drain`] and [`live`] how,
-//! [`world`] where, [`naked`] the limit, [`report`] what comes of it.
+//! [`world`] where, [`naked`] the limit, [`judge`] whether it is right, [`report`] what comes of it.
 
 #![allow(
     unreachable_pub,
@@ -14,6 +14,7 @@
 
 mod cases;
 mod drain;
+mod judge;
 mod live;
 mod machine;
 mod naked;
@@ -31,14 +32,22 @@ use std::process::ExitCode;
 use anyhow::Error;
 use clap::{Parser, ValueEnum};
 
-use machine::Header;
 use options::{Action, Case, Cli, Options};
 use report::Report;
 use world::World;
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<ExitCode, Error> {
-    let cli = Cli::parse();
+async fn main() -> ExitCode {
+    match act(Cli::parse()).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn act(cli: Cli) -> Result<ExitCode, Error> {
     match cli.action {
         None => measure(cli.options).await,
         Some(Action::Naked(naked)) => naked::run(naked).await.map(|()| ExitCode::SUCCESS),
@@ -57,7 +66,7 @@ async fn main() -> Result<ExitCode, Error> {
 
 async fn measure(options: Options) -> Result<ExitCode, Error> {
     let world = World::new(&options)?;
-    let mut report = Report::new(Header::of(&world, &options).await?);
+    let mut report = Report::new(machine::header(&world, &options).await?);
     for line in report.header.lines() {
         eprintln!("{line}");
     }

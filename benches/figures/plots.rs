@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Error, anyhow, ensure};
 use plotters::prelude::*;
 
-use crate::report::{Report, Row, Spread};
+use super::report::{Report, Row, Spread, number};
 
 const SIZE: (u32, u32) = (720, 420);
 const FIGURE: &str = "events/s";
@@ -88,8 +88,8 @@ fn picture(file: &Path, axis: &str, points: &[Point], header: &[String]) -> Draw
     chart
         .configure_mesh()
         .x_desc(axis)
-        .x_label_formatter(&|at| crate::report::number(*at))
-        .y_label_formatter(&|rate| crate::report::number(*rate))
+        .x_label_formatter(&|at| number(*at))
+        .y_label_formatter(&|rate| number(*rate))
         .light_line_style(TRANSPARENT)
         .draw()?;
     let series: [(&str, RGBColor, Of); 2] = [

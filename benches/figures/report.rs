@@ -6,8 +6,6 @@ use std::path::Path;
 use anyhow::{Context, Error};
 use serde::{Deserialize, Serialize};
 
-use crate::machine::Header;
-
 /// Everything of one run of the bench; this is what --json writes.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
@@ -17,6 +15,23 @@ pub struct Report {
     pub skipped: Vec<String>,
     /// What went wrong: no figure of such a run is to be believed.
     pub failed: Vec<String>,
+}
+
+/// What it was measured on: without that the figures mean nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Header {
+    pub relay: String,
+    /// Empty where the bench does not run in its repository.
+    pub commit: String,
+    pub machine: String,
+    pub kernel: String,
+    /// Before the bench began: others on the machine are noise.
+    pub load_average: f64,
+    pub postgres: String,
+    pub kafka: String,
+    pub sizes: String,
+    /// Why these are not figures: a debug build, small sizes.
+    pub caveats: Vec<String>,
 }
 
 /// One figure.
@@ -174,6 +189,24 @@ impl Report {
         } else {
             format!("\n{title}\n{}", as_text(&rows))
         }
+    }
+}
+
+impl Header {
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![
+            format!("outbox-relay {} {}", self.relay, self.commit),
+            format!(
+                "{}, Linux {}, load {}",
+                self.machine, self.kernel, self.load_average
+            ),
+            format!("PostgreSQL {}; Kafka {}", self.postgres, self.kafka),
+            self.sizes.clone(),
+        ];
+        if !self.caveats.is_empty() {
+            lines.push(format!("NOT FIGURES: {}", self.caveats.join(", ")));
+        }
+        lines
     }
 }
 

@@ -1,7 +1,6 @@
 //! The topics of one measurement: made, watched, read to the end, deleted.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::hash::{BuildHasher, RandomState};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, bail, ensure};
@@ -12,6 +11,8 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers, Message};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::judge::Found;
 
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// A consumer that is given nothing for so long will not get it.
@@ -26,18 +27,6 @@ pub struct Topics {
     partitions: i32,
     brokers: String,
     watch: BaseConsumer,
-}
-
-/// What a consumer of committed records found in all topics together.
-pub struct Found {
-    pub records: i64,
-    /// Records whose event was there already.
-    pub doubled: i64,
-    pub sum: i64,
-    pub xor: i64,
-    /// When the broker appended the first and the last one, in milliseconds since the Unix epoch.
-    pub first_ms: i64,
-    pub last_ms: i64,
 }
 
 pub fn client(brokers: &str) -> ClientConfig {
@@ -182,82 +171,23 @@ impl Topics {
     }
 
     /// Reads everything that a relay has written.
-    ///
-    /// # Errors
-    /// When the events of a key are not in order at their first appearance within one pipeline.
     pub fn found(&self) -> Result<Found, Error> {
-        let hasher = RandomState::new();
-        let mut found = Found::none();
-        let mut newest: HashMap<u64, i64> = HashMap::new();
-        let mut known: HashMap<String, HashSet<i64>> = HashMap::new();
+        let mut found = Found::default();
         self.read(|message| {
-            let sequence = sequence(message)?;
-            // Several pipelines publish the same events, each to topics of its own.
-            let (pipeline, _) = message.topic().rsplit_once('.').context("a topic's name")?;
-            if !known.contains_key(pipeline) {
-                known.insert(pipeline.to_owned(), HashSet::new());
-            }
-            let is_new = known
-                .get_mut(pipeline)
-                .is_some_and(|known| known.insert(sequence));
-            found.count(message, sequence, is_new);
-            let key = hasher.hash_one((message.topic(), message.key()));
-            let newest = newest.entry(key).or_insert(sequence);
-            ensure!(
-                !is_new || *newest <= sequence,
-                "event {sequence} comes after {newest} of its key, in {}",
-                message.topic()
-            );
-            *newest = sequence.max(*newest);
-            Ok(())
+            let at_ms = message.timestamp().to_millis().unwrap_or_default();
+            found.event(message.topic(), message.key(), sequence(message)?, at_ms)
         })?;
         Ok(found)
     }
 
     /// Reads everything that a bare loop has written: its records carry no sequence.
     pub fn counted(&self) -> Result<Found, Error> {
-        let mut found = Found::none();
+        let mut found = Found::default();
         self.read(|message| {
-            found.count(message, 0, true);
+            found.record(message.timestamp().to_millis().unwrap_or_default());
             Ok(())
         })?;
         Ok(found)
-    }
-}
-
-impl Found {
-    fn none() -> Self {
-        Self {
-            records: 0,
-            doubled: 0,
-            sum: 0,
-            xor: 0,
-            first_ms: i64::MAX,
-            last_ms: i64::MIN,
-        }
-    }
-
-    fn count(&mut self, message: &BorrowedMessage<'_>, sequence: i64, is_new: bool) {
-        self.records += 1;
-        if is_new {
-            self.sum = self.sum.wrapping_add(sequence);
-            self.xor ^= sequence;
-        } else {
-            self.doubled += 1;
-        }
-        let at = message.timestamp().to_millis().unwrap_or_default();
-        self.first_ms = self.first_ms.min(at);
-        self.last_ms = self.last_ms.max(at);
-    }
-
-    /// From the first record to the last.
-    pub fn seconds(&self) -> Result<f64, Error> {
-        ensure!(
-            self.last_ms > self.first_ms,
-            "all records came within a millisecond: use more events"
-        );
-        #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-        Ok((self.last_ms - self.first_ms) as f64 / 1e3)
     }
 }
 

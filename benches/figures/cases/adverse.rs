@@ -6,7 +6,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
 use super::{NAKED, add};
-use crate::drain::{self, Backlog, Drain, Expected, Watched, await_records, now_ms};
+use crate::drain::{self, Backlog, Drain, Watched, await_records, emitted, now_ms};
 use crate::report::{Place, Report};
 use crate::workload::Workload;
 use crate::world::{Log, Setup, World};
@@ -170,7 +170,7 @@ impl Troubled {
             let mut relay = world.relay(&self.log, &run, &latest)?;
             drain::await_cursor(&self.log, &run, 0, &mut relay).await?;
             relay.stop().await?;
-            backlog.after = Expected::behind(&mut db, 0, false).await?.last;
+            backlog.after = emitted(&self.log, 0, false).await?.last;
             workload.fill(&mut db).await?;
             db.execute("vacuum analyze outbox.events").await?;
         }
@@ -227,17 +227,17 @@ async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
     let mut usage = watched.look(&mut relay)?;
     usage.cpu = usage.cpu.saturating_sub(before.cpu);
     relay.stop().await?;
-    let all = Expected::behind(&mut db, 0, false).await?;
+    let all = emitted(&log, 0, false).await?;
     all.judge(&run.topics.found()?, 1, false)?;
-    let mut found = run.topics.only("late")?.found()?;
+    let found = run.topics.only("late")?.found()?;
     ensure!(
         found.records == workload.events,
         "WRONG: {} of {} late events are in Kafka",
         found.records,
         workload.events
     );
-    found.first_ms = committed_ms.min(found.first_ms);
-    let relay = Drain::of(workload.events, &found, usage, &watched)?;
+    let took_ms = found.last_ms()? - committed_ms;
+    let relay = Drain::of(workload.events, took_ms, usage, &watched);
     run.topics.delete().await?;
     let backlog = Backlog {
         log: &log,

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use super::latency::{self, PRODUCE};
 use super::{NAKED, add_memory};
-use crate::drain::{Expected, Memory, Watched, await_records, to_f64};
+use crate::drain::{Memory, Watched, await_records, emitted, to_f64};
 use crate::live::Pace;
 use crate::process::Process;
 use crate::report::{Place, Report, number};
@@ -44,7 +44,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         let pace = Pace::of(world.sizes.arrivals, world.sizes.seconds);
         let live = latency::flow(world, &log, &run, pace, &mut process).await?;
         process.stop().await?;
-        let expected = Expected::behind(&mut log.connect().await?, 0, false).await?;
+        let expected = emitted(&log, 0, false).await?;
         expected.judge(&run.topics.found()?, 1, false)?;
         run.topics.delete().await?;
         world.forget(&log).await?;
@@ -127,8 +127,7 @@ async fn catch_up(
         }
     };
     let (took, ()) = tokio::try_join!(looking, arrive(world, log, &enough))?;
-    let mut db = log.connect().await?;
-    let all = Expected::behind(&mut db, 0, false).await?;
+    let all = emitted(log, 0, false).await?;
     await_records(run, all.events, process, &mut watched).await?;
     let usage = watched.look(process)?;
     let growth = lags.windows(2).map(|pair| pair[1] - pair[0]).max();

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Error;
 
-use crate::drain::{Expected, Watched, await_records};
+use crate::drain::{Watched, await_records, emitted};
 use crate::live::{self, Committed, Listener, Pace};
 use crate::process::Process;
 use crate::recorder::{PERCENTILES, Recorder};
@@ -100,7 +100,7 @@ async fn relay(world: &World, capture: Capture, pace: Pace) -> Result<Live, Erro
     let mut relay = world.relay(&log, &run, &setup)?;
     let live = flow(world, &log, &run, pace, &mut relay).await?;
     relay.stop().await?;
-    let expected = Expected::behind(&mut log.connect().await?, 0, false).await?;
+    let expected = emitted(&log, 0, false).await?;
     expected.judge(&run.topics.found()?, 1, false)?;
     run.topics.delete().await?;
     world.forget(&log).await?;
@@ -125,7 +125,7 @@ pub async fn flow(
     let (after, took) = (relay.usage()?, began.elapsed());
     let seen = listener.seen(pace.events())?;
     // The last warm-ups too.
-    let all = Expected::behind(&mut log.connect().await?, 0, false).await?;
+    let all = emitted(log, 0, false).await?;
     await_records(run, all.events, relay, &mut Watched::default()).await?;
     let mut live = Live {
         due: Recorder::new()?,

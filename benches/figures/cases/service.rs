@@ -8,7 +8,7 @@ use futures_util::future::try_join_all;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
-use crate::drain::{Expected, Watched, await_records, to_f64};
+use crate::drain::{Watched, await_records, emitted, to_f64};
 use crate::live;
 use crate::report::{Place, Report, number};
 use crate::world::{Capture, Setup, World};
@@ -54,6 +54,8 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
                 let (rate, most) = (paid.commits_per_second, limit.commits_per_second);
                 report.add(&place, "commits/s", rate, most);
                 report.add(&place, "WAL bytes/event", paid.wal_bytes, limit.wal_bytes);
+                let more = paid.wal_bytes - limit.wal_bytes;
+                report.add(&place, "beyond the insert's", more, None);
                 let (rate, most) = (number(rate), number(most));
                 eprintln!(
                     "  {CASE}, {variant}: {rate} commits/s, {} {most}",
@@ -82,14 +84,14 @@ async fn measure(world: &World, writers: usize, beside: Beside) -> Result<Paid, 
     }
     // Else the first changes of each page are written in full for some and not for others.
     db.execute("checkpoint").await?;
-    let (before, known) = (wal(&mut db).await?, events(&mut db).await?);
+    let (before, known) = (wal(&mut db).await?, emitted(&log, 0, false).await?.events);
     let began = Instant::now();
     let until = began + Duration::from_secs(world.sizes.seconds.into());
     let connected = (0..writers).map(|_| log.connect());
     let written = try_join_all(connected).await?.into_iter().enumerate();
     try_join_all(written.map(|(n, db)| write(db, n, beside, until))).await?;
     let took = began.elapsed();
-    let all = Expected::behind(&mut db, 0, false).await?;
+    let all = emitted(&log, 0, false).await?;
     if let Some(mut relay) = relay {
         await_records(&run, all.events, &mut relay, &mut Watched::default()).await?;
         relay.stop().await?;
@@ -124,10 +126,6 @@ async fn write(
         live::emit_one(&mut db, &key).await?;
     }
     Ok(())
-}
-
-async fn events(db: &mut PgConnection) -> Result<i64, Error> {
-    Ok(Expected::behind(db, 0, false).await?.events)
 }
 
 /// Bytes that the server has ever written to its log.

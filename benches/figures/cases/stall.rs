@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Error, ensure};
 
 use super::{NAKED, add_memory};
-use crate::drain::{Expected, Memory, Watched, await_records, now_ms, to_f64};
+use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
 use crate::process::Frozen;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
@@ -71,7 +71,7 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     let log = world.backlog(workload).await?;
     let run = world.run(1, &workload.aggregate_types()).await?;
     let setup = Setup::default();
-    let expected = Expected::behind(&mut log.connect().await?, 0, false).await?;
+    let expected = emitted(&log, 0, false).await?;
     let mut watched = Watched::default();
     let mut process = match who {
         Who::Relay => world.relay(&log, &run, &setup)?,
@@ -100,7 +100,7 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
         there < expected.events,
         "everything was there before the broker was frozen: use more --events"
     );
-    let took = to_f64((found.last_ms - thawed_ms).max(1)) / 1e3;
+    let took = to_f64((found.last_ms()? - thawed_ms).max(1)) / 1e3;
     let stalled = Stalled {
         rate: to_f64(expected.events - there) / took,
         memory: watched.memory(usage),

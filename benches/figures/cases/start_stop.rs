@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Error, ensure};
 
 use super::NAKED;
-use crate::drain::{Expected, Watched, await_records};
+use crate::drain::{Watched, await_records, emitted};
 use crate::process::Process;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
@@ -30,7 +30,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             let run = world.run(1, &workload.aggregate_types()).await?;
             let relay = measure(&run, world.relay(&log, &run, setup)?).await?;
             // The next one goes on where it stopped.
-            let expected = Expected::behind(&mut log.connect().await?, 0, false).await?;
+            let expected = emitted(&log, 0, false).await?;
             let mut rest = world.relay(&log, &run, setup)?;
             let mut watched = Watched::default();
             await_records(&run, expected.events, &mut rest, &mut watched).await?;

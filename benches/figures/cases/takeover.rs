@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Error};
 
-use crate::drain::{Expected, Watched, await_records};
+use crate::drain::{Watched, await_records, emitted};
 use crate::live::{self, Listener};
 use crate::report::{Place, Report, number};
 use crate::world::{Capture, Setup, World};
@@ -55,7 +55,7 @@ async fn measure(world: &World, capture: Capture) -> Result<f64, Error> {
     let killed = owner.kill().await?;
     live::emit_one(&mut db, "e0").await?;
     let seen = listener.seen(1)?;
-    let expected = Expected::behind(&mut db, 0, false).await?;
+    let expected = emitted(&log, 0, false).await?;
     await_records(
         &run,
         expected.events,
