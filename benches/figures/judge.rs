@@ -33,6 +33,16 @@ pub struct Found {
 }
 
 impl Expected {
+    /// The events from 1 to `last`.
+    pub fn all(last: i64) -> Self {
+        Self {
+            events: last,
+            last,
+            sum: last * (last + 1) / 2,
+            xor: (1..=last).fold(0, |xor, id| xor ^ id),
+        }
+    }
+
     /// Whether a relay with so many pipelines has published exactly these; `doubles` says that it may have done so twice.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Steady load: something is due every so often, whether or not what came before is done (an open loop).
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,14 +13,17 @@ use rdkafka::message::Message;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Executor};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 use crate::topics;
-use crate::workload::PAYLOAD_BYTES;
+use crate::workload::{PAYLOAD_BYTES, Workload};
 use crate::world::Log;
 
 /// Connections that write.
 const WRITERS: usize = 16;
+/// Transactions per second of what arrives beside something else.
+const ARRIVALS: u32 = 100;
 /// Between two records that find out whether everything runs.
 const WARM_UP: Duration = Duration::from_millis(200);
 const ARRIVAL_MAX: Duration = Duration::from_mins(1);
@@ -136,6 +140,24 @@ pub async fn emit_one(db: &mut PgConnection, key: &str) -> Result<(), Error> {
         .execute(db)
         .await
         .context("emit")?;
+    Ok(())
+}
+
+/// Emits so many events per second until it is enough, all by one writer: a bare loop would lose events of two.
+pub async fn arrive(log: &Log, events_per_second: u32, enough: &Cell<bool>) -> Result<(), Error> {
+    let mut db = log.connect().await?;
+    let row = Workload::of(1).row();
+    let insert = format!(
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload) \
+         {row} from generate_series(1, {}) n",
+        events_per_second.div_ceil(ARRIVALS)
+    );
+    let mut every = tokio::time::interval(Duration::from_secs(1) / ARRIVALS);
+    while !enough.get() {
+        every.tick().await;
+        db.execute(sqlx::query(AssertSqlSafe(insert.clone())))
+            .await?;
+    }
     Ok(())
 }
 

@@ -60,6 +60,8 @@ pub enum Case {
     Stall,
     /// A backlog is drained while events arrive.
     CatchUp,
+    /// What the log takes on the disk under a steady flow with retention.
+    Retention,
     /// Memory with large payloads.
     Memory,
     /// CPU while nothing happens.
@@ -102,9 +104,12 @@ pub struct Options {
     /// The relay's lease_ttl where one takes over from another, in seconds [default: 10; quick: 3].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub lease_seconds: Option<u32>,
-    /// Events per second that arrive while a backlog is drained [default: 5000; quick: 500].
+    /// Events per second that arrive while something else goes on [default: 5000; quick: 500].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub arrivals: Option<u32>,
+    /// How long events flow while what was published is dropped, in seconds [default: 3600; quick: 15].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(5..))]
+    pub retention_seconds: Option<u32>,
     /// Partitions of each topic.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(i32).range(1..))]
     pub partitions: i32,
@@ -139,6 +144,7 @@ pub struct Sizes {
     pub stall: Duration,
     pub lease: Duration,
     pub arrivals: u32,
+    pub retention: Duration,
 }
 
 impl Options {
@@ -157,6 +163,7 @@ impl Options {
             stall: seconds(self.stall_seconds, 3, 30),
             lease: seconds(self.lease_seconds, 3, 10),
             arrivals: or(self.arrivals, 500, 5000),
+            retention: seconds(self.retention_seconds, 15, 3600),
         }
     }
 

@@ -162,7 +162,7 @@ impl Report {
     }
 
     fn table(&self, (case, limit): (&str, &str), markdown: bool) -> String {
-        let head = ["", "figure", "relay", limit, "ratio"].map(str::to_owned);
+        let head = ["", "figure", "relay", "limit", "ratio"].map(str::to_owned);
         let mut variant = "";
         let mut rows = vec![head];
         for row in &self.rows {

@@ -42,6 +42,8 @@ pub struct Setup {
     /// Only events of the type [`EVENT_TYPE`].
     pub filtered: bool,
     pub lease: Duration,
+    /// How long published events stay, and events per partition.
+    pub retention: Option<(Duration, i64)>,
 }
 
 impl Default for Setup {
@@ -53,6 +55,7 @@ impl Default for Setup {
             latest: false,
             filtered: false,
             lease: Duration::from_secs(10),
+            retention: None,
         }
     }
 }
@@ -238,6 +241,13 @@ impl World {
             self.brokers,
             setup.lease.as_millis(),
         );
+        if let Some((keep, events)) = setup.retention {
+            let (keep_ms, interval_ms) = (keep.as_millis(), (keep.as_millis() / 5).max(1000));
+            write!(
+                text,
+                "[retention]\nkeep = \"{keep_ms}ms\"\ninterval = \"{interval_ms}ms\"\npartition_events = {events}\n"
+            )?;
+        }
         for number in 0..setup.pipelines {
             let (pipeline, name) = (run.pipeline(number), &run.name);
             write!(

@@ -34,7 +34,7 @@ enum Trouble {
 const TROUBLES: [(&str, Trouble); 7] = [
     (NONE, Trouble::None),
     ("open transaction", Trouble::OpenTransaction),
-    ("open in another database", Trouble::OpenElsewhere),
+    ("open, other database", Trouble::OpenElsewhere),
     ("repeatable read", Trouble::RepeatableRead),
     ("dead rows", Trouble::DeadRows),
     ("published retained", Trouble::Retained),

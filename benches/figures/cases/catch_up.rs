@@ -4,12 +4,11 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use anyhow::{Error, ensure};
-use sqlx::{AssertSqlSafe, Executor};
 
 use super::latency::{self, PRODUCE};
 use super::{NAKED, add_memory};
 use crate::drain::{Memory, Watched, await_records, emitted, to_f64};
-use crate::live::Pace;
+use crate::live::{self, Pace};
 use crate::process::Process;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
@@ -19,8 +18,6 @@ const CASE: &str = "catch-up";
 /// Between two looks at the lag: long enough for a batch to be on its way.
 const LOOK: Duration = Duration::from_millis(500);
 const GIVE_UP: Duration = Duration::from_hours(1);
-/// Transactions per second of what arrives, all by one writer: the bare loop would lose events of two.
-const ARRIVALS: u32 = 100;
 
 /// How the backlog went.
 struct CaughtUp {
@@ -32,7 +29,7 @@ struct CaughtUp {
 }
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    let variant = format!("{} events/s arrive", world.sizes.arrivals);
+    let variant = format!("{}/s arrive", world.sizes.arrivals);
     if !world.wants(&variant) {
         return Ok(());
     }
@@ -70,7 +67,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         );
         report.add(&place, "seconds", relay.seconds, naked.seconds);
         let (growth, least) = (to_f64(relay.growth), to_f64(naked.growth));
-        report.add(&place, "growth of the lag, events", growth, least);
+        report.add(&place, "growth of lag, events", growth, least);
         add_memory(report, &place, &relay.memory, &naked.memory);
         place.limit = PRODUCE;
         latency::add(
@@ -126,7 +123,7 @@ async fn catch_up(
             tokio::time::sleep(LOOK).await;
         }
     };
-    let (took, ()) = tokio::try_join!(looking, arrive(world, log, &enough))?;
+    let (took, ()) = tokio::try_join!(looking, live::arrive(log, world.sizes.arrivals, &enough))?;
     let all = emitted(log, 0, false).await?;
     await_records(run, all.events, process, &mut watched).await?;
     let usage = watched.look(process)?;
@@ -136,21 +133,4 @@ async fn catch_up(
         growth: growth.unwrap_or_default().max(0),
         memory: watched.memory(usage),
     })
-}
-
-async fn arrive(world: &World, log: &Log, enough: &Cell<bool>) -> Result<(), Error> {
-    let mut db = log.connect().await?;
-    let row = Workload::of(1).row();
-    let insert = format!(
-        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload) \
-         {row} from generate_series(1, {}) n",
-        world.sizes.arrivals.div_ceil(ARRIVALS)
-    );
-    let mut every = tokio::time::interval(Duration::from_secs(1) / ARRIVALS);
-    while !enough.get() {
-        every.tick().await;
-        db.execute(sqlx::query(AssertSqlSafe(insert.clone())))
-            .await?;
-    }
-    Ok(())
 }

@@ -60,9 +60,9 @@ pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Reco
     let (live, naked) = of;
     let limits = naked.milliseconds();
     for (name, times, has_limit) in [
-        ("due to consumer", &live.due, true),
-        ("commit to consumer", &live.commit, true),
-        ("due to commit", &live.writer, false),
+        ("from due", &live.due, true),
+        ("from commit", &live.commit, true),
+        ("to commit", &live.writer, false),
     ] {
         let times = times.milliseconds();
         for (n, (percentile, percent)) in PERCENTILES.into_iter().enumerate() {

@@ -6,6 +6,7 @@ mod drain;
 mod idle;
 mod latency;
 mod memory;
+mod retention;
 mod service;
 mod stall;
 mod start_stop;
@@ -30,6 +31,7 @@ pub async fn run(case: Case, world: &World, report: &mut Report) -> Result<(), E
         Case::Adverse => adverse::run(world, report).await,
         Case::Stall => stall::run(world, report).await,
         Case::CatchUp => catch_up::run(world, report).await,
+        Case::Retention => retention::run(world, report).await,
         Case::Memory => memory::run(world, report).await,
         Case::Idle => idle::run(world, report).await,
         Case::StartStop => start_stop::run(world, report).await,

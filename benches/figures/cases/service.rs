@@ -36,7 +36,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     for _ in 0..world.sizes.rounds {
         for writers in WRITERS {
             for (name, beside) in [
-                ("relay off", Beside::Notifications),
+                ("off", Beside::Notifications),
                 ("poll", Beside::Relay(Capture::Poll)),
                 ("listen", Beside::Relay(Capture::Listen)),
             ] {
@@ -55,7 +55,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
                 report.add(&place, "commits/s", rate, most);
                 report.add(&place, "WAL bytes/event", paid.wal_bytes, limit.wal_bytes);
                 let more = paid.wal_bytes - limit.wal_bytes;
-                report.add(&place, "beyond the insert's", more, None);
+                report.add(&place, "WAL bytes more", more, None);
                 let (rate, most) = (number(rate), number(most));
                 eprintln!(
                     "  {CASE}, {variant}: {rate} commits/s, {} {most}",
