@@ -165,6 +165,8 @@ impl World {
         let mut db = log.connect().await?;
         workload.fill(&mut db).await?;
         db.execute("vacuum analyze outbox.events").await?;
+        // Else that happens in the middle of a measurement.
+        db.execute("checkpoint").await?;
         self.filled.borrow_mut().insert(workload, Rc::clone(&log));
         Ok(log)
     }

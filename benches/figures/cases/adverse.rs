@@ -9,10 +9,9 @@ use super::{NAKED, add};
 use crate::drain::{self, Backlog, Drain, Watched, await_records, emitted, now_ms};
 use crate::report::{Place, Report};
 use crate::workload::Workload;
-use crate::world::{Log, Setup, World};
+use crate::world::{Log, Run, Setup, World};
 
 const CASE: &str = "adverse";
-const NONE: &str = "no trouble";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -32,7 +31,7 @@ enum Trouble {
 }
 
 const TROUBLES: [(&str, Trouble); 7] = [
-    (NONE, Trouble::None),
+    ("no trouble", Trouble::None),
     ("open transaction", Trouble::OpenTransaction),
     ("open, other database", Trouble::OpenElsewhere),
     ("repeatable read", Trouble::RepeatableRead),
@@ -42,25 +41,15 @@ const TROUBLES: [(&str, Trouble); 7] = [
 ];
 const LATE: &str = "late bulk transaction";
 
-/// A log in trouble, and the sessions that make it.
-struct Troubled {
-    log: Log,
-    trouble: Trouble,
-    sessions: Vec<PgConnection>,
-}
-
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    let mut logs = Vec::new();
-    for (name, trouble) in TROUBLES {
-        // The others are measured beside the first.
-        if trouble == Trouble::None || world.wants(name) {
-            logs.push((name, Troubled::new(world, trouble).await?));
-        }
-    }
     for _ in 0..world.sizes.rounds {
         let mut untroubled = None;
-        for (variant, troubled) in &mut logs {
-            let (relay, naked) = troubled.drain(world).await?;
+        for (variant, trouble) in TROUBLES {
+            // The others are measured beside the first.
+            if trouble != Trouble::None && !world.wants(variant) {
+                continue;
+            }
+            let (relay, naked) = trouble.drain(world).await?;
             let mut place = Place {
                 case: CASE,
                 variant,
@@ -83,101 +72,88 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             add(report, &place, &relay, &naked);
         }
     }
-    for (_, troubled) in logs {
-        drop(troubled.sessions);
-        world.forget(&troubled.log).await?;
-    }
     Ok(())
 }
 
-impl Troubled {
-    async fn new(world: &World, trouble: Trouble) -> Result<Self, Error> {
-        eprintln!("  making ready");
+impl Trouble {
+    /// Makes it, drains in it, and ends it: an open transaction would be in everybody's snapshots.
+    async fn drain(self, world: &World) -> Result<(Drain, Drain), Error> {
         let log = world.log().await?;
         let workload = Workload::of(world.sizes.events);
+        let aggregate_types = workload.aggregate_types();
+        let run = world.run(1, &aggregate_types).await?;
         let mut db = log.connect().await?;
-        let mut sessions = Vec::new();
-        match trouble {
-            Trouble::DeadRows => {
-                let mut reader = log.connect().await?;
-                workload.fill(&mut db).await?;
-                keep_a_snapshot(&mut reader).await?;
-                db.execute("delete from outbox.events").await?;
-                sessions.push(reader);
-            }
-            Trouble::Retained => {
-                let published = if world.sizes.large { 10 } else { 1 };
-                Workload::of(world.sizes.events * published)
-                    .fill(&mut db)
-                    .await?;
-            }
-            Trouble::StaleStatistics => {
-                without_autovacuum(&mut db).await?;
-                db.execute("analyze outbox.events").await?;
-            }
-            _ => {}
+        let session = self.begin(world, &log).await?;
+        let mut after = 0;
+        if self == Self::Retained {
+            after = publish_all(world, &log, &run).await?;
         }
-        if trouble != Trouble::Retained {
-            workload.fill(&mut db).await?;
-        }
-        if trouble != Trouble::StaleStatistics {
+        workload.fill(&mut db).await?;
+        if self != Self::StaleStatistics {
             db.execute("vacuum analyze outbox.events").await?;
         }
-        match trouble {
-            Trouble::OpenTransaction => {
-                db.execute("begin; select outbox.emit('event0', 'open', 'placed', '{}')")
-                    .await?;
-                sessions.push(db);
-            }
-            Trouble::OpenElsewhere => {
-                let mut elsewhere = world.admin().await?;
-                elsewhere
-                    .execute("begin; select pg_current_xact_id()")
-                    .await?;
-                sessions.push(elsewhere);
-            }
-            Trouble::RepeatableRead => {
-                keep_a_snapshot(&mut db).await?;
-                sessions.push(db);
-            }
-            _ => {}
-        }
-        Ok(Self {
-            log,
-            trouble,
-            sessions,
-        })
-    }
-
-    async fn drain(&self, world: &World) -> Result<(Drain, Drain), Error> {
-        let workload = Workload::of(world.sizes.events);
-        let aggregate_types = workload.aggregate_types();
-        let mut backlog = Backlog {
-            log: &self.log,
+        db.execute("checkpoint").await?;
+        let backlog = Backlog {
+            log: &log,
             aggregate_types: &aggregate_types,
-            after: 0,
+            after,
             page: workload.page(),
         };
         let setup = Setup::default();
-        let run = world.run(1, &aggregate_types).await?;
-        if self.trouble == Trouble::Retained {
-            // A cursor behind all that was published, then what is to be drained.
-            let mut db = self.log.connect().await?;
-            let latest = Setup {
-                latest: true,
-                ..setup
-            };
-            let mut relay = world.relay(&self.log, &run, &latest)?;
-            drain::await_cursor(&self.log, &run, 0, &mut relay).await?;
-            relay.stop().await?;
-            backlog.after = emitted(&self.log, 0, false).await?.last;
-            workload.fill(&mut db).await?;
-            db.execute("vacuum analyze outbox.events").await?;
-        }
         let relay = drain::relay_as(world, &backlog, &setup, run).await?;
         let naked = drain::naked(world, &backlog, &setup).await?;
+        drop(session);
+        world.forget(&log).await?;
         Ok((relay, naked))
     }
+
+    /// What was there before the backlog; the trouble lasts as long as the session.
+    async fn begin(self, world: &World, log: &Log) -> Result<PgConnection, Error> {
+        let mut session = log.connect().await?;
+        match self {
+            Self::None => {}
+            Self::OpenTransaction => {
+                session
+                    .execute("begin; select outbox.emit('event0', 'open', 'placed', '{}')")
+                    .await?;
+            }
+            Self::OpenElsewhere => {
+                session = world.admin().await?;
+                session
+                    .execute("begin; select pg_current_xact_id()")
+                    .await?;
+            }
+            Self::RepeatableRead => keep_a_snapshot(&mut session).await?,
+            Self::DeadRows => {
+                let mut db = log.connect().await?;
+                Workload::of(world.sizes.events).fill(&mut db).await?;
+                keep_a_snapshot(&mut session).await?;
+                db.execute("delete from outbox.events").await?;
+            }
+            Self::Retained => {
+                let times = if world.sizes.large { 10 } else { 1 };
+                let published = Workload::of(world.sizes.events * times);
+                published.fill(&mut session).await?;
+            }
+            Self::StaleStatistics => {
+                without_autovacuum(&mut session).await?;
+                session.execute("analyze outbox.events").await?;
+            }
+        }
+        Ok(session)
+    }
+}
+
+/// Puts the cursor behind everything that is there; returns the last id of that.
+async fn publish_all(world: &World, log: &Log, run: &Run) -> Result<i64, Error> {
+    let latest = Setup {
+        latest: true,
+        ..Setup::default()
+    };
+    let mut relay = world.relay(log, run, &latest)?;
+    drain::await_cursor(log, run, 0, &mut relay).await?;
+    relay.stop().await?;
+    Ok(emitted(log, 0, false).await?.last)
 }
 
 async fn keep_a_snapshot(db: &mut PgConnection) -> Result<(), Error> {

@@ -13,7 +13,7 @@ pub const PAYLOAD_BYTES: u32 = 1024 * 1024;
 
 /// How many events of that size a backlog has.
 pub fn events(world: &World) -> i64 {
-    (world.sizes.events / 2000).max(50)
+    (world.sizes.events / 4000).max(50)
 }
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
