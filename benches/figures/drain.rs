@@ -206,7 +206,9 @@ pub async fn await_cursor(
     let began = Instant::now();
     loop {
         let behind: i64 = sqlx::query_scalar(
-            "select $3 - count(*) from outbox.cursors where starts_with(pipeline, $1) and coalesce(last_id, 0) >= $2",
+            "select $3 - count(*) from (
+               select from outbox.cursors where starts_with(pipeline, $1)
+                group by pipeline having min(coalesce(last_id, 0)) >= $2) done",
         )
         .bind(format!("{}-", run.name))
         .bind(last)

@@ -37,6 +37,8 @@ pub struct Setup {
     pub capture: Capture,
     pub exactly_once: bool,
     pub pipelines: usize,
+    /// Of each pipeline.
+    pub shards: u32,
     /// Begins with what comes next, and not with what is there.
     pub latest: bool,
     /// Only events of the type [`EVENT_TYPE`].
@@ -52,6 +54,7 @@ impl Default for Setup {
             capture: Capture::Poll,
             exactly_once: false,
             pipelines: 1,
+            shards: 1,
             latest: false,
             filtered: false,
             lease: Duration::from_secs(10),
@@ -236,11 +239,13 @@ impl World {
         let mut text = format!(
             "[source.postgres]\nurl = {:?}\ncapture = {:?}\n\
              [sink.kafka]\nbrokers = {:?}\n{delivery}\n\
+             [pipeline]\nshards = {}\n\
              [relay]\nlease_ttl = \"{}ms\"\n\
              [admin]\nenabled = false\n[log]\nlevel = \"warn\"\n",
             log.options.to_url_lossy().as_str(),
             setup.capture.name(),
             self.brokers,
+            setup.shards,
             setup.lease.as_millis(),
         );
         if let Some((keep, events)) = setup.retention {

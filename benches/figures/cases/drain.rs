@@ -1,4 +1,4 @@
-//! A backlog is drained: payloads, backlogs, transactions, keys, topics, delivery, pipelines, filter.
+//! A backlog is drained: payloads, backlogs, transactions, keys, topics, delivery, pipelines, shards, filter.
 
 use anyhow::Error;
 
@@ -107,6 +107,7 @@ fn sizes(events: i64) -> Vec<Variant> {
     base.axes.extend([
         ("payload bytes", f64::from(PAYLOAD_BYTES)),
         ("pipelines", 1.0),
+        ("shards", 1.0),
     ]);
     let payload = |name, payload_bytes, events| Variant {
         axes: vec![("payload bytes", f64::from(payload_bytes))],
@@ -162,6 +163,10 @@ fn setups(base: Workload) -> Vec<Variant> {
         },
     );
     eight.axes = vec![("pipelines", 8.0)];
+    let sharded = |name, shards| Variant {
+        axes: vec![("shards", f64::from(shards))],
+        ..with(name, Setup { shards, ..default })
+    };
     vec![
         with(
             "exactly-once",
@@ -171,6 +176,8 @@ fn setups(base: Workload) -> Vec<Variant> {
             },
         ),
         eight,
+        sharded("2 shards", 2),
+        sharded("4 shards", 4),
         with(
             "filter drops 90 %",
             Setup {
