@@ -101,6 +101,11 @@ async fn all(options: &Options, world: &World, report: &mut Report) {
             report.failed.push(failure);
         }
     }
+    if report.rows.is_empty() && report.skipped.is_empty() && report.failed.is_empty() {
+        let only = options.only.as_deref().unwrap_or_default();
+        let failure = format!("nothing was measured: no variant's name contains {only:?}");
+        report.failed.push(failure);
+    }
 }
 
 fn name(case: Case) -> String {

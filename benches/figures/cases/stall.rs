@@ -90,12 +90,19 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     let usage = watched.look(&mut process)?;
     process.stop().await?;
     let found = match who {
-        Who::Relay => run.topics.found()?,
+        Who::Relay => {
+            let found = run.topics.found()?;
+            expected.judge(&found, 1, false)?;
+            found
+        }
         Who::Naked => run.topics.counted()?,
     };
-    if who == Who::Relay {
-        expected.judge(&found, 1, false)?;
-    }
+    ensure!(
+        found.records == expected.events,
+        "WRONG: {} of {} records are in Kafka",
+        found.records,
+        expected.events
+    );
     ensure!(
         there < expected.events,
         "everything was there before the broker was frozen: use more --events"
