@@ -10,6 +10,7 @@
     clippy::unwrap_used,
     reason = "tests: nobody is outside, figures are for people, and a panic is a verdict"
 )]
+mod bench;
 mod cli;
 mod contract {
     mod ledger;

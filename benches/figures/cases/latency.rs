@@ -1,0 +1,169 @@
+//! From commit to consumer at steady rates, beside produce and consume without a relay at the same rate.
+
+use std::time::Instant;
+
+use anyhow::Error;
+
+use crate::drain::{Watched, await_records, emitted};
+use crate::live::{self, Committed, Listener, Pace};
+use crate::process::Process;
+use crate::recorder::{PERCENTILES, Recorder};
+use crate::report::{Place, Report, number};
+use crate::topics;
+use crate::world::{Capture, Log, Run, Setup, World};
+
+const CASE: &str = "latency";
+const RATES: [u32; 3] = [10, 1_000, 10_000];
+/// What the limit is.
+pub const PRODUCE: &str = "produce and consume";
+
+/// Times of one measurement.
+pub struct Live {
+    /// From when a transaction was due to when its events were consumed.
+    due: Recorder,
+    /// From the return of its commit.
+    commit: Recorder,
+    /// From when it was due to the return of its commit: the service's own part.
+    writer: Recorder,
+    /// Events per second that were really committed.
+    rate: f64,
+    cpu: f64,
+}
+
+pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
+    for _ in 0..world.sizes.rounds {
+        for rate in RATES {
+            let pace = Pace::of(rate, world.sizes.seconds);
+            let variants = [Capture::Listen, Capture::Poll].map(|capture| {
+                let variant = format!("{rate}/s, {}", capture.name());
+                (variant, capture)
+            });
+            for (variant, capture) in variants {
+                if world.wants(&variant) {
+                    let live = relay(world, capture, pace).await?;
+                    let naked = naked(world, pace).await?;
+                    let place = Place {
+                        case: CASE,
+                        variant: &variant,
+                        limit: PRODUCE,
+                    };
+                    add(report, &place, pace, (&live, &naked));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds the times, as far as there were enough events for them.
+pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Recorder)) {
+    let (live, naked) = of;
+    let limits = naked.milliseconds();
+    for (name, times, has_limit) in [
+        ("from due", &live.due, true),
+        ("from commit", &live.commit, true),
+        ("to commit", &live.writer, false),
+    ] {
+        let times = times.milliseconds();
+        for (n, (percentile, percent)) in PERCENTILES.into_iter().enumerate() {
+            if f64::from(pace.events()) * (100.0 - percent) >= 100.0 {
+                let figure = format!("{name} {percentile} ms");
+                report.add(place, &figure, times[n], has_limit.then_some(limits[n]));
+            }
+        }
+    }
+    report.add(place, "% of a core", live.cpu * 100.0, None);
+    let asked = f64::from(pace.events_per_second);
+    report.add(place, "events/s, asked", live.rate, asked);
+    let Place {
+        case,
+        variant,
+        limit,
+    } = place;
+    let [p50, p99, _] = live.commit.milliseconds();
+    eprintln!(
+        "  {case}, {variant}: commit to consumer p50 {} p99 {} ms, {limit} p50 {} p99 {} ms",
+        number(p50),
+        number(p99),
+        number(limits[0]),
+        number(limits[1])
+    );
+}
+
+async fn relay(world: &World, capture: Capture, pace: Pace) -> Result<Live, Error> {
+    let log = world.log().await?;
+    let run = world.run(1, &["event0".to_owned()]).await?;
+    let setup = Setup {
+        capture,
+        ..Setup::default()
+    };
+    let mut relay = world.relay(&log, &run, &setup)?;
+    let live = flow(world, &log, &run, pace, &mut relay).await?;
+    relay.stop().await?;
+    let expected = emitted(&log, 0, false).await?;
+    expected.judge(&run.topics.found()?, 1, false)?;
+    run.topics.delete().await?;
+    world.forget(&log).await?;
+    Ok(live)
+}
+
+/// Emits at the pace, and follows each event to a consumer.
+pub async fn flow(
+    world: &World,
+    log: &Log,
+    run: &Run,
+    pace: Pace,
+    relay: &mut Process,
+) -> Result<Live, Error> {
+    let topic = &run.topics.names[0];
+    let listener = Listener::start(&world.brokers, topic, pace.events(), async || {
+        live::emit_one(&mut log.connect().await?, "warm").await
+    })
+    .await?;
+    let (before, began) = (relay.usage()?, Instant::now());
+    let committed = live::emit(log, pace).await?;
+    let (after, took) = (relay.usage()?, began.elapsed());
+    let seen = listener.seen(pace.events())?;
+    // The last warm-ups too.
+    let all = emitted(log, 0, false).await?;
+    await_records(run, all.events, relay, &mut Watched::default()).await?;
+    let mut live = Live {
+        due: Recorder::new()?,
+        commit: Recorder::new()?,
+        writer: Recorder::new()?,
+        rate: f64::from(pace.events()) / took.as_secs_f64(),
+        cpu: after.cpu.saturating_sub(before.cpu).as_secs_f64() / took.as_secs_f64(),
+    };
+    for (event, Committed { due, at }) in events(pace, &committed) {
+        live.due.record(due, seen[event])?;
+        live.commit.record(at, seen[event])?;
+        live.writer.record(due, at)?;
+    }
+    Ok(live)
+}
+
+/// Produces at the pace, and follows each record to a consumer.
+pub async fn naked(world: &World, pace: Pace) -> Result<Recorder, Error> {
+    let run = world.run(1, &["event0".to_owned()]).await?;
+    let topic = &run.topics.names[0];
+    let listener = Listener::start(&world.brokers, topic, pace.events(), async || {
+        topics::produce_one(&world.brokers, topic, "warm")
+    })
+    .await?;
+    let produced = live::produce(&world.brokers, topic.clone(), pace)?;
+    let seen = listener.seen(pace.events())?;
+    let mut recorder = Recorder::new()?;
+    for (event, Committed { due, .. }) in events(pace, &produced) {
+        recorder.record(due, seen[event])?;
+    }
+    run.topics.delete().await?;
+    Ok(recorder)
+}
+
+/// Every event's number with the times of its transaction.
+fn events(pace: Pace, transactions: &[Committed]) -> impl Iterator<Item = (usize, Committed)> {
+    let repeated = transactions
+        .iter()
+        .flat_map(move |times| std::iter::repeat_n(*times, pace.per_transaction as usize));
+    repeated.enumerate()
+}

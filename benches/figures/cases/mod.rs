@@ -1,0 +1,62 @@
+//! The cases. Each repeats its measurements in rounds, with the limit right behind the relay.
+
+mod adverse;
+mod catch_up;
+mod drain;
+mod idle;
+mod latency;
+mod memory;
+mod retention;
+mod service;
+mod stall;
+mod start_stop;
+mod takeover;
+
+use anyhow::Error;
+
+use crate::drain::{Drain, Memory};
+use crate::options::Case;
+use crate::report::{Place, Report, number};
+use crate::world::World;
+
+/// The usual limit.
+pub const NAKED: &str = "bare loop";
+
+/// Runs one case.
+pub async fn run(case: Case, world: &World, report: &mut Report) -> Result<(), Error> {
+    match case {
+        Case::Drain => drain::run(world, report).await,
+        Case::Latency => latency::run(world, report).await,
+        Case::Service => service::run(world, report).await,
+        Case::Adverse => adverse::run(world, report).await,
+        Case::Stall => stall::run(world, report).await,
+        Case::CatchUp => catch_up::run(world, report).await,
+        Case::Retention => retention::run(world, report).await,
+        Case::Memory => memory::run(world, report).await,
+        Case::Idle => idle::run(world, report).await,
+        Case::StartStop => start_stop::run(world, report).await,
+        Case::Takeover => takeover::run(world, report).await,
+    }
+}
+
+/// Adds what a drain says about a process: all of it, beside the same of another one.
+pub fn add(report: &mut Report, place: &Place<'_>, relay: &Drain, limit: &Drain) {
+    let Place {
+        case,
+        variant,
+        limit: name,
+    } = place;
+    eprintln!(
+        "  {case}, {variant}: {} events/s, {name} {}",
+        number(relay.rate),
+        number(limit.rate)
+    );
+    report.add(place, "events/s", relay.rate, limit.rate);
+    report.add(place, "CPU us/event", relay.cpu_us, limit.cpu_us);
+    add_memory(report, place, &relay.memory, &limit.memory);
+}
+
+pub fn add_memory(report: &mut Report, place: &Place<'_>, relay: &Memory, limit: &Memory) {
+    report.add(place, "peak MiB", relay.peak_mib, limit.peak_mib);
+    report.add(place, "steady MiB", relay.steady_mib, limit.steady_mib);
+}

@@ -1,0 +1,117 @@
+//! The broker is frozen in the middle of a drain, and goes on after a while: nothing may be lost, memory may not grow.
+
+use std::time::Instant;
+
+use anyhow::{Error, ensure};
+
+use super::{NAKED, add_memory};
+use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
+use crate::process::Frozen;
+use crate::report::{Place, Report, number};
+use crate::workload::Workload;
+use crate::world::{Setup, World};
+
+const CASE: &str = "stall";
+
+/// What a process did around the time in which its broker was frozen.
+struct Stalled {
+    /// From the broker's return to the end of the drain, for what was left then.
+    rate: f64,
+    memory: Memory,
+}
+
+pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
+    let Some(pid) = world.broker_pid else {
+        report.skip(format!(
+            "{CASE}: the bench does not know which process to freeze, see --broker-pid"
+        ));
+        return Ok(());
+    };
+    let seconds = world.sizes.stall.as_secs();
+    let large = Workload {
+        payload_bytes: super::memory::PAYLOAD_BYTES,
+        ..Workload::of(super::memory::events(world))
+    };
+    let variants = [
+        ("233 B", Workload::of(world.sizes.events)),
+        ("1 MiB", large),
+    ];
+    for _ in 0..world.sizes.rounds {
+        for (payload, workload) in variants {
+            let variant = format!("{payload}, {seconds} s");
+            if !world.wants(&variant) {
+                continue;
+            }
+            let relay = measure(world, workload, pid, Who::Relay).await?;
+            let naked = measure(world, workload, pid, Who::Naked).await?;
+            let place = Place {
+                case: CASE,
+                variant: &variant,
+                limit: NAKED,
+            };
+            eprintln!(
+                "  {CASE}, {variant}: peak {} MiB, {NAKED} {}",
+                number(relay.memory.peak_mib),
+                number(naked.memory.peak_mib)
+            );
+            report.add(&place, "events/s after it", relay.rate, naked.rate);
+            add_memory(report, &place, &relay.memory, &naked.memory);
+        }
+    }
+    world.forget_backlogs().await
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Relay,
+    Naked,
+}
+
+async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Result<Stalled, Error> {
+    let log = world.backlog(workload).await?;
+    let run = world.run(1, &workload.aggregate_types()).await?;
+    let setup = Setup::default();
+    let expected = emitted(&log, 0, false).await?;
+    let mut watched = Watched::default();
+    let mut process = match who {
+        Who::Relay => world.relay(&log, &run, &setup)?,
+        Who::Naked => world.naked(&log, &run, &setup, (0, workload.page()))?,
+    };
+    await_records(&run, 1, &mut process, &mut watched).await?;
+    let frozen = Frozen::broker(pid)?;
+    let began = Instant::now();
+    while began.elapsed() < world.sizes.stall {
+        watched.look(&mut process)?;
+        tokio::time::sleep(crate::drain::LOOK).await;
+    }
+    drop(frozen);
+    let (thawed_ms, there) = (now_ms()?, run.topics.records()?);
+    await_records(&run, expected.events, &mut process, &mut watched).await?;
+    let usage = watched.look(&mut process)?;
+    process.stop().await?;
+    let found = match who {
+        Who::Relay => {
+            let found = run.topics.found()?;
+            expected.judge(&found, 1, false)?;
+            found
+        }
+        Who::Naked => run.topics.counted()?,
+    };
+    ensure!(
+        found.records == expected.events,
+        "WRONG: {} of {} records are in Kafka",
+        found.records,
+        expected.events
+    );
+    ensure!(
+        there < expected.events,
+        "everything was there before the broker was frozen: use more --events"
+    );
+    let took = to_f64((found.last_ms()? - thawed_ms).max(1)) / 1e3;
+    let stalled = Stalled {
+        rate: to_f64(expected.events - there) / took,
+        memory: watched.memory(usage),
+    };
+    run.topics.delete().await?;
+    Ok(stalled)
+}

@@ -1,0 +1,76 @@
+//! Start to first record with a backlog, and SIGTERM to exit in the middle of it: nothing may come twice.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Error, ensure};
+
+use super::NAKED;
+use crate::drain::{Watched, await_records, emitted};
+use crate::process::Process;
+use crate::report::{Place, Report, number};
+use crate::workload::Workload;
+use crate::world::{Run, Setup, World};
+
+const CASE: &str = "start-stop";
+const FIRST_MAX: Duration = Duration::from_mins(1);
+
+pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
+    let workload = Workload::of(world.sizes.events);
+    let once = Setup {
+        exactly_once: true,
+        ..Setup::default()
+    };
+    let variants = [("at-least-once", Setup::default()), ("exactly-once", once)];
+    for _ in 0..world.sizes.rounds {
+        for (variant, setup) in &variants {
+            if !world.wants(variant) {
+                continue;
+            }
+            let log = world.backlog(workload).await?;
+            let run = world.run(1, &workload.aggregate_types()).await?;
+            let relay = measure(&run, world.relay(&log, &run, setup)?).await?;
+            // The next one goes on where it stopped.
+            let expected = emitted(&log, 0, false).await?;
+            let mut rest = world.relay(&log, &run, setup)?;
+            let mut watched = Watched::default();
+            await_records(&run, expected.events, &mut rest, &mut watched).await?;
+            if setup.exactly_once {
+                crate::drain::await_cursor(&log, &run, expected.last, &mut rest).await?;
+            }
+            rest.stop().await?;
+            expected.judge(&run.topics.found()?, 1, false)?;
+            run.topics.delete().await?;
+            let run = world.run(1, &workload.aggregate_types()).await?;
+            let naked = world.naked(&log, &run, setup, (0, workload.page()))?;
+            let naked = measure(&run, naked).await?;
+            run.topics.delete().await?;
+            let place = Place {
+                case: CASE,
+                variant,
+                limit: NAKED,
+            };
+            let [first, stop] = relay;
+            eprintln!(
+                "  {CASE}, {variant}: first record after {} ms, end after {} ms",
+                number(first),
+                number(stop)
+            );
+            report.add(&place, "start to first record ms", first, naked[0]);
+            report.add(&place, "SIGTERM to exit ms", stop, naked[1]);
+        }
+    }
+    world.forget_backlogs().await
+}
+
+/// Milliseconds from the start to the first record, and from SIGTERM right then to the exit.
+async fn measure(run: &Run, mut process: Process) -> Result<[f64; 2], Error> {
+    let watch_began = Instant::now();
+    while run.topics.records()? == 0 {
+        process.usage()?;
+        ensure!(watch_began.elapsed() < FIRST_MAX, "WRONG: nothing comes");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let first = process.began.elapsed();
+    let stopped = process.stop().await?;
+    Ok([first, stopped].map(|took| took.as_secs_f64() * 1e3))
+}

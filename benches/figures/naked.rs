@@ -1,0 +1,98 @@
+//! The limit of a drain: `select … where id > $1 order by id limit 5000` into librdkafka, with no order, lease, policy,
+//! filter or metric. A process of its own, so that its CPU and memory are measured as the relay's are.
+//!
+//! It goes on looking every 200 ms, as the relay does, until SIGTERM; then it waits for what it has handed over.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, Error, ensure};
+use futures_util::future::try_join_all;
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::types::RDKafkaErrorCode;
+use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::{ConnectOptions, Row};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::options::Naked;
+use crate::topics;
+
+const LOOK: Duration = Duration::from_millis(200);
+const FLUSH_MAX: Duration = Duration::from_mins(1);
+
+pub async fn run(naked: Naked) -> Result<(), Error> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let producers: Vec<ThreadedProducer<DefaultProducerContext>> = (0..naked.loops)
+        .map(|_| topics::producer(&naked.brokers).create())
+        .collect::<Result<_, _>>()?;
+    let loops = producers
+        .iter()
+        .enumerate()
+        .map(|(number, producer)| publish(&naked, number, producer));
+    let loops = pin!(try_join_all(loops));
+    tokio::select! {
+        ended = loops => { ended?; }
+        _ = terminate.recv() => {}
+    }
+    for producer in &producers {
+        producer.flush(FLUSH_MAX)?;
+    }
+    Ok(())
+}
+
+async fn publish(
+    naked: &Naked,
+    number: usize,
+    producer: &ThreadedProducer<DefaultProducerContext>,
+) -> Result<(), Error> {
+    let options: PgConnectOptions = naked.url.parse().context("read --url")?;
+    let mut db = options.connect().await?;
+    let mut last = naked.after;
+    loop {
+        let rows = sqlx::query(
+            "select id, aggregate_type, aggregate_id, event_type, payload::text \
+             from outbox.events where id > $1 order by id limit $2",
+        )
+        .bind(last)
+        .bind(naked.page)
+        .fetch_all(&mut db)
+        .await?;
+        let Some(tail) = rows.last() else {
+            tokio::time::sleep(LOOK).await;
+            continue;
+        };
+        last = tail.try_get(0)?;
+        for row in &rows {
+            hand_over(naked, number, producer, row).await?;
+        }
+    }
+}
+
+async fn hand_over(
+    naked: &Naked,
+    number: usize,
+    producer: &ThreadedProducer<DefaultProducerContext>,
+    row: &PgRow,
+) -> Result<(), Error> {
+    let event_type: &str = row.try_get(3)?;
+    if naked
+        .event_type
+        .as_deref()
+        .is_some_and(|only| only != event_type)
+    {
+        return Ok(());
+    }
+    let (aggregate, key, payload): (&str, &str, &str) =
+        (row.try_get(1)?, row.try_get(2)?, row.try_get(4)?);
+    let topic = format!("{}.{number}.{aggregate}", naked.prefix);
+    let mut record = BaseRecord::to(&topic).key(key).payload(payload);
+    while let Err((error, refused)) = producer.send(record) {
+        ensure!(
+            error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull),
+            "produce: {error}"
+        );
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        record = refused;
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! The topics of one measurement: made, watched, read to the end, deleted.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, bail, ensure};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::judge::Found;
+
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// A consumer that is given nothing for so long will not get it.
+const SILENCE_MAX: Duration = Duration::from_mins(1);
+
+/// What a record of 1 MiB needs.
+pub const RECORD_BYTES_MAX: &str = "4194304";
+
+/// Deleted by [`Topics::delete`] only: a run that fails leaves that to the end of the bench.
+pub struct Topics {
+    pub names: Vec<String>,
+    partitions: i32,
+    brokers: String,
+    watch: BaseConsumer,
+}
+
+pub fn client(brokers: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers);
+    config
+}
+
+/// Reads what is committed, tells the ends of partitions, and has no part in a group.
+pub fn consumer(brokers: &str) -> Result<BaseConsumer, Error> {
+    client(brokers)
+        .set("group.id", "figures")
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("queued.max.messages.kbytes", "32768")
+        .create()
+        .context("make a consumer")
+}
+
+/// The producer of the bare loop: the relay's settings.
+pub fn producer(brokers: &str) -> ClientConfig {
+    let mut config = client(brokers);
+    config
+        .set("acks", "all")
+        .set("enable.idempotence", "true")
+        .set("compression.type", "lz4")
+        .set("linger.ms", "0")
+        .set("batch.num.messages", "10000")
+        .set("message.max.bytes", RECORD_BYTES_MAX)
+        .set("queue.buffering.max.messages", "20000")
+        .set("queue.buffering.max.kbytes", "32768");
+    config
+}
+
+impl Topics {
+    /// Creates them, with the broker's clock as the time of a record.
+    pub async fn create(brokers: &str, names: Vec<String>, partitions: i32) -> Result<Self, Error> {
+        let admin: AdminClient<DefaultClientContext> = client(brokers).create()?;
+        let new: Vec<NewTopic<'_>> = names
+            .iter()
+            .map(|name| {
+                NewTopic::new(name, partitions, TopicReplication::Fixed(-1))
+                    .set("message.timestamp.type", "LogAppendTime")
+                    .set("max.message.bytes", RECORD_BYTES_MAX)
+            })
+            .collect();
+        let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX));
+        for created in admin.create_topics(&new, &options).await? {
+            created.map_err(|(topic, code)| {
+                anyhow::anyhow!("{code}").context(format!("create topic {topic}"))
+            })?;
+        }
+        let topics = Self {
+            names,
+            partitions,
+            brokers: brokers.to_owned(),
+            watch: consumer(brokers)?,
+        };
+        topics.await_leaders().await?;
+        Ok(topics)
+    }
+
+    /// Those of one aggregate type, for reading.
+    pub fn only(&self, aggregate_type: &str) -> Result<Self, Error> {
+        let ending = format!(".{aggregate_type}");
+        let names = self.names.iter().filter(|name| name.ends_with(&ending));
+        Ok(Self {
+            names: names.cloned().collect(),
+            partitions: self.partitions,
+            brokers: self.brokers.clone(),
+            watch: consumer(&self.brokers)?,
+        })
+    }
+
+    /// A partition without a leader would cost the first of them who writes to it.
+    async fn await_leaders(&self) -> Result<(), Error> {
+        let began = Instant::now();
+        loop {
+            match self.records() {
+                Ok(_) => return Ok(()),
+                Err(error) if began.elapsed() > ANSWER_MAX => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    pub async fn delete(self) -> Result<(), Error> {
+        delete(&self.brokers, &self.names).await
+    }
+
+    fn list(&self, offset: Offset) -> Result<TopicPartitionList, KafkaError> {
+        let mut list = TopicPartitionList::new();
+        for name in &self.names {
+            for partition in 0..self.partitions {
+                list.add_partition_offset(name, partition, offset)?;
+            }
+        }
+        Ok(list)
+    }
+
+    /// How many records have been appended, marks of transactions included: one question to each broker.
+    pub fn records(&self) -> Result<i64, Error> {
+        let ends = self
+            .watch
+            .offsets_for_times(self.list(Offset::End)?, ANSWER_MAX)
+            .context("ask for the ends of partitions")?;
+        let mut records = 0;
+        for end in ends.elements() {
+            end.error()?;
+            match end.offset() {
+                Offset::Offset(offset) => records += offset,
+                other => bail!("the end of {} is {other:?}", end.topic()),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Reads everything and hands each record to `each`.
+    pub fn read(
+        &self,
+        mut each: impl FnMut(&BorrowedMessage<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let consumer = consumer(&self.brokers)?;
+        consumer.assign(&self.list(Offset::Beginning)?)?;
+        let partitions = usize::try_from(self.partitions)?;
+        let (mut ended, mut heard) = (0, Instant::now());
+        while ended < partitions * self.names.len() {
+            match consumer.poll(Duration::from_millis(100)) {
+                Some(Ok(message)) => {
+                    heard = Instant::now();
+                    each(&message)?;
+                }
+                // Nobody writes any more.
+                Some(Err(KafkaError::PartitionEOF(_))) => ended += 1,
+                Some(Err(error)) => return Err(error).context("read the topics"),
+                None => ensure!(heard.elapsed() < SILENCE_MAX, "the topics can't be read"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything that a relay has written.
+    pub fn found(&self) -> Result<Found, Error> {
+        let mut found = Found::default();
+        self.read(|message| {
+            let at_ms = message.timestamp().to_millis().unwrap_or_default();
+            found.event(message.topic(), message.key(), sequence(message)?, at_ms)
+        })?;
+        Ok(found)
+    }
+
+    /// Reads everything that a bare loop has written: its records carry no sequence.
+    pub fn counted(&self) -> Result<Found, Error> {
+        let mut found = Found::default();
+        self.read(|message| {
+            found.record(message.timestamp().to_millis().unwrap_or_default());
+            Ok(())
+        })?;
+        Ok(found)
+    }
+}
+
+pub async fn delete(brokers: &str, names: &[String]) -> Result<(), Error> {
+    let admin: AdminClient<DefaultClientContext> = client(brokers).create()?;
+    let existing: BTreeSet<String> = admin
+        .inner()
+        .fetch_metadata(None, ANSWER_MAX)?
+        .topics()
+        .iter()
+        .map(|topic| topic.name().to_owned())
+        .collect();
+    // With the positions of an exactly-once relay.
+    let names: Vec<&str> = existing
+        .iter()
+        .filter(|topic| names.iter().any(|name| topic.starts_with(&name[..])))
+        .map(String::as_str)
+        .collect();
+    if !names.is_empty() {
+        admin.delete_topics(&names, &AdminOptions::new()).await?;
+    }
+    Ok(())
+}
+
+fn sequence(message: &BorrowedMessage<'_>) -> Result<i64, Error> {
+    let headers = message.headers().context("a record without headers")?;
+    let sequence = headers
+        .iter()
+        .find(|header| header.key == "sequence")
+        .and_then(|header| header.value)
+        .context("a record without its sequence")?;
+    Ok(std::str::from_utf8(sequence)?.parse()?)
+}
+
+/// Produces one record and waits for it.
+pub fn produce_one(brokers: &str, topic: &str, key: &str) -> Result<(), Error> {
+    let producer: ThreadedProducer<DefaultProducerContext> = producer(brokers).create()?;
+    producer
+        .send(BaseRecord::to(topic).key(key).payload("{}"))
+        .map_err(|(error, _)| error)?;
+    producer.flush(ANSWER_MAX)?;
+    Ok(())
+}
