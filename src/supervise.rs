@@ -55,10 +55,7 @@ pub async fn run(
     let stopping = CancellationToken::new();
     let mut relays = JoinSet::new();
     let mut others = JoinSet::new();
-    let (mut crews, first) = Crews::begin(&config, &reload, &holder, &stopping);
-    for relay in first {
-        relays.spawn(relay);
-    }
+    let mut crews = Crews::new(&config, &reload, &holder, &stopping);
     let retention = config.retention.clone();
     match &config.source {
         Source::Postgres(settings) => {
@@ -85,6 +82,10 @@ pub async fn run(
     }
     let mut stop = std::pin::pin!(stop);
     let ended = loop {
+        // Also those that a look which was cut short has begun.
+        for relay in crews.begun() {
+            relays.spawn(relay);
+        }
         tokio::select! {
             () = &mut stop => break Ok(()),
             // One that ends well is of a number of shards that was given up.
@@ -95,9 +96,7 @@ pub async fn run(
                 break Err(anyhow!(error).context("a task panicked"));
             },
             () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
-            new = crews.look() => for relay in new {
-                relays.spawn(relay);
-            },
+            () = crews.look() => {}
         }
     };
     tracing::info!("stopping");

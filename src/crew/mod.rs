@@ -60,6 +60,8 @@ pub struct Crews<'a> {
     beat_at: Instant,
     /// Whether the last look failed.
     blind: bool,
+    /// Relays that nobody runs yet.
+    begun: Vec<Running>,
 }
 
 /// The relays of one pipeline.
@@ -79,14 +81,14 @@ struct Here<'a> {
 }
 
 impl<'a> Crews<'a> {
-    /// The crews of a configuration, and the relays that begin. They stop with `stopping`.
+    /// The crews of a configuration. Their relays stop with `stopping`.
     #[must_use]
-    pub fn begin(
+    pub fn new(
         config: &'a Config,
         reload: &Reload,
         holder: &'a str,
         stopping: &'a CancellationToken,
-    ) -> (Self, Vec<Running>) {
+    ) -> Self {
         let roster = match &config.source {
             Source::Postgres(settings) => {
                 let pipelines = config.pipelines.iter();
@@ -120,8 +122,8 @@ impl<'a> Crews<'a> {
             look_at: Instant::now(),
             beat_at: Instant::now(),
             blind: false,
+            begun: Vec::new(),
         };
-        let mut relays = Vec::new();
         for here in &mut crews.pipelines {
             // A single shard need not wait for a look at the others: its lease is enough.
             let turn = if here.pipeline.shards == 1 {
@@ -131,10 +133,11 @@ impl<'a> Crews<'a> {
                     holder: "nobody yet".to_owned(),
                 }
             };
-            relays.extend(here.make(config, holder, here.pipeline.shards, &turn));
+            let relays = here.make(config, holder, here.pipeline.shards, &turn);
+            crews.begun.extend(relays);
         }
-        crews.show();
-        (crews, relays)
+        show(&crews.pipelines, &crews.shown);
+        crews
     }
 
     /// What the relays say about themselves.
@@ -143,11 +146,16 @@ impl<'a> Crews<'a> {
         self.shown.subscribe()
     }
 
-    /// Waits until it is time, looks who is there, and says whose turn it is. Returns relays that are to run from now on.
+    /// Relays that are to run from now on.
+    pub fn begun(&mut self) -> Vec<Running> {
+        std::mem::take(&mut self.begun)
+    }
+
+    /// Waits until it is time, looks who is there, and says whose turn it is. May begin relays.
     ///
     /// # Cancel safety
     /// Safe: the next call looks again.
-    pub async fn look(&mut self) -> Vec<Running> {
+    pub async fn look(&mut self) {
         let Some(roster) = &mut self.roster else {
             return std::future::pending().await;
         };
@@ -159,14 +167,13 @@ impl<'a> Crews<'a> {
             Ok(seen) => seen,
             Err(error) => {
                 self.lose_sight(&error);
-                return Vec::new();
+                return;
             }
         };
         self.blind = false;
         if beat {
             self.beat_at = Instant::now() + self.config.relay.lease_ttl / 3;
         }
-        let mut relays = Vec::new();
         let mut changes = Vec::new();
         let mut alone = true;
         for (here, crew) in self.pipelines.iter_mut().zip(seen) {
@@ -179,13 +186,17 @@ impl<'a> Crews<'a> {
                 let turn = Turn::Theirs {
                     holder: "nobody yet".to_owned(),
                 };
-                relays.extend(here.make(self.config, self.holder, crew.shards, &turn));
+                let relays = here.make(self.config, self.holder, crew.shards, &turn);
+                self.begun.extend(relays);
             }
             let plan = here.follow(self.holder, &crew);
             alone &= plan.turns.iter().all(|turn| *turn == Turn::Ours);
             if let Some(shards) = plan.reshard {
                 changes.push((here.pipeline.pipeline.name.clone(), shards));
             }
+        }
+        if !self.begun.is_empty() {
+            show(&self.pipelines, &self.shown);
         }
         for (pipeline, shards) in changes {
             // The next look sees it, or that somebody else was first.
@@ -199,10 +210,6 @@ impl<'a> Crews<'a> {
         if alone {
             self.look_at = (Instant::now() + LOOK_ALONE).min(self.beat_at);
         }
-        if !relays.is_empty() {
-            self.show();
-        }
-        relays
     }
 
     /// Without a view of the others the leases alone decide. So every relay asks for its own, and says what is wrong with the
@@ -214,11 +221,6 @@ impl<'a> Crews<'a> {
         for turn in self.pipelines.iter().flat_map(|here| &here.turns) {
             set(turn, &Turn::Ours);
         }
-    }
-
-    fn show(&self) {
-        let shown = self.pipelines.iter().flat_map(|here| here.shown.clone());
-        self.shown.send_replace(shown.collect());
     }
 
     /// Says that this process is gone.
@@ -300,6 +302,11 @@ impl Here<'_> {
         }
         plan
     }
+}
+
+fn show(pipelines: &[Here<'_>], shown: &watch::Sender<Vec<ShownRelay>>) {
+    let relays = pipelines.iter().flat_map(|here| here.shown.clone());
+    shown.send_replace(relays.collect());
 }
 
 fn set(turn: &watch::Sender<Turn>, to: &Turn) {

@@ -102,7 +102,7 @@ pub struct Doubled {
     /// Records of the longest.
     pub longest_run: u64,
     /// Those that begin further back than `relay.in_flight_events`, or are in another partition than the first: left by a
-    /// replay, a cursor that was set back, or a crash while a backlog was drained.
+    /// replay, a cursor that was set back, or a crash while a backlog was drained or while other shards went on.
     pub beyond_reach: u64,
     /// The first few.
     pub examples: Vec<Example>,
