@@ -125,15 +125,7 @@ impl<'a> Crews<'a> {
             begun: Vec::new(),
         };
         for here in &mut crews.pipelines {
-            // A single shard need not wait for a look at the others: its lease is enough.
-            let turn = if here.pipeline.shards == 1 {
-                Turn::Ours
-            } else {
-                Turn::Theirs {
-                    holder: "nobody yet".to_owned(),
-                }
-            };
-            let relays = here.make(config, holder, here.pipeline.shards, &turn);
+            let relays = here.make(config, holder, here.pipeline.shards);
             crews.begun.extend(relays);
         }
         show(&crews.pipelines, &crews.shown);
@@ -183,10 +175,7 @@ impl<'a> Crews<'a> {
                     shards = crew.shards,
                     "publishing in so many shards"
                 );
-                let turn = Turn::Theirs {
-                    holder: "nobody yet".to_owned(),
-                };
-                let relays = here.make(self.config, self.holder, crew.shards, &turn);
+                let relays = here.make(self.config, self.holder, crew.shards);
                 self.begun.extend(relays);
             }
             let plan = here.follow(self.holder, &crew);
@@ -235,8 +224,8 @@ impl<'a> Crews<'a> {
 }
 
 impl Here<'_> {
-    /// Ends the relays that there are and makes one for each shard.
-    fn make(&mut self, config: &Config, holder: &str, shards: u32, turn: &Turn) -> Vec<Running> {
+    /// Ends the relays that there are and makes one for each shard. Until the next look the leases alone decide.
+    fn make(&mut self, config: &Config, holder: &str, shards: u32) -> Vec<Running> {
         telemetry::shards(self.pipeline.pipeline.name.as_str(), shards);
         self.until.cancel();
         self.until = self.stopping.child_token();
@@ -250,7 +239,7 @@ impl Here<'_> {
                 count: shards,
             };
             let (mut relay, status) = assemble(config, self.pipeline, shard, holder);
-            let (sender, receiver) = watch::channel(turn.clone());
+            let (sender, receiver) = watch::channel(Turn::Ours);
             relay.turn = receiver;
             relay.changes = self.changes.clone();
             self.turns.push(sender);

@@ -28,7 +28,7 @@ async fn line(test: &str) -> Option<Line> {
     Some(line)
 }
 
-fn exactly_once(line: &mut Line) {
+pub(super) fn exactly_once(line: &mut Line) {
     let id = line.kafka.prefix.clone();
     line.setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
     line.setup.set("SINK__KAFKA__TRANSACTIONAL_ID", &id);

@@ -55,7 +55,7 @@ fn command(line: &Line, args: &[&str], code: i32) -> String {
     out + &err
 }
 
-async fn parked_are(pool: &PgPool, count: i64) {
+pub(super) async fn parked_are(pool: &PgPool, count: i64) {
     eventually(&format!("{count} parked events"), PATIENCE, async || {
         (number(pool, PARKED).await == count).then_some(())
     })

@@ -5,10 +5,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::exactly_once::exactly_once;
 use super::load::Seen;
 use super::process::Process;
+use super::redrive::parked_are;
 use super::verify::{counts, settled};
-use super::{Line, PATIENCE, complete, eventually, number, run};
+use super::{Line, PATIENCE, complete, eventually, run};
 
 const LEASE: Duration = Duration::from_secs(2);
 
@@ -29,12 +31,6 @@ async fn share(relays: &[&Process], counts: &[usize]) -> Duration {
     )
     .await;
     since.elapsed()
-}
-
-fn exactly_once(line: &mut Line) {
-    let id = line.kafka.prefix.clone();
-    line.setup.set("SINK__KAFKA__DELIVERY", "exactly-once");
-    line.setup.set("SINK__KAFKA__TRANSACTIONAL_ID", &id);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -259,7 +255,7 @@ async fn what_is_parked_waits_and_is_redriven_across_a_change() {
          select 'order', n::text, 'bad', '1', '[1]' from generate_series(1, 6) n",
     )
     .await;
-    parked_are(&line, 6).await;
+    parked_are(&pool, 6).await;
     let relays = roll(&mut line, vec![relay], 3).await;
     share(&relays.iter().collect::<Vec<_>>(), &[3]).await;
     run(
@@ -269,7 +265,7 @@ async fn what_is_parked_waits_and_is_redriven_across_a_change() {
     )
     .await;
     // Those with a bad event wait behind it, the others flow.
-    parked_are(&line, 18).await;
+    parked_are(&pool, 18).await;
     let flowing = line.kafka.reader(&topics).read_on(12).await;
     assert!(
         flowing
@@ -288,7 +284,7 @@ async fn what_is_parked_waits_and_is_redriven_across_a_change() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    parked_are(&line, 0).await;
+    parked_are(&pool, 0).await;
     let all = line.kafka.reader(&topics).read_on(36).await;
     for entity in 1..=12 {
         let of_entity = all
@@ -305,12 +301,4 @@ async fn what_is_parked_waits_and_is_redriven_across_a_change() {
     for relay in relays {
         relay.stop().await;
     }
-}
-
-async fn parked_are(line: &Line, count: i64) {
-    eventually(&format!("{count} parked events"), PATIENCE, async || {
-        let parked = number(&line.database.pool, "select count(*) from outbox.parked").await;
-        (parked == count).then_some(())
-    })
-    .await;
 }
