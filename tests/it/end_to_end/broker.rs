@@ -68,10 +68,7 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
     load.write(50).await;
     in_flight(&relay).await;
     relay.signal("TERM");
-    eventually("the drain", PATIENCE, async || {
-        relay.log().contains("stopping").then_some(())
-    })
-    .await;
+    relay.says("stopping").await;
     assert!(relay.is_alive());
     relay.signal("TERM");
     assert_eq!(relay.exit().await.code(), Some(1), "{}", relay.log());

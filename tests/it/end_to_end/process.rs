@@ -224,6 +224,14 @@ impl Process {
         .await
     }
 
+    /// Waits until it has logged these words. What it logs may come after what it shows.
+    pub(super) async fn says(&self, words: &str) {
+        eventually(&format!("{words:?} in the log"), PATIENCE, async || {
+            self.log().contains(words).then_some(())
+        })
+        .await;
+    }
+
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -40,12 +40,6 @@ async fn filters_and_the_log_level_are_taken_over_and_the_rest_is_refused() {
         .await;
         types
     };
-    let says = async |words: &str| {
-        eventually(words, PATIENCE, async || {
-            relay.log().contains(words).then_some(())
-        })
-        .await;
-    };
 
     emit("first").await;
     assert_eq!(published(1).await, ["order.first"]);
@@ -57,10 +51,10 @@ async fn filters_and_the_log_level_are_taken_over_and_the_rest_is_refused() {
         ORDERS.replace("\"order\"", "\"customer\"")
     ));
     line.setup.write_config();
-    says("INFO reloaded the configuration").await;
-    says("pipeline.filter.aggregate_types").await;
-    says("relay.lease_ttl").await;
-    says("need a restart").await;
+    relay.says("INFO reloaded the configuration").await;
+    relay.says("pipeline.filter.aggregate_types").await;
+    relay.says("relay.lease_ttl").await;
+    relay.says("need a restart").await;
     emit("second").await;
     assert_eq!(published(2).await, ["order.first", "customer.second"]);
 
@@ -69,7 +63,7 @@ async fn filters_and_the_log_level_are_taken_over_and_the_rest_is_refused() {
         .config("[pipeline.filter]\naggregate_typos = []\n");
     line.setup.write_config();
     relay.signal("HUP");
-    says("aggregate_typos").await;
+    relay.says("aggregate_typos").await;
     emit("third").await;
     assert_eq!(
         published(3).await,

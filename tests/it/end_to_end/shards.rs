@@ -101,11 +101,7 @@ async fn a_relay_that_sees_nobody_is_not_ready_and_says_why() {
     run(&pool, rename("leases", "lost")).await;
     let relay = line.setup.start();
     relay.not_ready(&["outbox.leases\\\" does not exist"]).await;
-    assert!(
-        relay
-            .log()
-            .contains("can't see which other relays are there")
-    );
+    relay.says("can't see which other relays are there").await;
     // The leases alone are enough.
     run(&pool, rename("lost", "leases")).await;
     share(&[&relay], &[2]).await;
@@ -213,17 +209,14 @@ async fn an_owner_that_was_frozen_over_the_change_publishes_nothing() {
     first.signal("CONT");
     // It is there again and wants two: the three stay, and it gets its share of them.
     share(&[&second, &first], &[2, 1]).await;
-    let told = "other relays are told another number of shards";
-    assert!(second.log().contains(told), "{}", second.log());
+    second
+        .says("other relays are told another number of shards")
+        .await;
     writing.commits(50).await;
     writing.stop().await;
     // What it sent of its old shards on waking up would be out of order or doubled.
     complete(&load, &line.kafka).await;
-    assert!(
-        first.log().contains("publishing in so many shards"),
-        "{}",
-        first.log()
-    );
+    first.says("publishing in so many shards").await;
     first.stop().await;
     second.stop().await;
 }
