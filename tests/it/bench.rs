@@ -19,7 +19,7 @@ mod recorder;
 #[path = "../../benches/figures/report.rs"]
 mod report;
 #[path = "../../benches/figures/workload.rs"]
-mod workload;
+pub(crate) mod workload;
 
 use judge::{Expected, Found};
 use recorder::Recorder;

@@ -18,6 +18,7 @@ mod contract {
     mod sink;
     mod source;
 }
+mod cost;
 mod demo;
 mod end_to_end;
 mod examples;

@@ -21,22 +21,28 @@ const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
     clippy::large_enum_variant,
     reason = "nearly every row is an event; a box each would cost more"
 )]
-pub(super) enum Row {
+pub enum Row {
     Event(Event),
     Head { cur: Snapshot, ceiling: EventId },
 }
 
-pub(super) struct Decoder {
+/// Decodes the messages of one answer. Public for the bench that counts what an event costs.
+#[derive(Default)]
+pub struct Decoder {
     started: bool,
 }
 
 impl Decoder {
-    pub(super) fn new() -> Self {
-        Self { started: false }
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Decodes one message; none for the end mark.
-    pub(super) fn decode(&mut self, mut message: Bytes) -> Result<Option<Row>, anyhow::Error> {
+    ///
+    /// # Errors
+    /// When it is not what the format or the table asks for.
+    pub fn decode(&mut self, mut message: Bytes) -> Result<Option<Row>, anyhow::Error> {
         if !self.started {
             ensure!(
                 message.starts_with(SIGNATURE),

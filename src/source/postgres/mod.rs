@@ -4,7 +4,8 @@
 //! through a transaction-mode pooler), and never writes; behind a backlog it ends an empty transaction to raise its floor.
 
 pub(crate) mod ask;
-mod copy;
+#[doc(hidden)]
+pub mod copy;
 mod hint;
 mod history;
 mod shard;
