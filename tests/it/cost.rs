@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "the guard uses more of these files")]
 
 use bytes::Bytes;
+use clap::ValueEnum;
 use expect_test::expect;
 use futures_util::StreamExt;
 use outbox_relay::event::Event;
@@ -161,6 +162,12 @@ fn the_table_shows_costs_beside_their_bounds() {
         | encode-headers     |         1234 |   1100 |        3.00 |  2.25 |
     "#]]
     .assert_eq(&bounds::table(&[(BOUND, cost(1234.5, 3.0))]));
+}
+
+#[test]
+fn every_stage_has_a_bound() {
+    let bound: Vec<Stage> = BOUNDS.iter().map(|bound| bound.stage).collect();
+    assert_eq!(bound, Stage::value_variants());
 }
 
 #[test]
