@@ -211,6 +211,10 @@ impl Route {
 #[must_use]
 pub fn illegal_topic(topic: &str) -> Option<String> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    let dots = topic == "." || topic == "..";
+    if (1..=249).contains(&topic.len()) && !dots && topic.bytes().all(legal) {
+        return None;
+    }
     if topic.is_empty() {
         Some("the topic name is empty".to_owned())
     } else if topic.len() > 249 {

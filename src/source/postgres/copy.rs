@@ -66,9 +66,9 @@ impl Decoder {
 }
 
 fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
-    let id = field(message)?.context("id is null")?;
-    let id = number(&id).context("decode id")?;
-    let event_id = field(message)?;
+    let id = number(message).context("decode id")?;
+    let id = id.context("id is null")?;
+    let event_id = uuid(message).context("decode event_id")?;
     let aggregate_type = text(message)?.unwrap_or_default();
     let Some(event_id) = event_id else {
         let cur = aggregate_type.parse().context("decode the snapshot")?;
@@ -79,7 +79,7 @@ fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
     };
     Ok(Row::Event(Event {
         id: EventId(id),
-        event_id: Uuid::from_slice(&event_id).context("decode event_id")?,
+        event_id,
         aggregate_type,
         aggregate_id: text(message)?.unwrap_or_default(),
         event_type: text(message)?.unwrap_or_default(),
@@ -91,30 +91,44 @@ fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
         },
         content_type: text(message)?,
         headers: text(message)?,
-        occurred_at_us: match field(message)? {
-            Some(field) => number(&field)
-                .context("decode occurred_at")?
-                .saturating_add(POSTGRES_EPOCH_US),
-            None => 0,
-        },
+        occurred_at_us: number(message)
+            .context("decode occurred_at")?
+            .map_or(0, |us| us.saturating_add(POSTGRES_EPOCH_US)),
     }))
 }
 
-fn field(message: &mut Bytes) -> Result<Option<Bytes>, anyhow::Error> {
+/// How long the next field is, which is there in full; none for null.
+fn length(message: &mut Bytes) -> Result<Option<usize>, anyhow::Error> {
     let length = message.try_get_i32().context("read a field's length")?;
     let Ok(length) = usize::try_from(length) else {
         return Ok(None);
     };
     ensure!(length <= message.remaining(), "a field is cut short");
-    Ok(Some(message.split_to(length)))
+    Ok(Some(length))
+}
+
+/// Shares the message's memory.
+fn field(message: &mut Bytes) -> Result<Option<Bytes>, anyhow::Error> {
+    Ok(length(message)?.map(|length| message.split_to(length)))
+}
+
+fn number(message: &mut Bytes) -> Result<Option<i64>, anyhow::Error> {
+    Ok(sized(message)?.map(i64::from_be_bytes))
+}
+
+fn uuid(message: &mut Bytes) -> Result<Option<Uuid>, anyhow::Error> {
+    Ok(sized(message)?.map(Uuid::from_bytes))
 }
 
 /// A column that somebody gave another type shows itself by its length.
-fn number(field: &[u8]) -> Result<i64, anyhow::Error> {
-    let bytes = field
-        .try_into()
-        .map_err(|_| anyhow!("it has {} bytes, expected 8", field.len()))?;
-    Ok(i64::from_be_bytes(bytes))
+fn sized<const N: usize>(message: &mut Bytes) -> Result<Option<[u8; N]>, anyhow::Error> {
+    let Some(length) = length(message)? else {
+        return Ok(None);
+    };
+    ensure!(length == N, "it has {length} bytes, expected {N}");
+    let mut bytes = [0; N];
+    message.copy_to_slice(&mut bytes);
+    Ok(Some(bytes))
 }
 
 fn text(message: &mut Bytes) -> Result<Option<ByteString>, anyhow::Error> {

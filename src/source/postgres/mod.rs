@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
@@ -81,6 +81,8 @@ pub struct PostgresSource {
     /// ids after the ceiling was read.
     safe_floor: EventId,
     page_rows: usize,
+    /// How many rows the last answer had; the next one will be like it.
+    rows_before: usize,
     /// How often in a row a stretch of the window had no rows.
     empty_stretches: u32,
     /// Which events are its own.
@@ -108,6 +110,7 @@ impl PostgresSource {
             at: Position::beginning(),
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
+            rows_before: 0,
             empty_stretches: 0,
             share: Share::everything(),
         }
@@ -206,7 +209,8 @@ impl PostgresSource {
                 .map_err(|_| silent())??;
         }
         let statement = self.statement(limits);
-        let read = fetch(&mut connection, &statement, limits.bytes).await?;
+        let read = fetch(&mut connection, &statement, self.rows_before, limits.bytes).await?;
+        self.rows_before = read.events.len();
         if read.complete {
             self.connection = Some(connection);
         } else {
@@ -311,10 +315,11 @@ fn silent() -> anyhow::Error {
 async fn fetch(
     connection: &mut PgConnection,
     statement: &str,
+    rows_expected: usize,
     bytes_max: usize,
 ) -> Result<Read, anyhow::Error> {
     let mut read = Read {
-        events: Vec::new(),
+        events: Vec::with_capacity(rows_expected),
         head: None,
         bytes: 0,
         complete: false,
@@ -324,10 +329,15 @@ async fn fetch(
         .map_err(|_| silent())?
         .context("read the outbox")?;
     let mut decoder = copy::Decoder::new();
-    while let Some(chunk) = timeout(SILENCE_MAX, answer.next())
-        .await
-        .map_err(|_| silent())?
-    {
+    loop {
+        // Most rows are there already, and asking the clock for each would cost as much as decoding it.
+        let next = match answer.next().now_or_never() {
+            Some(next) => next,
+            None => timeout(SILENCE_MAX, answer.next())
+                .await
+                .map_err(|_| silent())?,
+        };
+        let Some(chunk) = next else { break };
         match decoder.decode(chunk.context("read the outbox")?)? {
             Some(Row::Event(event)) => {
                 let bytes = read.bytes + event.size_bytes();
