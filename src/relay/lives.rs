@@ -220,6 +220,8 @@ impl Reader<'_> {
     /// Returns only with an error. After `stop` it reads nothing more, and lets what is under way be drained.
     async fn run<S: Source>(&self, source: &mut S, stop: &CancellationToken) -> SourceError {
         let (mut passed, mut passed_at) = (self.durable.borrow().window.ceiling, Instant::now());
+        // Whoever was told that there is more is also told when there is not.
+        let mut promised = false;
         while !stop.is_cancelled() {
             let acknowledged = self.durable.borrow().clone();
             let began = Instant::now();
@@ -235,8 +237,9 @@ impl Reader<'_> {
             let more = page.more;
             // Ids that held nothing for this pipeline: of another shard, or rolled back.
             let goes_on = page.newest() > passed && passed_at.elapsed() >= PASS_INTERVAL;
-            if !page.events.is_empty() || goes_on {
+            if !page.events.is_empty() || goes_on || (promised && !more) {
                 (passed, passed_at) = (page.newest(), Instant::now());
+                promised = more;
                 if self.pages.send(page).await.is_err() {
                     break;
                 }

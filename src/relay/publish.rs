@@ -29,6 +29,8 @@ use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
 
 /// Events handed over before receipts are looked at again.
 const HAND_OVER_AT_ONCE: usize = 512;
+/// While more is at hand a batch goes on for this long: a commit costs the same for few events and for many.
+const BATCH_MAX: Duration = Duration::from_millis(200);
 /// Without a receipt for this long, and with records in flight, the pipeline counts as stalled.
 const STALL: Duration = Duration::from_secs(3);
 
@@ -100,8 +102,10 @@ pub(super) struct Life {
     latencies: LatencyTally,
     filtered: u64,
     heard_at: Instant,
-    /// Whether something was handed over since the last batch ended.
-    pub(super) uncommitted: bool,
+    /// When the first event was handed over since the last batch ended.
+    pub(super) batch_since: Option<Instant>,
+    /// Whether the source had more when it read the last page.
+    more: bool,
     /// The suspect that is in flight, alone.
     on_trial: Option<EventId>,
 }
@@ -110,8 +114,10 @@ pub(super) struct Life {
 pub(super) enum Pause {
     /// Nothing at hand.
     Starved,
-    /// No room in flight, or the sink's queue is full.
+    /// No room in flight, or nothing may be handed over before the verdict on what is.
     Blocked,
+    /// The sink's queue is full.
+    Full,
     /// Enough for one turn; there is more.
     Turn,
     /// The next event's topic has to be prepared first.
@@ -165,6 +171,7 @@ impl<K: Sink> Publisher<'_, K> {
                     life.leave_the_rest();
                 }
                 () = until(drain_until) => return Ended::Stopped,
+                () = until(life.batch_until()) => {}
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
                     life.begin_batch(due);
@@ -183,7 +190,7 @@ impl<K: Sink> Publisher<'_, K> {
             }
             match pause {
                 Pause::Starved => self.metrics.starved(paused_at.elapsed()),
-                Pause::Blocked => self.metrics.blocked(paused_at.elapsed()),
+                Pause::Blocked | Pause::Full => self.metrics.blocked(paused_at.elapsed()),
                 Pause::Turn | Pause::Prepare(_) => {}
             }
             // The receipts that came before the sink lost its place count, above all one that says why it did.
@@ -194,11 +201,16 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    /// What is handed over becomes a batch when nothing more is at hand, or has room.
+    /// What is handed over becomes a batch when nothing more is to come soon, or has room, or when it has waited enough.
     fn commit(&mut self, life: &mut Life, pause: &Pause) {
-        let over = matches!(pause, Pause::Starved | Pause::Blocked);
-        if over
-            && std::mem::take(&mut life.uncommitted)
+        let over = match pause {
+            Pause::Blocked => true,
+            Pause::Starved => !life.more,
+            Pause::Full | Pause::Turn | Pause::Prepare(_) => false,
+        };
+        let due = life.batch_until().is_some_and(|due| Instant::now() >= due);
+        if (over || due)
+            && life.batch_since.take().is_some()
             && let Some(position) = life.in_flight.taken_up()
         {
             self.sink.commit(&position);
@@ -215,6 +227,7 @@ impl<K: Sink> Publisher<'_, K> {
             life.heard_at = Instant::now();
         }
         life.changes.clone_from(&self.changes.borrow());
+        life.more = page.more;
         life.end = page.end.clone();
         life.in_flight.begin_page(page.events.len(), page.end);
         life.pending = page.events.into();
@@ -362,10 +375,10 @@ impl<K: Sink> Publisher<'_, K> {
         };
         match self.sink.hand_over(life.in_flight.next_seq(), &record) {
             Ok(()) => {
-                life.uncommitted = true;
+                life.begin_record();
                 Verdict::HandedOver(life.topics.index_of(&record.topic, self.metrics))
             }
-            Err(Refused::Full) => Verdict::Paused(Pause::Blocked),
+            Err(Refused::Full) => Verdict::Paused(Pause::Full),
             Err(Refused::Unprepared) => match life.topics.refusal(&record.topic) {
                 Some(rejection) => Verdict::Rejected(rejection),
                 None => Verdict::Paused(Pause::Prepare(record.topic.into_owned())),
@@ -531,7 +544,8 @@ impl Life {
             latencies: LatencyTally::default(),
             filtered: 0,
             heard_at: Instant::now(),
-            uncommitted: false,
+            batch_since: None,
+            more: false,
             on_trial: None,
         }
     }
@@ -544,8 +558,19 @@ impl Life {
         self.in_flight.begin_page(events, self.end.clone());
     }
 
+    /// Notes that a record is handed over.
+    pub(super) fn begin_record(&mut self) {
+        self.batch_since.get_or_insert_with(Instant::now);
+    }
+
+    /// When the batch is over, whatever else comes.
+    fn batch_until(&self) -> Option<Instant> {
+        self.batch_since.map(|since| since + BATCH_MAX)
+    }
+
     /// Hands nothing more over.
     fn leave_the_rest(&mut self) {
+        self.more = false;
         self.pending.clear();
         self.redrive.cut();
     }

@@ -158,10 +158,10 @@ impl<K: Sink> Publisher<'_, K> {
                 let record = dead_letter(event, (route, encoding), (topic, rejection));
                 match self.sink.hand_over(life.in_flight.next_seq(), &record) {
                     Ok(()) => {
-                        life.uncommitted = true;
+                        life.begin_record();
                         return Ok(Some(life.topics.index_of(topic, self.metrics)));
                     }
-                    Err(Refused::Full) => return Err(Ok(Some(Pause::Blocked))),
+                    Err(Refused::Full) => return Err(Ok(Some(Pause::Full))),
                     Err(Refused::Unprepared) => {
                         return Err(Ok(Some(Pause::Prepare(topic.clone()))));
                     }

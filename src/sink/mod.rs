@@ -96,7 +96,7 @@ pub trait Sink: Send {
     /// [full](Refused::Full). The others need not know.
     fn commit(&mut self, _position: &Position) {}
 
-    /// Waits for receipts and appends them, at least one.
+    /// Waits for receipts and appends them, at least one, or until there may be room again where it was full.
     ///
     /// # Cancel safety
     /// Safe: no receipt is lost.

@@ -39,6 +39,8 @@ pub(super) struct Life {
     received: Vec<News>,
     /// Records handed over about which nothing has been said.
     outstanding: usize,
+    /// How many those were when the queue was full.
+    full_at: Option<usize>,
     pub(super) first_records: FirstRecords,
     /// Topics that may not be written to.
     denied: BTreeSet<String>,
@@ -149,6 +151,7 @@ impl Life {
             news,
             received: Vec::new(),
             outstanding: 0,
+            full_at: None,
             first_records: FirstRecords::new(),
             denied: BTreeSet::new(),
             transactions: transactional_id.map(|id| Transactions::new(id.to_owned())),
@@ -247,7 +250,10 @@ impl Life {
                 crash::point("after_produce");
                 Ok(())
             }
-            Err((KafkaError::MessageProduction(Code::QueueFull), _)) => Err(Refused::Full),
+            Err((KafkaError::MessageProduction(Code::QueueFull), _)) => {
+                self.full_at = Some(self.outstanding);
+                Err(Refused::Full)
+            }
             // The receipts say why.
             Err((KafkaError::MessageProduction(Code::Fatal), _)) if self.owes_receipts() => {
                 Err(Refused::Full)
@@ -301,12 +307,26 @@ impl Life {
                 (None, _) => drop(received.await),
             }
             self.note(into);
-            if self.dying.is_none() && into.len() > known {
+            if self.dying.is_none() && (into.len() > known || self.has_room_again()) {
                 self.trouble
                     .send_if_modified(|trouble| trouble.take().is_some());
                 return Ok(());
             }
         }
+    }
+
+    /// Whether a transaction may take more of those for which the queue was full. What has arrived gets its receipt only
+    /// with the commit.
+    fn has_room_again(&mut self) -> bool {
+        let open = |transactions: &Transactions| transactions.takes_records();
+        let room = self
+            .full_at
+            .is_some_and(|outstanding| self.outstanding < outstanding)
+            && self.transactions.as_ref().is_some_and(open);
+        if room {
+            self.full_at = None;
+        }
+        room
     }
 
     /// Goes on with the end of a transaction, as far as that is possible now.

@@ -96,8 +96,6 @@ impl Transactions {
                 self.state = State::Open;
                 Ok(true)
             }
-            // What may be in flight, and librdkafka's queue, bound a transaction: a commit stops the flow for some
-            // milliseconds, so the fewer the better.
             State::Open => Ok(true),
             State::Closing(_) | State::Committing(_) => Ok(false),
         }
@@ -177,6 +175,10 @@ impl Transactions {
         } else {
             error.to_string()
         }
+    }
+
+    pub(super) fn takes_records(&self) -> bool {
+        matches!(self.state, State::Open)
     }
 
     /// Whether something would stay open, and keep consumers waiting, until the broker's patience ends.
