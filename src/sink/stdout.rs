@@ -3,11 +3,13 @@
 //! A record counts as delivered when the line has been flushed.
 
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Map, Value, json};
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Seq};
@@ -17,10 +19,17 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// The standard output, or any other writer.
 pub struct StdoutSink {
-    out: Box<dyn Write + Send + Sync>,
+    out: Arc<Mutex<Box<dyn Write + Send>>>,
     buffer: Vec<u8>,
     handed_over: Vec<Seq>,
+    writing: Option<Writing>,
     prepared: HashSet<String>,
+}
+
+/// Lines on their way. Whoever reads the pipe may take their time, and nothing else waits for that.
+struct Writing {
+    ended: JoinHandle<io::Result<()>>,
+    seqs: Vec<Seq>,
 }
 
 impl StdoutSink {
@@ -31,12 +40,26 @@ impl StdoutSink {
     }
 
     /// Writes to any writer.
-    pub fn to(out: impl Write + Send + Sync + 'static) -> Self {
+    pub fn to(out: impl Write + Send + 'static) -> Self {
         Self {
-            out: Box::new(out),
+            out: Arc::new(Mutex::new(Box::new(out))),
             buffer: Vec::new(),
             handed_over: Vec::new(),
+            writing: None,
             prepared: HashSet::new(),
+        }
+    }
+
+    /// Begins to write what is collected.
+    fn write(&mut self) -> Writing {
+        let (out, lines) = (self.out.clone(), std::mem::take(&mut self.buffer));
+        Writing {
+            ended: spawn_blocking(move || {
+                let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
+                out.write_all(&lines)?;
+                out.flush()
+            }),
+            seqs: std::mem::take(&mut self.handed_over),
         }
     }
 }
@@ -49,6 +72,10 @@ impl Default for StdoutSink {
 
 impl Sink for StdoutSink {
     async fn open(&mut self) -> Result<(), SinkError> {
+        if let Some(Writing { ended, .. }) = self.writing.take() {
+            // It can't be taken back, and must not come after what follows.
+            drop(ended.await);
+        }
         self.buffer.clear();
         self.handed_over.clear();
         self.prepared.clear();
@@ -89,15 +116,19 @@ impl Sink for StdoutSink {
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
-        if self.handed_over.is_empty() {
-            return std::future::pending().await;
+        if self.writing.is_none() {
+            if self.handed_over.is_empty() {
+                return std::future::pending().await;
+            }
+            self.writing = Some(self.write());
         }
-        self.out
-            .write_all(&self.buffer)
-            .and_then(|()| self.out.flush())
-            .map_err(|error| SinkError(format!("write to the standard output: {error}")))?;
-        self.buffer.clear();
-        into.extend(self.handed_over.drain(..).map(Receipt::Delivered));
+        let Some(Writing { ended, .. }) = &mut self.writing else {
+            return std::future::pending().await;
+        };
+        let ended = ended.await.unwrap_or_else(|error| Err(error.into()));
+        let seqs = self.writing.take().map(|writing| writing.seqs);
+        ended.map_err(|error| SinkError(format!("write to the standard output: {error}")))?;
+        into.extend(seqs.into_iter().flatten().map(Receipt::Delivered));
         Ok(())
     }
 
