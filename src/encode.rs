@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
 use base64::Engine;
@@ -44,12 +45,49 @@ const RESERVED: [&str; 5] = ["id", "type", "sequence", "content-type", "replay"]
 
 type Headers<'a> = Vec<RecordHeader<'a>>;
 
+/// Texts about an event that do not stand in it: records point to them, so that nothing is allocated for each.
+pub struct Texts {
+    id: [u8; Hyphenated::LENGTH],
+    sequence: [u8; SEQUENCE_BYTES_MAX],
+    sequence_bytes: usize,
+}
+
+/// Of a 64-bit number with its sign.
+const SEQUENCE_BYTES_MAX: usize = 20;
+
+impl Texts {
+    /// The texts about one event.
+    #[must_use]
+    pub fn of(event: &Event) -> Self {
+        let mut id = [0; Hyphenated::LENGTH];
+        event.event_id.hyphenated().encode_lower(&mut id);
+        let mut sequence = [0; SEQUENCE_BYTES_MAX];
+        let mut rest = &mut sequence[..];
+        write!(rest, "{}", event.id.0).expect("there is room for any number");
+        let sequence_bytes = SEQUENCE_BYTES_MAX - rest.len();
+        Self {
+            id,
+            sequence,
+            sequence_bytes,
+        }
+    }
+
+    fn id(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.id)
+    }
+
+    fn sequence(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.sequence[..self.sequence_bytes])
+    }
+}
+
 /// Makes the record of one event.
 ///
 /// # Errors
 /// When the event can't be published as it is: no legal topic, unreadable headers, two payloads.
 pub fn encode<'a>(
     event: &'a Event,
+    texts: &'a Texts,
     route: &'a Route,
     encoding: &'a Encoding,
 ) -> Result<Record<'a>, Rejection> {
@@ -70,11 +108,11 @@ pub fn encode<'a>(
     let own = parse_headers(event.headers.as_deref())?;
     let (mut headers, value) = match encoding.format {
         Format::Plain => (
-            plain_headers(event, own.len()),
+            plain_headers(event, texts, own.len()),
             event.payload.bytes().map(Cow::Borrowed),
         ),
         Format::CloudeventsBinary => (
-            cloudevents_headers(event, encoding),
+            cloudevents_headers(event, texts, encoding),
             event.payload.bytes().map(Cow::Borrowed),
         ),
         Format::CloudeventsJson => match cloudevents_json(event, encoding)? {
@@ -83,7 +121,7 @@ pub fn encode<'a>(
                 Some(Cow::Owned(json)),
             ),
             // Nothing can be wrapped and still be a tombstone: the attributes go to the headers.
-            None => (cloudevents_headers(event, encoding), None),
+            None => (cloudevents_headers(event, texts, encoding), None),
         },
     };
     for (name, value) in own {
@@ -110,10 +148,12 @@ const ERROR_BYTES_MAX: usize = 4096;
 #[must_use]
 pub fn dead_letter<'a>(
     event: &'a Event,
+    texts: &'a Texts,
     (route, encoding): (&'a Route, &'a Encoding),
     (topic, rejection): (&'a str, &'a Rejection),
 ) -> Record<'a> {
-    let mut record = encode(event, route, encoding).unwrap_or_else(|_| unencoded(event));
+    let mut record =
+        encode(event, texts, route, encoding).unwrap_or_else(|_| unencoded(event, texts));
     let Rejection(error) = rejection;
     let error = &error[..error.floor_char_boundary(ERROR_BYTES_MAX)];
     record.headers.extend([
@@ -132,8 +172,8 @@ pub fn dead_letter<'a>(
 }
 
 /// For what can't be encoded: the payload, and the headers as they were written in one.
-fn unencoded(event: &Event) -> Record<'_> {
-    let mut headers = plain_headers(event, 6);
+fn unencoded<'a>(event: &'a Event, texts: &'a Texts) -> Record<'a> {
+    let mut headers = plain_headers(event, texts, 6);
     if let Some(own) = &event.headers {
         headers.push(text_header("dead-letter-headers", own));
     }
@@ -152,34 +192,32 @@ fn unencoded(event: &Event) -> Record<'_> {
 
 const CLOUDEVENTS_JSON: &str = "application/cloudevents+json; charset=UTF-8";
 
-fn plain_headers(event: &Event, own: usize) -> Headers<'_> {
+fn plain_headers<'a>(event: &'a Event, texts: &'a Texts, own: usize) -> Headers<'a> {
     let mut headers = Vec::with_capacity(4 + own);
-    headers.push(("id".into(), Some(uuid_bytes(event))));
+    headers.push(("id".into(), Some(texts.id())));
     headers.push(text_header("type", &event.event_type));
-    headers.push((
-        "sequence".into(),
-        Some(Cow::Owned(event.id.0.to_string().into_bytes())),
-    ));
+    headers.push(("sequence".into(), Some(texts.sequence())));
     if let Some(content_type) = &event.content_type {
         headers.push(text_header("content-type", content_type));
     }
     headers
 }
 
-fn cloudevents_headers<'a>(event: &'a Event, encoding: &'a Encoding) -> Headers<'a> {
+fn cloudevents_headers<'a>(
+    event: &'a Event,
+    texts: &'a Texts,
+    encoding: &'a Encoding,
+) -> Headers<'a> {
     let mut headers = vec![
         text_header("ce_specversion", "1.0"),
-        ("ce_id".into(), Some(uuid_bytes(event))),
+        ("ce_id".into(), Some(texts.id())),
         text_header("ce_source", &encoding.cloudevents_source),
         text_header("ce_type", &event.event_type),
         (
             "ce_time".into(),
             Some(Cow::Owned(rfc3339(event).into_bytes())),
         ),
-        (
-            "ce_sequence".into(),
-            Some(Cow::Owned(event.id.0.to_string().into_bytes())),
-        ),
+        ("ce_sequence".into(), Some(texts.sequence())),
     ];
     if !event.aggregate_id.is_empty() {
         headers.push(text_header("ce_subject", &event.aggregate_id));
@@ -250,12 +288,6 @@ fn rfc3339(event: &Event) -> String {
     const MAX_US: u64 = 253_402_300_799_999_999;
     let us = u64::try_from(event.occurred_at_us).unwrap_or(0).min(MAX_US);
     humantime::format_rfc3339_micros(UNIX_EPOCH + Duration::from_micros(us)).to_string()
-}
-
-fn uuid_bytes(event: &Event) -> Cow<'static, [u8]> {
-    let mut buffer = vec![0; Hyphenated::LENGTH];
-    event.event_id.hyphenated().encode_lower(&mut buffer);
-    Cow::Owned(buffer)
 }
 
 fn text_header<'a>(name: &'static str, value: &'a str) -> RecordHeader<'a> {

@@ -31,7 +31,7 @@ fn check(event: &Event, format: Format, expected: &Expect) {
         format,
         cloudevents_source: "/shop".to_owned(),
     };
-    let shown = match encode(event, &route, &encoding) {
+    let shown = match encode(event, &Texts::of(event), &route, &encoding) {
         Err(rejection) => format!("rejected: {rejection}\n"),
         Ok(record) => {
             let text = |bytes: &Option<Cow<'_, [u8]>>| {
@@ -93,7 +93,9 @@ fn no_payload_is_a_tombstone_in_every_format() {
             cloudevents_source: "/shop".to_owned(),
         };
         assert_eq!(
-            encode(&event, &route, &encoding).unwrap().value,
+            encode(&event, &Texts::of(&event), &route, &encoding)
+                .unwrap()
+                .value,
             None,
             "{format:?}"
         );

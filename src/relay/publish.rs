@@ -18,7 +18,7 @@ use super::reject::Full;
 use super::status::{State, Status};
 use super::topics::Topics;
 use super::{Changes, Pipeline, Policy, Settings};
-use crate::encode::encode;
+use crate::encode::{Texts, encode};
 use crate::event::{Event, EventId, Rejection, Seq};
 use crate::ledger::Parked;
 use crate::order::{InFlight, Settled, Suspects, Waiting};
@@ -369,7 +369,8 @@ impl<K: Sink> Publisher<'_, K> {
         let Pipeline {
             route, encoding, ..
         } = self.pipeline;
-        let record = match encode(event, route, encoding) {
+        let texts = Texts::of(event);
+        let record = match encode(event, &texts, route, encoding) {
             Ok(record) => record,
             Err(rejection) => return Verdict::Rejected(rejection),
         };

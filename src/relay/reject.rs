@@ -5,7 +5,7 @@ use super::publish::{Ended, Life, Pause, Publisher};
 use super::redrive::Try;
 use super::topics::Topics;
 use super::{Pipeline, Policy};
-use crate::encode::dead_letter;
+use crate::encode::{Texts, dead_letter};
 use crate::event::{Event, Rejection};
 use crate::ledger::Parked;
 use crate::sink::{Refused, Sink};
@@ -155,7 +155,8 @@ impl<K: Sink> Publisher<'_, K> {
         let refusal = match refused {
             Some(refusal) => refusal,
             None => {
-                let record = dead_letter(event, (route, encoding), (topic, rejection));
+                let texts = Texts::of(event);
+                let record = dead_letter(event, &texts, (route, encoding), (topic, rejection));
                 match self.sink.hand_over(life.in_flight.next_seq(), &record) {
                     Ok(()) => {
                         life.begin_record();

@@ -13,7 +13,7 @@ use anyhow::{Context, Error, anyhow};
 use tokio::time::{Instant, sleep_until};
 
 use self::books::{Books, Job};
-use crate::encode::encode;
+use crate::encode::{Texts, encode};
 use crate::event::{Event, EventId, Record, Rejection, Seq};
 use crate::relay::Pipeline;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink};
@@ -152,7 +152,8 @@ impl Publisher<'_> {
                     continue;
                 }
             }
-            let record = match self.record(event) {
+            let texts = Texts::of(event);
+            let record = match self.record(event, &texts) {
                 Ok(record) => record,
                 Err(rejection) => {
                     leave_out(left_out, event, &rejection);
@@ -195,11 +196,11 @@ impl Publisher<'_> {
         Ok(Ok(published))
     }
 
-    fn record<'e>(&'e self, event: &'e Event) -> Result<Record<'e>, Rejection> {
+    fn record<'e>(&'e self, event: &'e Event, texts: &'e Texts) -> Result<Record<'e>, Rejection> {
         let Pipeline {
             route, encoding, ..
         } = self.pipeline;
-        let mut record = encode(event, route, encoding)?;
+        let mut record = encode(event, texts, route, encoding)?;
         if let Some(topic) = &self.job.topic {
             record.topic = topic.into();
         }

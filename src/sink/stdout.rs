@@ -5,17 +5,22 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Map, Value, json};
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
 
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Seq};
 
 /// Lines collected before they are written, unless receipts are asked for.
 const BUFFER_BYTES: usize = 64 * 1024;
+
+/// For lines of a life that has ended.
+const OLD_LINES_MAX: Duration = Duration::from_secs(1);
 
 /// The standard output, or any other writer.
 pub struct StdoutSink {
@@ -72,9 +77,11 @@ impl Default for StdoutSink {
 
 impl Sink for StdoutSink {
     async fn open(&mut self) -> Result<(), SinkError> {
-        if let Some(Writing { ended, .. }) = self.writing.take() {
+        if let Some(Writing { ended, .. }) = &mut self.writing {
             // It can't be taken back, and must not come after what follows.
-            drop(ended.await);
+            let ended = timeout(OLD_LINES_MAX, ended).await;
+            drop(ended.map_err(|_| SinkError("nobody reads the standard output".to_owned()))?);
+            self.writing = None;
         }
         self.buffer.clear();
         self.handed_over.clear();

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use bytestring::ByteString;
 use outbox_relay::config::{Config, DEFAULTS};
-use outbox_relay::encode::{Encoding, Format, encode};
+use outbox_relay::encode::{Encoding, Format, Texts, encode};
 use outbox_relay::event::{Event, EventId, Payload, PipelineName};
 use outbox_relay::position::Snapshot;
 use outbox_relay::route::{Route, Template, illegal_topic};
@@ -153,7 +153,8 @@ proptest! {
         let route = Route { topic: template("all"), key: template("{aggregate_id}") };
         for format in [Format::Plain, Format::CloudeventsBinary, Format::CloudeventsJson] {
             let encoding = Encoding { format, cloudevents_source: "/shop".to_owned() };
-            let Ok(record) = encode(&event, &route, &encoding) else { continue };
+            let texts = Texts::of(&event);
+            let Ok(record) = encode(&event, &texts, &route, &encoding) else { continue };
             prop_assert!(record.timestamp_ms >= 0);
             prop_assert!(record.size_bytes() >= record.value.as_ref().map_or(0, |value| value.len()));
             let ids = record.headers.iter().filter(|(name, _)| name == "id" || name == "ce_id");

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::thread::{sleep, yield_now};
 use std::time::Duration;
 
-use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::Message;
@@ -231,27 +230,46 @@ pub(super) async fn resume(
             .collect::<BTreeMap<_, _>>(),
         ..of_topic.topics
     };
-    match topic::find_or_create(&of_topic, &topic).await {
+    let (found, initialised) = tokio::join!(
+        topic::find_or_create(&of_topic, &topic),
+        elsewhere({
+            let (producer, id) = (producer.clone(), id.to_owned());
+            move || {
+                let initialised = producer.init_transactions(ANSWER_MAX);
+                initialised.map_err(|error| SinkError(not_initialised(&id, &error)))
+            }
+        }),
+    );
+    match found {
         Ok(_) => {}
         Err(NotPrepared::Unknown(error)) => return Err(error),
         Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
     }
-    let (producer, config) = (producer.clone(), settings.reader(id));
-    let (id, log) = (id.to_owned(), log.to_owned());
-    let asked = spawn_blocking(move || {
-        producer
-            .init_transactions(ANSWER_MAX)
-            .map_err(|error| SinkError(not_initialised(&id, &error)))?;
+    initialised?;
+    let (producer, config, log) = (producer.clone(), settings.reader(id), log.to_owned());
+    let (consumer, committed) = elsewhere(move || {
         // Else it would ask when the first position waits for the answer.
         producer
             .client()
             .fetch_metadata(Some(&topic), READ_MAX)
             .map_err(|error| SinkError(format!("ask about topic {topic}: {error}")))?;
-        let last = last_value(&config, &topic)
-            .map_err(|error| SinkError(format!("read the position in topic {topic}: {error}")))?;
-        Ok(last.and_then(|value| position_of(&value, &log, &topic)))
-    });
-    asked
+        let unread = |error| SinkError(format!("read the position in topic {topic}: {error}"));
+        let consumer: BaseConsumer = config.create().map_err(unread)?;
+        let last = last_value(&consumer, &topic).map_err(unread)?;
+        let committed = last.and_then(|value| position_of(&value, &log, &topic));
+        Ok((consumer, committed))
+    })
+    .await?;
+    // Its end takes up to 150 ms.
+    spawn_blocking(move || drop(consumer));
+    Ok(committed)
+}
+
+/// For calls that wait.
+async fn elsewhere<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, SinkError> + Send + 'static,
+) -> Result<T, SinkError> {
+    spawn_blocking(call)
         .await
         .unwrap_or_else(|error| Err(SinkError(error.to_string())))
 }
@@ -286,13 +304,12 @@ fn position_of(value: &[u8], log: &str, topic: &str) -> Option<Position> {
 }
 
 /// The last committed record of a topic with one partition. Behind it may be many that were aborted.
-fn last_value(config: &ClientConfig, topic: &str) -> Result<Option<Vec<u8>>, KafkaError> {
-    let consumer: BaseConsumer = config.create()?;
+fn last_value(consumer: &BaseConsumer, topic: &str) -> Result<Option<Vec<u8>>, KafkaError> {
     let (low, high) = consumer.fetch_watermarks(topic, 0, READ_MAX)?;
     let mut back = 10;
     loop {
         let from = low.max(high - back);
-        let last = last_from(&consumer, topic, from)?;
+        let last = last_from(consumer, topic, from)?;
         if last.is_some() || from == low {
             return Ok(last);
         }

@@ -94,9 +94,22 @@ impl Setup {
     }
 
     pub(super) fn start_on(&self, port: u16) -> Process {
+        let out = File::create(self.file(port, "out")).unwrap();
+        self.start_with(port, out.into())
+    }
+
+    /// Starts one whose standard output is a pipe that nobody reads.
+    pub(super) fn start_unread(&self) -> Process {
+        self.start_with(free_port(), Stdio::piped())
+    }
+
+    fn file(&self, port: u16, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{port}.{name}"))
+    }
+
+    fn start_with(&self, port: u16, stdout: Stdio) -> Process {
         let config = self.write_config();
-        let [out, log] =
-            ["out", "log"].map(|name| self.folder.path().join(format!("{port}.{name}")));
+        let [out, log] = ["out", "log"].map(|name| self.file(port, name));
         let child = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
             .arg("run")
             .arg("--config")
@@ -105,7 +118,7 @@ impl Setup {
             .envs(self.environment.iter().cloned())
             .env("RELAY_ADMIN__LISTEN", format!("127.0.0.1:{port}"))
             .stdin(Stdio::null())
-            .stdout(File::create(&out).unwrap())
+            .stdout(stdout)
             .stderr(File::create(&log).unwrap())
             .spawn()
             .unwrap();

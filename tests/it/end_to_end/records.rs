@@ -170,3 +170,26 @@ async fn stdout_takes_one_line_of_json_each() {
     assert!(tombstone["value"].is_null());
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipe_that_nobody_reads_keeps_nothing_else_waiting() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let mut setup = Setup::new(&database.url);
+    setup.set("SINK__KIND", "stdout");
+    setup.set("RELAY__LEASE_TTL", "2s");
+    setup.set("RELAY__DRAIN_TIMEOUT", "1s");
+    // More than a pipe holds.
+    run(
+        &database.pool,
+        "select outbox.emit('order', n::text, 'placed', json_build_object('n', repeat('x', 1000)))
+           from generate_series(1, 1000) n",
+    )
+    .await;
+    let mut relay = setup.start_unread();
+    relay.not_ready(&["has confirmed nothing for"]).await;
+    assert!(relay.owns(), "the lease is kept");
+    relay.signal("TERM");
+    relay.exit().await;
+}

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use outbox_relay::encode::{Encoding, Format, encode};
+use outbox_relay::encode::{Encoding, Format, Texts, encode};
 use outbox_relay::event::{Event, EventId, Payload};
 use outbox_relay::route::Route;
 use serde_json::{Value, json};
@@ -118,7 +118,8 @@ fn record(event: &Event, format: Format) -> Value {
         format,
         cloudevents_source: "/shop/orders".to_owned(),
     };
-    let record = encode(event, &route, &encoding).expect("a record");
+    let texts = Texts::of(event);
+    let record = encode(event, &texts, &route, &encoding).expect("a record");
     let base64 = |bytes: &[u8]| BASE64_STANDARD.encode(bytes);
     json!({
         "key": record.key.as_deref().map(base64),
