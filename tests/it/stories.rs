@@ -445,3 +445,77 @@ fn a_machine_that_was_suspended_past_its_lease_hands_nothing_over() {
         });
     });
 }
+
+/// Takes its time over every page but the first.
+struct SlowSource {
+    source: FakeSource,
+    pages: usize,
+    slow: Duration,
+}
+
+impl Source for SlowSource {
+    fn seek(&mut self, position: Position) {
+        self.source.seek(position);
+    }
+
+    async fn capture(&mut self, limits: PageLimits, at: &Position) -> Result<Page, SourceError> {
+        if self.pages > 0 {
+            sleep(self.slow).await;
+        }
+        let page = self.source.capture(limits, at).await?;
+        self.pages += usize::from(!page.events.is_empty());
+        Ok(page)
+    }
+
+    async fn wake(&mut self) {
+        self.source.wake().await;
+    }
+}
+
+/// A backlog of ten pages, and how many transactions it took by when.
+async fn drained_exactly_once(shared: &Shared, slow: Duration, looks: &[Duration]) -> Vec<u32> {
+    shared.with(|world| {
+        world.broker.transactional = true;
+        world.broker.queue_records = 1000;
+    });
+    commit(shared, &[("order", "1", None); 100]);
+    let source = SlowSource {
+        source: source(shared),
+        pages: 0,
+        slow,
+    };
+    let mut relay = relay(source, sink(shared), ledger(shared));
+    relay.settings.in_flight_rows = 1000;
+    let look = async {
+        let mut commits = Vec::new();
+        for time in looks {
+            sleep(*time).await;
+            commits.push(shared.with(|world| world.broker.commits));
+        }
+        commits
+    };
+    let ((), commits) = tokio::join!(run_for(LEASE * 30, relay), look);
+    shared.with(|world| {
+        assert!(world.is_quiet());
+        assert_eq!(world.broker.appended.len(), 100);
+    });
+    commits
+}
+
+#[test]
+fn a_transaction_goes_on_while_there_is_more() {
+    story(async |shared| {
+        let commits =
+            drained_exactly_once(&shared, Duration::ZERO, &[Duration::from_secs(5)]).await;
+        assert!((1..5).contains(&commits[0]), "{commits:?} for ten pages");
+    });
+}
+
+#[test]
+fn a_transaction_does_not_wait_for_a_slow_page() {
+    story(async |shared| {
+        let second = Duration::from_secs(1);
+        let commits = drained_exactly_once(&shared, second * 5, &[second, second * 5]).await;
+        assert_eq!(commits, [1, 2], "a transaction for each page");
+    });
+}

@@ -57,6 +57,8 @@ pub struct Broker {
     pub(super) latency_ms: u64,
     /// Whether records are published in transactions, with the position behind them.
     pub transactional: bool,
+    /// Transactions that were committed.
+    pub commits: u32,
     pub(super) committed: Option<Position>,
     /// The life that has initialised the transactional id last.
     pub(super) initialised: u32,
@@ -76,6 +78,7 @@ impl Broker {
             queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
             latency_ms: rng.u64(1..40),
             transactional: rng.bool(),
+            commits: 0,
             committed: None,
             initialised: 0,
             producers: BTreeMap::new(),

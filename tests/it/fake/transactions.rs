@@ -118,6 +118,7 @@ impl World {
             return self.refuse_transaction(at, life, records, &partition);
         }
         self.broker.committed = position;
+        self.broker.commits += 1;
         for Carried { id, intact, .. } in &records {
             let (id, intact) = (*id, *intact);
             self.broker.appended.insert(id);
