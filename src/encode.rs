@@ -72,12 +72,12 @@ impl Texts {
         }
     }
 
-    fn id(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.id)
+    fn id(&self) -> &[u8] {
+        &self.id
     }
 
-    fn sequence(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.sequence[..self.sequence_bytes])
+    fn sequence(&self) -> &[u8] {
+        &self.sequence[..self.sequence_bytes]
     }
 }
 
@@ -115,7 +115,7 @@ pub fn encode<'a>(
             cloudevents_headers(event, texts, encoding),
             event.payload.bytes().map(Cow::Borrowed),
         ),
-        Format::CloudeventsJson => match cloudevents_json(event, encoding)? {
+        Format::CloudeventsJson => match cloudevents_json(event, texts, encoding)? {
             Some(json) => (
                 vec![text_header("content-type", CLOUDEVENTS_JSON)],
                 Some(Cow::Owned(json)),
@@ -194,9 +194,9 @@ const CLOUDEVENTS_JSON: &str = "application/cloudevents+json; charset=UTF-8";
 
 fn plain_headers<'a>(event: &'a Event, texts: &'a Texts, own: usize) -> Headers<'a> {
     let mut headers = Vec::with_capacity(4 + own);
-    headers.push(("id".into(), Some(texts.id())));
+    headers.push(("id".into(), Some(texts.id().into())));
     headers.push(text_header("type", &event.event_type));
-    headers.push(("sequence".into(), Some(texts.sequence())));
+    headers.push(("sequence".into(), Some(texts.sequence().into())));
     if let Some(content_type) = &event.content_type {
         headers.push(text_header("content-type", content_type));
     }
@@ -210,14 +210,14 @@ fn cloudevents_headers<'a>(
 ) -> Headers<'a> {
     let mut headers = vec![
         text_header("ce_specversion", "1.0"),
-        ("ce_id".into(), Some(texts.id())),
+        ("ce_id".into(), Some(texts.id().into())),
         text_header("ce_source", &encoding.cloudevents_source),
         text_header("ce_type", &event.event_type),
         (
             "ce_time".into(),
             Some(Cow::Owned(rfc3339(event).into_bytes())),
         ),
-        ("ce_sequence".into(), Some(texts.sequence())),
+        ("ce_sequence".into(), Some(texts.sequence().into())),
     ];
     if !event.aggregate_id.is_empty() {
         headers.push(text_header("ce_subject", &event.aggregate_id));
@@ -232,13 +232,13 @@ fn cloudevents_headers<'a>(
 #[derive(Serialize)]
 struct CloudEvent<'a> {
     specversion: &'static str,
-    id: String,
+    id: Cow<'a, str>,
     source: &'a str,
     r#type: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     subject: &'a str,
     time: String,
-    sequence: String,
+    sequence: Cow<'a, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     datacontenttype: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -247,7 +247,11 @@ struct CloudEvent<'a> {
     data_base64: Option<String>,
 }
 
-fn cloudevents_json(event: &Event, encoding: &Encoding) -> Result<Option<Vec<u8>>, Rejection> {
+fn cloudevents_json(
+    event: &Event,
+    texts: &Texts,
+    encoding: &Encoding,
+) -> Result<Option<Vec<u8>>, Rejection> {
     let (data, data_base64) = match &event.payload {
         Payload::Tombstone | Payload::Ambiguous(..) => return Ok(None),
         Payload::Json(json) => {
@@ -259,12 +263,12 @@ fn cloudevents_json(event: &Event, encoding: &Encoding) -> Result<Option<Vec<u8>
     };
     let envelope = CloudEvent {
         specversion: "1.0",
-        id: event.event_id.to_string(),
+        id: String::from_utf8_lossy(texts.id()),
         source: &encoding.cloudevents_source,
         r#type: &event.event_type,
         subject: &event.aggregate_id,
         time: rfc3339(event),
-        sequence: event.id.0.to_string(),
+        sequence: String::from_utf8_lossy(texts.sequence()),
         datacontenttype: content_type(event),
         data,
         data_base64,
