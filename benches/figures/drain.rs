@@ -194,7 +194,7 @@ pub fn to_f64(count: i64) -> f64 {
     count as f64
 }
 
-/// Waits until every pipeline has written down that it is done.
+/// Waits until every pipeline has written down that it is done. Before it knows where to begin it has a cursor without an id.
 pub async fn await_cursor(
     log: &Log,
     run: &Run,
@@ -208,7 +208,7 @@ pub async fn await_cursor(
         let behind: i64 = sqlx::query_scalar(
             "select $3 - count(*) from (
                select from outbox.cursors where starts_with(pipeline, $1)
-                group by pipeline having min(coalesce(last_id, 0)) >= $2) done",
+                group by pipeline having min(coalesce(last_id, -1)) >= $2) done",
         )
         .bind(format!("{}-", run.name))
         .bind(last)
