@@ -230,24 +230,17 @@ pub(super) async fn resume(
             .collect::<BTreeMap<_, _>>(),
         ..of_topic.topics
     };
-    let (found, initialised) = tokio::join!(
-        topic::find_or_create(&of_topic, &topic),
-        elsewhere({
-            let (producer, id) = (producer.clone(), id.to_owned());
-            move || {
-                let initialised = producer.init_transactions(ANSWER_MAX);
-                initialised.map_err(|error| SinkError(not_initialised(&id, &error)))
-            }
-        }),
-    );
-    match found {
+    match topic::find_or_create(&of_topic, &topic).await {
         Ok(_) => {}
         Err(NotPrepared::Unknown(error)) => return Err(error),
         Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
     }
-    initialised?;
-    let (producer, config, log) = (producer.clone(), settings.reader(id), log.to_owned());
-    let (consumer, committed) = elsewhere(move || {
+    let (producer, config) = (producer.clone(), settings.reader(id));
+    let (id, log) = (id.to_owned(), log.to_owned());
+    let asked = spawn_blocking(move || {
+        producer
+            .init_transactions(ANSWER_MAX)
+            .map_err(|error| SinkError(not_initialised(&id, &error)))?;
         // Else it would ask when the first position waits for the answer.
         producer
             .client()
@@ -258,20 +251,13 @@ pub(super) async fn resume(
         let last = last_value(&consumer, &topic).map_err(unread)?;
         let committed = last.and_then(|value| position_of(&value, &log, &topic));
         Ok((consumer, committed))
-    })
-    .await?;
+    });
+    let (consumer, committed) = asked
+        .await
+        .unwrap_or_else(|error| Err(SinkError(error.to_string())))?;
     // Its end takes up to 150 ms.
     spawn_blocking(move || drop(consumer));
     Ok(committed)
-}
-
-/// For calls that wait.
-async fn elsewhere<T: Send + 'static>(
-    call: impl FnOnce() -> Result<T, SinkError> + Send + 'static,
-) -> Result<T, SinkError> {
-    spawn_blocking(call)
-        .await
-        .unwrap_or_else(|error| Err(SinkError(error.to_string())))
 }
 
 fn not_initialised(id: &str, error: &KafkaError) -> String {
