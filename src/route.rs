@@ -211,10 +211,6 @@ impl Route {
 #[must_use]
 pub fn illegal_topic(topic: &str) -> Option<String> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-    let dots = topic == "." || topic == "..";
-    if (1..=249).contains(&topic.len()) && !dots && topic.bytes().all(legal) {
-        return None;
-    }
     if topic.is_empty() {
         Some("the topic name is empty".to_owned())
     } else if topic.len() > 249 {
@@ -224,6 +220,8 @@ pub fn illegal_topic(topic: &str) -> Option<String> {
         ))
     } else if topic == "." || topic == ".." {
         Some(format!("{topic:?} is not a topic name"))
+    } else if topic.bytes().all(legal) {
+        None
     } else {
         topic.chars().find(|c| !c.is_ascii() || !legal(*c as u8)).map(|c| {
             format!("the topic name has the character {c:?}, Kafka allows a-z, A-Z, 0-9, '.', '_' and '-'")

@@ -40,7 +40,7 @@ impl History {
             Some(connection) => connection,
             None => connect(&self.options).await?,
         };
-        let read = fetch(&mut connection, &statement, 0, PAGE_BYTES).await?;
+        let read = fetch(&mut connection, &statement, PAGE_BYTES).await?;
         let all = read.complete && read.events.len() < rows;
         if read.complete {
             self.connection = Some(connection);

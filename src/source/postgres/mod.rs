@@ -81,8 +81,6 @@ pub struct PostgresSource {
     /// ids after the ceiling was read.
     safe_floor: EventId,
     page_rows: usize,
-    /// How many rows the last answer had; the next one will be like it.
-    rows_before: usize,
     /// How often in a row a stretch of the window had no rows.
     empty_stretches: u32,
     /// Which events are its own.
@@ -110,7 +108,6 @@ impl PostgresSource {
             at: Position::beginning(),
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
-            rows_before: 0,
             empty_stretches: 0,
             share: Share::everything(),
         }
@@ -209,8 +206,7 @@ impl PostgresSource {
                 .map_err(|_| silent())??;
         }
         let statement = self.statement(limits);
-        let read = fetch(&mut connection, &statement, self.rows_before, limits.bytes).await?;
-        self.rows_before = read.events.len();
+        let read = fetch(&mut connection, &statement, limits.bytes).await?;
         if read.complete {
             self.connection = Some(connection);
         } else {
@@ -315,11 +311,10 @@ fn silent() -> anyhow::Error {
 async fn fetch(
     connection: &mut PgConnection,
     statement: &str,
-    rows_expected: usize,
     bytes_max: usize,
 ) -> Result<Read, anyhow::Error> {
     let mut read = Read {
-        events: Vec::with_capacity(rows_expected),
+        events: Vec::new(),
         head: None,
         bytes: 0,
         complete: false,
@@ -330,7 +325,7 @@ async fn fetch(
         .context("read the outbox")?;
     let mut decoder = copy::Decoder::new();
     loop {
-        // Most rows are there already, and asking the clock for each would cost as much as decoding it.
+        // Most rows are there already: the clock is asked only for those that are not.
         let next = match answer.next().now_or_never() {
             Some(next) => next,
             None => timeout(SILENCE_MAX, answer.next())
