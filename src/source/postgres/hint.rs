@@ -1,11 +1,14 @@
-//! Decides when to look at the log again: by the clock, or woken by NOTIFY.
+//! Waits until it is worth looking at the log again: by the clock, or woken by NOTIFY.
 //!
 //! Hints change latency only (I7): whatever is lost here, the next poll finds the rows.
 
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgListener};
 use tokio::time::{Instant, sleep_until, timeout};
+
+use super::pace::{Pace, Wait};
 
 /// How the source learns of new events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -17,25 +20,15 @@ pub enum CaptureMode {
     Listen,
 }
 
-/// After events came, more are expected: look again this soon, then less and less often.
-const INTERVAL_MIN: Duration = Duration::from_millis(1);
-/// For this long after a wake-up or an event the log is polled hot: of many open transactions only one notifies, so the
-/// others' commits come without a hint.
-const HOT: Duration = Duration::from_millis(20);
-/// The safety net below notifications.
-const LISTEN_POLL: Duration = Duration::from_secs(1);
 /// Between attempts to listen again.
 const RECONNECT: Duration = Duration::from_secs(5);
 
 pub(super) struct Hints {
     mode: CaptureMode,
     options: PgConnectOptions,
-    poll_interval: Duration,
     listener: Option<PgListener>,
     reconnect_at: Instant,
-    interval: Duration,
-    hot_until: Instant,
-    looked_at: Instant,
+    pace: Pace,
 }
 
 impl Hints {
@@ -48,72 +41,56 @@ impl Hints {
         Self {
             mode,
             options,
-            poll_interval,
             listener: None,
             reconnect_at: now,
-            interval: INTERVAL_MIN,
-            hot_until: now,
-            looked_at: now,
+            pace: Pace::new(poll_interval, now),
         }
     }
 
-    pub(super) fn looked(&mut self) {
-        self.looked_at = Instant::now();
-    }
-
-    pub(super) fn found(&mut self, events: usize) {
-        if events > 0 {
-            self.interval = INTERVAL_MIN;
-            self.hot_until = Instant::now() + HOT;
-        }
+    /// A look has ended.
+    pub(super) fn looked(&mut self, events: usize) {
+        self.pace.looked(events, Instant::now());
     }
 
     pub(super) async fn wait(&mut self) {
-        match self.mode {
-            CaptureMode::Poll => self.wait_for_clock().await,
-            CaptureMode::Listen => self.wait_for_notify().await,
-        }
-    }
-
-    async fn wait_for_clock(&mut self) {
-        sleep_until(self.looked_at + self.interval.min(self.poll_interval)).await;
-        self.interval = (self.interval * 2).min(self.poll_interval);
-    }
-
-    async fn wait_for_notify(&mut self) {
-        if self.listener.is_none() && Instant::now() >= self.reconnect_at {
+        if self.mode == CaptureMode::Listen
+            && self.listener.is_none()
+            && Instant::now() >= self.reconnect_at
+        {
             self.listen().await;
         }
-        let due = self.looked_at + self.next_poll();
-        let Some(listener) = &mut self.listener else {
-            sleep_until(due).await;
-            self.interval = (self.interval * 2).min(self.poll_interval);
-            return;
-        };
-        tokio::select! {
-            notified = listener.recv() => match notified {
-                Ok(_) => {
-                    self.hot_until = Instant::now() + HOT;
-                    self.interval = INTERVAL_MIN;
+        let wait = self.pace.next(self.listener.is_some());
+        match (wait, &mut self.listener) {
+            (Wait::ForHintUntil(due), Some(listener)) => {
+                tokio::select! {
+                    notified = listener.recv() => match notified {
+                        Ok(_) => self.pace.hinted(),
+                        Err(error) => self.stop_listening(&error),
+                    },
+                    () = sleep_until(due) => {}
                 }
-                Err(error) => {
-                    tracing::warn!(error = %error, "stopped listening for notifications, polling instead");
-                    self.listener = None;
-                    self.reconnect_at = Instant::now() + RECONNECT;
-                }
-            },
-            () = sleep_until(due) => {}
+            }
+            (Wait::Until(due) | Wait::ForHintUntil(due), _) => sleep_until(due).await,
+        }
+        self.take_what_came();
+    }
+
+    /// One look answers all the notifications that came before it. They are taken also when nobody waits for them, or the
+    /// server would have to keep them.
+    fn take_what_came(&mut self) {
+        while let Some(listener) = &mut self.listener {
+            match listener.recv().now_or_never() {
+                Some(Ok(_)) => self.pace.hinted(),
+                Some(Err(error)) => self.stop_listening(&error),
+                None => return,
+            }
         }
     }
 
-    fn next_poll(&mut self) -> Duration {
-        if Instant::now() < self.hot_until {
-            INTERVAL_MIN
-        } else if self.listener.is_some() {
-            LISTEN_POLL
-        } else {
-            self.interval.min(self.poll_interval)
-        }
+    fn stop_listening(&mut self, error: &sqlx::Error) {
+        tracing::warn!(%error, "stopped listening for notifications, polling instead");
+        self.listener = None;
+        self.reconnect_at = Instant::now() + RECONNECT;
     }
 
     async fn listen(&mut self) {

@@ -8,6 +8,7 @@ pub(crate) mod ask;
 pub mod copy;
 mod hint;
 mod history;
+mod pace;
 mod shard;
 mod statement;
 
@@ -279,13 +280,11 @@ impl Source for PostgresSource {
         limits: PageLimits,
         acknowledged: &Position,
     ) -> Result<Page, SourceError> {
-        // Whatever is missed while reading, a hint that came before is answered by this read.
-        self.hints.looked();
         self.safe_floor = self.safe_floor.max(acknowledged.window.ceiling);
         loop {
             let page = self.read(limits).await.map_err(classify)?;
             if !page.events.is_empty() || !page.more {
-                self.hints.found(page.events.len());
+                self.hints.looked(page.events.len());
                 return Ok(page);
             }
         }
