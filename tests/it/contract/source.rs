@@ -36,6 +36,7 @@ macro_rules! kept_by {
                 no_more_means_no_more,
                 an_event_appears_after_a_wake,
                 a_wake_is_bounded,
+                one_look_answers_all_hints_before_it,
                 what_is_rolled_back_never_appears,
                 contents_come_through_byte_for_byte,
                 huge_payloads_come_through,
@@ -190,6 +191,31 @@ async fn a_wake_is_bounded<L: Log>(log: L) {
             "slept {slept:?}"
         );
     }
+}
+
+async fn one_look_answers_all_hints_before_it<L: Log>(mut log: L) {
+    const COMMITS: usize = 300;
+    /// Nobody waits that long who has just seen events, or hints of them.
+    const CALM: Duration = Duration::from_millis(50);
+    let mut reader = Reader::new(&log);
+    reader.drain(&mut log, ROOMY).await;
+    // Whoever listens does so from here on.
+    reader.source.wake().await;
+    for _ in 0..COMMITS {
+        log.emit(vec![event("e")]).await;
+    }
+    let mut looks = 0;
+    loop {
+        reader.drain(&mut log, ROOMY).await;
+        looks += 1;
+        let began = Instant::now();
+        reader.source.wake().await;
+        if began.elapsed() >= CALM {
+            break;
+        }
+    }
+    assert_eq!(reader.events().len(), COMMITS);
+    assert!(looks < COMMITS / 3, "{looks} looks");
 }
 
 async fn what_is_rolled_back_never_appears<L: Log>(mut log: L) {
