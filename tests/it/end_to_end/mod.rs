@@ -22,6 +22,7 @@ mod kafka;
 mod load;
 mod pipelines;
 mod process;
+mod proxy;
 mod records;
 mod redrive;
 mod rejected;
