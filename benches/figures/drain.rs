@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Error, ensure};
 use sqlx::Row;
 
+use crate::cursors;
 use crate::judge::Expected;
 use crate::process::{Process, Usage};
 use crate::report::median;
@@ -194,7 +195,7 @@ pub fn to_f64(count: i64) -> f64 {
     count as f64
 }
 
-/// Waits until every pipeline has written down that it is done. Before it knows where to begin it has a cursor without an id.
+/// Waits until every pipeline has written down that it is done.
 pub async fn await_cursor(
     log: &Log,
     run: &Run,
@@ -205,17 +206,7 @@ pub async fn await_cursor(
     let pipelines = i64::try_from(run.pipelines)?;
     let began = Instant::now();
     loop {
-        let behind: i64 = sqlx::query_scalar(
-            "select $3 - count(*) from (
-               select from outbox.cursors where starts_with(pipeline, $1)
-                group by pipeline having min(coalesce(last_id, -1)) >= $2) done",
-        )
-        .bind(format!("{}-", run.name))
-        .bind(last)
-        .bind(pipelines)
-        .fetch_one(&mut db)
-        .await?;
-        if behind == 0 {
+        if cursors::behind(&mut db, &run.name, pipelines, last).await? == 0 {
             return Ok(());
         }
         relay.usage()?;

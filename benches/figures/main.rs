@@ -13,6 +13,7 @@
 )]
 
 mod cases;
+mod cursors;
 mod drain;
 mod judge;
 mod live;

@@ -31,7 +31,7 @@ use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
 const HAND_OVER_AT_ONCE: usize = 512;
 /// While more is at hand a batch goes on for this long: a commit costs the same for few events and for many.
 const BATCH_MAX: Duration = Duration::from_millis(200);
-/// Without a receipt for this long, and with records in flight, the pipeline counts as stalled.
+/// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
 const STALL: Duration = Duration::from_secs(3);
 
 /// How a life ended.
@@ -164,6 +164,7 @@ impl<K: Sink> Publisher<'_, K> {
             tokio::select! {
                 biased;
                 received = self.sink.receipts(&mut receipts), if life.in_flight.rows() > 0 => {
+                    life.heard_at = Instant::now();
                     lost = received.err();
                 }
                 () = stop.cancelled(), if drain_until.is_none() => {
@@ -405,7 +406,6 @@ impl<K: Sink> Publisher<'_, K> {
             return None;
         }
         let now_us = (self.now_us)();
-        life.heard_at = Instant::now();
         let mut refused = Vec::new();
         let mut ended = None;
         for receipt in receipts.drain(..) {

@@ -96,7 +96,9 @@ pub trait Sink: Send {
     /// [full](Refused::Full). The others need not know.
     fn commit(&mut self, _position: &Position) {}
 
-    /// Waits for receipts and appends them, at least one, or until there may be room again where it was full.
+    /// Waits for receipts and appends them, at least one, or until there may be room again where it was full. A sink that
+    /// gives the receipts of a batch as one returns without any from time to time, as a sign of life, while records of a
+    /// long batch arrive.
     ///
     /// # Cancel safety
     /// Safe: no receipt is lost.

@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use expect_test::expect;
-use sqlx::Row;
+use sqlx::{AssertSqlSafe, Row};
 
 use crate::harness::postgres::TestDatabase;
 
+#[path = "../../benches/figures/cursors.rs"]
+mod cursors;
 #[path = "../../benches/figures/judge.rs"]
 mod judge;
 #[path = "../../benches/figures/plots.rs"]
@@ -289,4 +291,34 @@ async fn a_backlog_has_the_shape_that_was_asked_for() {
     assert!((910..1060).contains(&count(7)), "{}", count(7));
     assert!((9_000..10_000).contains(&row.get::<i32, _>(8)));
     assert_eq!(count(9), 20_000);
+}
+
+#[tokio::test]
+async fn a_cursor_without_an_id_has_arrived_nowhere() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let mut db = database.connect().await;
+    // Pipeline, shard, last id; how many of the run's two pipelines are behind 0, and behind 6.
+    for (cursor, behind) in [
+        ("'other-0', 0, 9", [2, 2]),
+        ("'run-0', 0, null", [2, 2]),
+        ("'run-0', 1, 7", [2, 2]),
+        ("'run-0', 0, 0", [1, 2]),
+        ("'run-0', 0, 6", [1, 1]),
+        ("'run-1', 0, 6", [0, 0]),
+    ] {
+        let write = format!(
+            "insert into outbox.cursors (pipeline, shard, last_id) values ({cursor})
+             on conflict (pipeline, shard) do update set last_id = excluded.last_id"
+        );
+        sqlx::raw_sql(AssertSqlSafe(write))
+            .execute(&mut db)
+            .await
+            .unwrap();
+        for (last, behind) in [0, 6].into_iter().zip(behind) {
+            let found = cursors::behind(&mut db, "run", 2, last).await.unwrap();
+            assert_eq!(found, behind, "behind {last} with {cursor}");
+        }
+    }
 }

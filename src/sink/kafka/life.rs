@@ -306,8 +306,10 @@ impl Life {
                 }
                 (None, _) => drop(received.await),
             }
+            let outstanding = self.outstanding;
             self.note(into);
-            if self.dying.is_none() && (into.len() > known || self.has_room_again()) {
+            let sign = self.outstanding < outstanding && self.gives_sign();
+            if self.dying.is_none() && (into.len() > known || self.has_room_again() || sign) {
                 self.trouble
                     .send_if_modified(|trouble| trouble.take().is_some());
                 return Ok(());
@@ -327,6 +329,12 @@ impl Life {
             self.full_at = None;
         }
         room
+    }
+
+    /// Whether the loop has to hear that a long transaction makes progress, now that records of it have arrived.
+    fn gives_sign(&mut self) -> bool {
+        let transactions = self.transactions.as_mut();
+        transactions.is_some_and(Transactions::gives_sign)
     }
 
     /// Goes on with the end of a transaction, as far as that is possible now.

@@ -30,6 +30,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 const READ_MAX: Duration = Duration::from_secs(15);
 /// For a polite end of a transaction whose life is over.
 const ABORT_MAX: Duration = Duration::from_secs(1);
+/// While records arrive the loop hears of it about so often. It calls a sink stalled that says nothing for three seconds.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// The number that the record with the position has among those of a life.
 pub(super) const POSITION: Seq = Seq(u64::MAX);
 
@@ -41,6 +43,8 @@ pub(super) struct Transactions {
     state: State,
     /// Confirmed by brokers, and visible to nobody before the commit.
     arrived: Vec<Seq>,
+    /// When the transaction began, or gave the last sign of life.
+    told_at: Instant,
 }
 
 enum State {
@@ -72,6 +76,7 @@ impl Transactions {
             log: None,
             state: State::Idle,
             arrived: Vec::new(),
+            told_at: Instant::now(),
         }
     }
 
@@ -93,6 +98,7 @@ impl Transactions {
                 })?;
                 crash::point("after_begin");
                 self.state = State::Open;
+                self.told_at = Instant::now();
                 Ok(true)
             }
             State::Open => Ok(true),
@@ -104,6 +110,16 @@ impl Transactions {
         if seq != POSITION {
             self.arrived.push(seq);
         }
+    }
+
+    /// Whether it is time for a sign of life; asked when a record has just arrived.
+    pub(super) fn gives_sign(&mut self) -> bool {
+        let now = Instant::now();
+        let due = now >= self.told_at + SIGN_OF_LIFE;
+        if due {
+            self.told_at = now;
+        }
+        due
     }
 
     /// Takes nothing more until the transaction is committed with this position.

@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::kafka::{Kafka, Received};
 use super::load::{Load, Seen};
 use super::process::{Process, Setup};
+use super::proxy::{Proxy, Weather};
 use super::services::Own;
 use super::{Line, PATIENCE, eventually, number, run};
 use crate::harness::postgres::TestDatabase;
@@ -202,6 +203,57 @@ async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
         0
     );
     relay.stop().await;
+}
+
+/// Its records arrive all the time, and none of them is confirmed for longer than a pipeline may be silent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_over_a_slow_link_is_no_stall() {
+    const EVENTS: u64 = 140;
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let Some(own) = Own::kafka("a_transaction_over_a_slow_link_is_no_stall") else {
+        return;
+    };
+    let listen = own.variable("KAFKA_PROXY_LISTEN");
+    let link = Proxy::start(listen, own.variable("KAFKA_PROXY_UPSTREAM")).await;
+    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
+    kafka.create(&["order"]).await;
+    let mut setup = Setup::new(&database.url);
+    setup.kafka(&kafka);
+    setup.set("SINK__KAFKA__BROKERS", listen);
+    setup.set("SINK__KAFKA__COMPRESSION", "none");
+    // All events in one page, and so in one transaction.
+    setup.set("RELAY__PAGE_BYTES", "16MiB");
+    let mut line = Line {
+        database,
+        kafka,
+        setup,
+    };
+    exactly_once(&mut line);
+    let relay = line.ready().await;
+    // For each 32 KiB: 14 MB take eight seconds.
+    link.weather(Weather::Slow(Duration::from_millis(19)));
+    let emit = format!(
+        "select outbox.emit('order', n::text, 'large', to_json(repeat('x', 100000)))
+           from generate_series(1, {EVENTS}) n"
+    );
+    run(&line.database.pool, emit).await;
+    let mut all_under_way = None;
+    eventually("the end of the transaction", PATIENCE, async || {
+        let view = relay.pipeline("main")?;
+        if view["in_flight_events"] == EVENTS {
+            all_under_way.get_or_insert_with(Instant::now);
+        }
+        (view["last_id"] == EVENTS).then_some(())
+    })
+    .await;
+    let took = all_under_way.map(|since| since.elapsed());
+    assert!(took > Some(Duration::from_secs(4)), "it was fast: {took:?}");
+    assert!(!relay.log().contains("stalled"), "{}", relay.log());
+    link.weather(Weather::Clear);
+    relay.stop().await;
+    assert_eq!(read(&line, 140).await.len(), 140);
 }
 
 /// All that was committed, and what follows it, as a consumer sees it.

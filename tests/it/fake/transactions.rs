@@ -34,6 +34,10 @@ impl Transaction {
         Ok(room)
     }
 
+    pub(super) fn is_under_way(&self) -> bool {
+        !self.records.is_empty()
+    }
+
     /// Nobody will ask for the commit of what is open.
     pub(super) fn abandon(&mut self) {
         if self.closing.is_none() {

@@ -3,7 +3,6 @@
 //!
 //! The short run is a test like any other. The long one is `tests/run --soak`.
 
-mod proxy;
 mod world;
 mod writers;
 

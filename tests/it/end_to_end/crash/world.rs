@@ -11,9 +11,9 @@ use super::super::clock::Clock;
 use super::super::kafka::Kafka;
 use super::super::load::KINDS;
 use super::super::process::{Process, Setup};
+use super::super::proxy::{Proxy, Weather};
 use super::super::services::Own;
 use super::super::{eventually, number, run};
-use super::proxy::{Proxy, Weather};
 use super::writers;
 
 /// Of every relay; the shortest that there is.
