@@ -18,9 +18,11 @@ use crate::event::{Record, Rejection};
 pub(super) const MESSAGE_BYTES_DEFAULT: usize = 1_048_588;
 /// For one question to a broker about a topic.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again.
+/// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again,
+/// at first and then.
 const ASKS_MAX: u32 = 40;
-const ASK_AGAIN: Duration = Duration::from_millis(50);
+const ASK_AGAIN_MIN: Duration = Duration::from_millis(5);
+const ASK_AGAIN_MAX: Duration = Duration::from_millis(50);
 
 /// The broker judges times by its own clock: only what is this far beyond its limits is refused here.
 const CLOCKS_DIFFER_MS: i64 = 24 * 3_600_000;
@@ -121,6 +123,7 @@ struct Admin {
 
 impl Admin {
     fn find_or_create(&self, topics: &Topics, name: &str) -> Result<Topic, NotPrepared> {
+        let mut pause = ASK_AGAIN_MIN;
         for asked in 0..ASKS_MAX {
             if let Some(found) = self.find(name)? {
                 return self.describe(name, &found);
@@ -128,7 +131,8 @@ impl Admin {
             if topics.create && asked == 0 {
                 self.create(topics, name)?;
             }
-            sleep(ASK_AGAIN);
+            sleep(pause);
+            pause = (pause * 2).min(ASK_AGAIN_MAX);
         }
         Err(if topics.create {
             unknown(format!("topic {name} was created and does not appear"))
