@@ -10,6 +10,7 @@
 //! and its parts talk through bounded channels: dropping it at any point is a crash, and a crash loses nothing, because
 //! the next life reads from the last position.
 
+mod batch;
 mod books;
 mod lease;
 mod lives;

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::batch::Batch;
 use super::books::Order;
 use super::lease::LeaseEnd;
 use super::redrive::{Redrive, Try};
@@ -29,8 +30,6 @@ use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
 
 /// Events handed over before receipts are looked at again.
 const HAND_OVER_AT_ONCE: usize = 512;
-/// While more is at hand a batch goes on for this long: a commit costs the same for few events and for many.
-const BATCH_MAX: Duration = Duration::from_millis(200);
 /// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
 const STALL: Duration = Duration::from_secs(3);
 
@@ -102,8 +101,7 @@ pub(super) struct Life {
     latencies: LatencyTally,
     filtered: u64,
     heard_at: Instant,
-    /// When the first event was handed over since the last batch ended.
-    pub(super) batch_since: Option<Instant>,
+    pub(super) batch: Batch,
     /// Whether the source had more when it read the last page.
     more: bool,
     /// The suspect that is in flight, alone.
@@ -172,7 +170,7 @@ impl<K: Sink> Publisher<'_, K> {
                     life.leave_the_rest();
                 }
                 () = until(drain_until) => return Ended::Stopped,
-                () = until(life.batch_until()) => {}
+                () = until(life.batch.until()) => {}
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
                     life.begin_batch(due);
@@ -202,16 +200,8 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    /// What is handed over becomes a batch when nothing more is to come soon, or has room, or when it has waited enough.
     fn commit(&mut self, life: &mut Life, pause: &Pause) {
-        let over = match pause {
-            Pause::Blocked => true,
-            Pause::Starved => !life.more,
-            Pause::Full | Pause::Turn | Pause::Prepare(_) => false,
-        };
-        let due = life.batch_until().is_some_and(|due| Instant::now() >= due);
-        if (over || due)
-            && life.batch_since.take().is_some()
+        if life.batch.ends(pause, life.more, Instant::now())
             && let Some(position) = life.in_flight.taken_up()
         {
             self.sink.commit(&position);
@@ -377,7 +367,7 @@ impl<K: Sink> Publisher<'_, K> {
         };
         match self.sink.hand_over(life.in_flight.next_seq(), &record) {
             Ok(()) => {
-                life.begin_record();
+                life.batch.begin();
                 Verdict::HandedOver(life.topics.index_of(&record.topic, self.metrics))
             }
             Err(Refused::Full) => Verdict::Paused(Pause::Full),
@@ -545,7 +535,7 @@ impl Life {
             latencies: LatencyTally::default(),
             filtered: 0,
             heard_at: Instant::now(),
-            batch_since: None,
+            batch: Batch::new(),
             more: false,
             on_trial: None,
         }
@@ -557,16 +547,6 @@ impl Life {
             self.heard_at = Instant::now();
         }
         self.in_flight.begin_page(events, self.end.clone());
-    }
-
-    /// Notes that a record is handed over.
-    pub(super) fn begin_record(&mut self) {
-        self.batch_since.get_or_insert_with(Instant::now);
-    }
-
-    /// When the batch is over, whatever else comes.
-    fn batch_until(&self) -> Option<Instant> {
-        self.batch_since.map(|since| since + BATCH_MAX)
     }
 
     /// Hands nothing more over.

@@ -159,7 +159,7 @@ impl<K: Sink> Publisher<'_, K> {
                 let record = dead_letter(event, &texts, (route, encoding), (topic, rejection));
                 match self.sink.hand_over(life.in_flight.next_seq(), &record) {
                     Ok(()) => {
-                        life.begin_record();
+                        life.batch.begin();
                         return Ok(Some(life.topics.index_of(topic, self.metrics)));
                     }
                     Err(Refused::Full) => return Err(Ok(Some(Pause::Full))),
