@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgListener};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::pace::{Pace, Wait};
+use super::pace::Pace;
 
 /// How the source learns of new events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -53,30 +53,31 @@ impl Hints {
     }
 
     pub(super) async fn wait(&mut self) {
-        if self.mode == CaptureMode::Listen
+        if self.pace.is_crowded() {
+            // Nobody has to be told, and the server need not tell.
+            self.listener = None;
+            self.reconnect_at = Instant::now();
+        } else if self.mode == CaptureMode::Listen
             && self.listener.is_none()
             && Instant::now() >= self.reconnect_at
         {
             self.listen().await;
         }
-        let wait = self.pace.next(self.listener.is_some());
-        match (wait, &mut self.listener) {
-            (Wait::ForHintUntil(due), Some(listener)) => {
-                tokio::select! {
-                    notified = listener.recv() => match notified {
-                        Ok(_) => self.pace.hinted(),
-                        Err(error) => self.stop_listening(&error),
-                    },
-                    () = sleep_until(due) => {}
-                }
-            }
-            (Wait::Until(due) | Wait::ForHintUntil(due), _) => sleep_until(due).await,
+        let due = self.pace.next(self.listener.is_some());
+        match &mut self.listener {
+            Some(listener) => tokio::select! {
+                notified = listener.recv() => match notified {
+                    Ok(_) => self.pace.hinted(),
+                    Err(error) => self.stop_listening(&error),
+                },
+                () = sleep_until(due) => {}
+            },
+            None => sleep_until(due).await,
         }
         self.take_what_came();
     }
 
-    /// One look answers all the notifications that came before it. They are taken also when nobody waits for them, or the
-    /// server would have to keep them.
+    /// One look answers all the notifications that came before it.
     fn take_what_came(&mut self) {
         while let Some(listener) = &mut self.listener {
             match listener.recv().now_or_never() {
@@ -105,7 +106,11 @@ impl Hints {
             Ok::<_, sqlx::Error>(listener)
         };
         match timeout(Duration::from_secs(5), connecting).await {
-            Ok(Ok(listener)) => self.listener = Some(listener),
+            Ok(Ok(listener)) => {
+                self.listener = Some(listener);
+                // What was committed before that did not notify it.
+                self.pace.hinted();
+            }
             Ok(Err(error)) => {
                 tracing::warn!(error = %error, "could not listen for notifications, polling instead");
             }

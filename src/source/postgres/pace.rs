@@ -17,23 +17,14 @@ const LISTEN_HOT: Duration = Duration::from_millis(16);
 /// The safety net below notifications.
 const LISTEN_IDLE: Duration = Duration::from_secs(1);
 
-/// Where so many events come in a second, one look for each notification would take more of the machine than writing them.
-const CROWDED: f64 = 1_200.0;
+/// Where so many events come in a second, a notification and a look for each of them take more of the machine than writing
+/// them does: it is polled then, until so few come.
+const CROWDED_FROM: f64 = 1_200.0;
+const CROWDED_UNTIL: f64 = 600.0;
 /// Those of one look count as so many at most: a bulk insert is no crowd, and the end of a backlog is not either.
 const CROWD_OF_ONE_LOOK: f64 = 32.0;
-/// Looks are this far apart then.
-const CROWDED_INTERVAL: Duration = Duration::from_millis(5);
 /// The time over which the rate is taken.
 const RATE_OVER: Duration = Duration::from_millis(250);
-
-/// What to wait for before the next look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wait {
-    /// This time, whatever notifications say.
-    Until(Instant),
-    /// A notification, or this time.
-    ForHintUntil(Instant),
-}
 
 /// The pace of the looks at a log that has nothing more.
 pub(super) struct Pace {
@@ -43,6 +34,7 @@ pub(super) struct Pace {
     interval: Duration,
     looked_at: Instant,
     events_per_second: f64,
+    crowded: bool,
 }
 
 impl Pace {
@@ -52,6 +44,7 @@ impl Pace {
             interval: Duration::ZERO,
             looked_at: now,
             events_per_second: 0.0,
+            crowded: false,
         }
     }
 
@@ -63,31 +56,37 @@ impl Pace {
             f64::from(events).min(CROWD_OF_ONE_LOOK)
         });
         self.events_per_second = self.events_per_second * faded + came / RATE_OVER.as_secs_f64();
+        let most = if self.crowded {
+            CROWDED_UNTIL
+        } else {
+            CROWDED_FROM
+        };
+        self.crowded = self.events_per_second > most;
         self.looked_at = now;
         if events > 0 {
             self.interval = Duration::ZERO;
         }
     }
 
-    /// A notification came.
+    /// Whether there is so much to do that notifications are a burden.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.crowded
+    }
+
+    /// A notification came, or they are listened to from now on.
     pub(super) fn hinted(&mut self) {
         self.interval = Duration::ZERO;
     }
 
-    /// What comes before the next look. Each call is a step towards looking less often.
-    pub(super) fn next(&mut self, listens: bool) -> Wait {
-        if !listens {
-            self.interval = (self.interval * 2).max(POLL_MIN).min(self.poll_interval);
-            return Wait::Until(self.looked_at + self.interval);
-        }
-        if self.events_per_second > CROWDED {
-            return Wait::Until(self.looked_at + CROWDED_INTERVAL);
-        }
-        self.interval = (self.interval * 2).max(LISTEN_MIN);
-        if self.interval > LISTEN_HOT {
-            self.interval = LISTEN_IDLE;
-        }
-        Wait::ForHintUntil(self.looked_at + self.interval)
+    /// When to look next, if no notification comes before. Each call is a step towards looking less often.
+    pub(super) fn next(&mut self, listens: bool) -> Instant {
+        let doubled = self.interval * 2;
+        self.interval = match listens {
+            false => doubled.max(POLL_MIN).min(self.poll_interval),
+            true if doubled > LISTEN_HOT => LISTEN_IDLE,
+            true => doubled.max(LISTEN_MIN),
+        };
+        self.looked_at + self.interval
     }
 }
 
@@ -108,7 +107,7 @@ mod tests {
         pace.looked(1, now);
         (0..steps)
             .map(|_| {
-                let (Wait::Until(due) | Wait::ForHintUntil(due)) = pace.next(listens);
+                let due = pace.next(listens);
                 let waited = due - now;
                 now = due;
                 pace.looked(0, now);
@@ -117,27 +116,13 @@ mod tests {
             .collect()
     }
 
-    /// The looks of a second, once it has gone on for one, while an event comes at these intervals, each with a notification.
-    fn looks_in_a_second(between: Duration) -> u32 {
-        let began = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, began);
-        let (mut now, mut due, mut looks) = (began, began, 0);
-        while now < began + ms(2000) {
-            let mut events = 0;
-            while due <= now {
-                (due, events) = (due + between, events + 1);
-            }
-            pace.looked(events, now);
-            looks += u32::from(now >= began + ms(1000));
-            now = match pace.next(true) {
-                Wait::ForHintUntil(until) if due < until => {
-                    pace.hinted();
-                    due
-                }
-                Wait::Until(until) | Wait::ForHintUntil(until) => until,
-            };
+    /// A second of looks that find so many events each.
+    fn look(pace: &mut Pace, now: &mut Instant, between: Duration, events: usize) {
+        let until = *now + ms(1000);
+        while *now < until {
+            *now += between;
+            pace.looked(events, *now);
         }
-        looks
     }
 
     #[test]
@@ -157,7 +142,7 @@ mod tests {
         let now = Instant::now();
         let mut pace = Pace::new(ms(3), now);
         pace.looked(1, now);
-        assert_eq!(pace.next(false), Wait::Until(now + ms(3)));
+        assert_eq!(pace.next(false), now + ms(3));
     }
 
     #[test]
@@ -168,28 +153,24 @@ mod tests {
             pace.next(true);
         }
         pace.hinted();
-        assert_eq!(pace.next(true), Wait::ForHintUntil(now + ms(1)));
+        assert_eq!(pace.next(true), now + ms(1));
     }
 
     #[test]
-    fn every_notification_is_followed_at_once_until_there_are_too_many() {
-        assert!(looks_in_a_second(ms(1)) >= 1000);
-        let crowded = looks_in_a_second(Duration::from_micros(250));
-        assert!((199..=201).contains(&crowded), "{crowded}");
-    }
-
-    #[test]
-    fn after_a_crowd_notifications_count_again() {
+    fn a_crowd_is_one_until_it_is_half_gone() {
         let mut now = Instant::now();
         let mut pace = Pace::new(POLL_INTERVAL, now);
-        for _ in 0..20 {
-            now += ms(5);
-            pace.looked(20, now);
+        for (between, events, crowded) in [
+            (ms(1), 1, false),
+            (ms(1), 2, true),
+            (ms(20), 40, true),
+            (ms(10), 7, true),
+            (ms(10), 5, false),
+            (ms(10), 7, false),
+        ] {
+            look(&mut pace, &mut now, between, events);
+            assert_eq!(pace.is_crowded(), crowded, "{events} every {between:?}");
         }
-        assert_eq!(pace.next(true), Wait::Until(now + ms(5)));
-        now += ms(300);
-        pace.looked(0, now);
-        assert_eq!(pace.next(true), Wait::ForHintUntil(now + ms(1)));
     }
 
     #[test]
@@ -197,6 +178,6 @@ mod tests {
         let now = Instant::now();
         let mut pace = Pace::new(POLL_INTERVAL, now);
         pace.looked(2000, now);
-        assert_eq!(pace.next(true), Wait::ForHintUntil(now + ms(1)));
+        assert!(!pace.is_crowded());
     }
 }
