@@ -13,7 +13,7 @@ use sqlx::{Connection, Executor};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::harness::log::{Log, PolledPostgres, SqliteLog, Writer, event};
+use crate::harness::log::{HeardPostgres, Log, PolledPostgres, SqliteLog, Writer, event};
 use crate::harness::postgres::execute;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -622,4 +622,49 @@ async fn reading_sqlite_does_not_hold_the_write_ahead_log() {
         .await
         .unwrap();
     assert_eq!((busy, frames, moved), (0, 0, 0));
+}
+
+/// One that all writers had to wake would take more of the machine than they do.
+#[tokio::test]
+async fn nobody_listens_in_a_crowd() {
+    const CROWD: usize = 40;
+    // What one look counts for at most.
+    let limits = PageLimits { rows: 32, ..ROOMY };
+    let Some(mut log) = HeardPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    reader.drain(&mut log, limits).await;
+    reader.source.wake().await;
+    assert_eq!(listeners(&mut log).await, 1);
+    log.emit(vec![event("e"); CROWD * limits.rows]).await;
+    reader.drain(&mut log, limits).await;
+    reader.source.wake().await;
+    let deaf = async { while listeners(&mut log).await > 0 {} };
+    timeout(PATIENCE, deaf).await.expect("it listens no more");
+    let calm = async {
+        loop {
+            reader.drain(&mut log, limits).await;
+            let began = Instant::now();
+            reader.source.wake().await;
+            // Whoever does not listen looks more often than that.
+            if began.elapsed() >= log.wake_max() / 2 {
+                break;
+            }
+        }
+    };
+    timeout(PATIENCE, calm).await.expect("it listens again");
+    assert_eq!(listeners(&mut log).await, 1);
+    assert_eq!(reader.events().len(), CROWD * limits.rows);
+}
+
+/// Connections of this database that wait for notifications.
+async fn listeners(log: &mut HeardPostgres) -> i64 {
+    sqlx::query_scalar(
+        "select count(*) from pg_stat_activity
+          where datname = current_database() and query ilike 'listen %'",
+    )
+    .fetch_one(log.writer())
+    .await
+    .unwrap()
 }
