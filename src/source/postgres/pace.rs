@@ -19,12 +19,13 @@ const LISTEN_IDLE: Duration = Duration::from_secs(1);
 
 /// Where so many events come in a second, a notification and a look for each of them take more of the machine than writing
 /// them does: it is polled then, until so few come.
-const CROWDED_FROM: f64 = 1_200.0;
-const CROWDED_UNTIL: f64 = 600.0;
+const CROWDED_FROM: f64 = 1_300.0;
+/// Close below: what comes steadily must not stay a crowd because of a burst.
+const CROWDED_UNTIL: f64 = 1_150.0;
 /// Those of one look count as so many at most: a bulk insert is no crowd, and the end of a backlog is not either.
 const CROWD_OF_ONE_LOOK: f64 = 32.0;
 /// The time over which the rate is taken.
-const RATE_OVER: Duration = Duration::from_millis(250);
+const RATE_OVER: Duration = Duration::from_millis(500);
 
 /// The pace of the looks at a log that has nothing more.
 pub(super) struct Pace {
@@ -116,9 +117,9 @@ mod tests {
             .collect()
     }
 
-    /// A second of looks that find so many events each.
+    /// Some seconds of looks that find so many events each.
     fn look(pace: &mut Pace, now: &mut Instant, between: Duration, events: usize) {
-        let until = *now + ms(1000);
+        let until = *now + ms(3000);
         while *now < until {
             *now += between;
             pace.looked(events, *now);
@@ -157,20 +158,31 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_is_one_until_it_is_half_gone() {
+    fn a_crowd_begins_above_where_it_ends() {
         let mut now = Instant::now();
         let mut pace = Pace::new(POLL_INTERVAL, now);
         for (between, events, crowded) in [
             (ms(1), 1, false),
+            (ms(10), 12, false),
             (ms(1), 2, true),
             (ms(20), 40, true),
-            (ms(10), 7, true),
-            (ms(10), 5, false),
-            (ms(10), 7, false),
+            (ms(10), 12, true),
+            (ms(10), 11, false),
+            (ms(10), 12, false),
         ] {
             look(&mut pace, &mut now, between, events);
             assert_eq!(pace.is_crowded(), crowded, "{events} every {between:?}");
         }
+    }
+
+    #[test]
+    fn a_burst_does_not_last() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(POLL_INTERVAL, now);
+        look(&mut pace, &mut now, ms(20), 60);
+        assert!(pace.is_crowded());
+        look(&mut pace, &mut now, ms(20), 20);
+        assert!(!pace.is_crowded());
     }
 
     #[test]
