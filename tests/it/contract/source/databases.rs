@@ -1,0 +1,186 @@
+//! What a source keeps of one database only, or of the way in which it is woken.
+
+use super::*;
+use crate::harness::log::HeardPostgres;
+
+#[tokio::test]
+async fn a_transaction_left_open_holds_nobody_up_and_appears_later() {
+    let Some(mut log) = PolledPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    let first = log.begin_late(vec![event("late1"), event("late1")]).await;
+    let mut emitted = Vec::new();
+    let mut between = None;
+    for round in 0..10 {
+        emitted.extend(log.emit(vec![event("e1"), event("e2")]).await);
+        if round == 4 {
+            between = Some(log.begin_late(vec![event("late2")]).await);
+        }
+        reader.drain(&mut log, ROOMY).await;
+        assert_eq!(reader.events(), emitted);
+    }
+    emitted.extend(between.unwrap().commit().await);
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted, "the younger one ended first");
+    emitted.extend(first.commit().await);
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted);
+    assert_repeatable(&mut log, &reader.pages).await;
+}
+
+#[tokio::test]
+async fn late_events_are_paged_like_others_and_repeatable() {
+    let Some(mut log) = PolledPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    let mut open = Vec::new();
+    for n in 0..4 {
+        let events = (0..5).map(|_| event(&format!("late{n}"))).collect();
+        open.push(log.begin_late(events).await);
+    }
+    log.emit(vec![event("e")]).await;
+    reader.drain(&mut log, ROOMY).await;
+    // One window with the rows of two old transactions, which lie between each other's, and with new ones.
+    open.pop().unwrap().commit().await;
+    open.remove(0).commit().await;
+    log.emit((0..5).map(|_| event("e")).collect()).await;
+    reader
+        .drain(&mut log, PageLimits { rows: 4, ..ROOMY })
+        .await;
+    for late in open {
+        late.commit().await;
+    }
+    reader
+        .drain(&mut log, PageLimits { rows: 3, ..ROOMY })
+        .await;
+    assert_eq!(reader.events().len(), 26);
+    assert_repeatable(&mut log, &reader.pages).await;
+}
+
+#[tokio::test]
+async fn a_prepared_transaction_appears_when_it_is_committed() {
+    let Some(mut log) = PolledPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    // PostgreSQL prepares no transaction that notifies.
+    log.writer()
+        .execute("alter table outbox.events disable trigger events_notify")
+        .await
+        .unwrap();
+    let name = Uuid::new_v4().to_string();
+    let late = log.begin_late(vec![event("late")]).await;
+    let late = late.prepare(&name).await;
+    let mut emitted = log.emit(vec![event("e")]).await;
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted);
+    let commit = format!("commit prepared '{name}'");
+    execute(log.writer(), commit).await;
+    emitted.extend(late);
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted);
+}
+
+#[tokio::test]
+async fn a_transaction_rolled_back_late_never_appears() {
+    let Some(mut log) = PolledPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    let late = log.begin_late(vec![event("late")]).await;
+    let mut emitted = log.emit(vec![event("e")]).await;
+    reader.drain(&mut log, ROOMY).await;
+    late.connection.close().await.unwrap();
+    emitted.extend(log.emit(vec![event("e")]).await);
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted);
+}
+
+/// What a writer on another version of SQLite can do to the file between two looks.
+#[tokio::test]
+async fn deleted_rows_and_idle_looks_leave_the_order_alone() {
+    let mut log = SqliteLog::create().await.unwrap();
+    let mut reader = Reader::new(&log);
+    let first = log.emit(vec![event("e1"), event("e2")]).await;
+    reader.drain(&mut log, ROOMY).await;
+    log.writer()
+        .execute("delete from outbox_events")
+        .await
+        .unwrap();
+    reader.drain(&mut log, ROOMY).await;
+    // Emitted and deleted before anybody looked: the window ends above its last event.
+    log.emit(vec![event("e1")]).await;
+    log.writer()
+        .execute("delete from outbox_events")
+        .await
+        .unwrap();
+    reader.drain(&mut log, ROOMY).await;
+    let second = log.emit(vec![event("e1")]).await;
+    reader.drain(&mut log, ROOMY).await;
+    assert_eq!(reader.events(), [first, second].concat());
+    migrate::sqlite(log.file.options.clone()).await.unwrap();
+}
+
+/// A reader with a transaction open would let the write-ahead log grow for ever.
+#[tokio::test]
+async fn reading_sqlite_does_not_hold_the_write_ahead_log() {
+    let mut log = SqliteLog::create().await.unwrap();
+    log.emit((0..10).map(|_| event("e")).collect()).await;
+    let mut source = log.source();
+    let limits = PageLimits { rows: 4, ..ROOMY };
+    let page = capture(&mut source, limits, &Position::beginning()).await;
+    assert!(page.more);
+    log.emit(vec![event("e")]).await;
+    let (busy, frames, moved): (i64, i64, i64) = sqlx::query_as("pragma wal_checkpoint(truncate)")
+        .fetch_one(log.writer())
+        .await
+        .unwrap();
+    assert_eq!((busy, frames, moved), (0, 0, 0));
+}
+
+/// One that all writers had to wake would take more of the machine than they do.
+#[tokio::test]
+async fn nobody_listens_in_a_crowd() {
+    const CROWD: usize = 40;
+    // What one look counts for at most.
+    let limits = PageLimits { rows: 32, ..ROOMY };
+    let Some(mut log) = HeardPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    reader.drain(&mut log, limits).await;
+    reader.source.wake().await;
+    assert_eq!(listeners(&mut log).await, 1);
+    log.emit(vec![event("e"); CROWD * limits.rows]).await;
+    reader.drain(&mut log, limits).await;
+    reader.source.wake().await;
+    let deaf = async { while listeners(&mut log).await > 0 {} };
+    timeout(PATIENCE, deaf).await.expect("it listens no more");
+    let calm = async {
+        loop {
+            reader.drain(&mut log, limits).await;
+            let began = Instant::now();
+            reader.source.wake().await;
+            // Whoever does not listen looks more often than that.
+            if began.elapsed() >= log.wake_max() / 2 {
+                break;
+            }
+        }
+    };
+    timeout(PATIENCE, calm).await.expect("it listens again");
+    assert_eq!(listeners(&mut log).await, 1);
+    assert_eq!(reader.events().len(), CROWD * limits.rows);
+}
+
+/// Connections of this database that wait for notifications.
+async fn listeners(log: &mut HeardPostgres) -> i64 {
+    sqlx::query_scalar(
+        "select count(*) from pg_stat_activity
+          where datname = current_database() and query ilike 'listen %'",
+    )
+    .fetch_one(log.writer())
+    .await
+    .unwrap()
+}
