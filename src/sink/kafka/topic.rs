@@ -3,6 +3,7 @@
 use std::thread::sleep;
 use std::time::{Duration, UNIX_EPOCH};
 
+use backon::{BackoffBuilder, ExponentialBuilder};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -20,7 +21,7 @@ pub(super) const MESSAGE_BYTES_DEFAULT: usize = 1_048_588;
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again,
 /// at first and then.
-const ASKS_MAX: u32 = 40;
+const ASKS_MAX: usize = 40;
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(5);
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -123,8 +124,12 @@ struct Admin {
 
 impl Admin {
     fn find_or_create(&self, topics: &Topics, name: &str) -> Result<Topic, NotPrepared> {
-        let mut pause = ASK_AGAIN_MIN;
-        for asked in 0..ASKS_MAX {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(ASK_AGAIN_MIN)
+            .with_max_delay(ASK_AGAIN_MAX)
+            .with_max_times(ASKS_MAX)
+            .build();
+        for (asked, pause) in pauses.enumerate() {
             if let Some(found) = self.find(name)? {
                 return self.describe(name, &found);
             }
@@ -132,7 +137,6 @@ impl Admin {
                 self.create(topics, name)?;
             }
             sleep(pause);
-            pause = (pause * 2).min(ASK_AGAIN_MAX);
         }
         Err(if topics.create {
             unknown(format!("topic {name} was created and does not appear"))
