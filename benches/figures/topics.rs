@@ -38,6 +38,8 @@ pub fn client(brokers: &str) -> ClientConfig {
 /// Reads what is committed, tells the ends of partitions, and has no part in a group.
 pub fn consumer(brokers: &str) -> Result<BaseConsumer, Error> {
     client(brokers)
+        // A broker that was away leads in a new epoch, and what is known of the old one is refused.
+        .set("metadata.max.age.ms", "2000")
         .set("group.id", "figures")
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")

@@ -1,6 +1,6 @@
 //! The broker is frozen in the middle of a drain, and goes on after a while: nothing may be lost, memory may not grow.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Error, ensure};
 
@@ -9,11 +9,9 @@ use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
 use crate::process::Frozen;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
-use crate::world::{Run, Setup, World};
+use crate::world::{Setup, World};
 
 const CASE: &str = "stall";
-/// For a broker that comes back.
-const ANSWER_MAX: Duration = Duration::from_mins(1);
 
 /// What a process did around the time in which its broker was frozen.
 struct Stalled {
@@ -89,7 +87,6 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     }
     let thawed_ms = now_ms()?;
     drop(frozen);
-    await_answer(&run).await?;
     await_records(&run, expected.events, &mut process, &mut watched).await?;
     let usage = watched.look(&mut process)?;
     process.stop().await?;
@@ -119,16 +116,4 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     };
     run.topics.delete().await?;
     Ok(stalled)
-}
-
-/// It refuses for a while.
-async fn await_answer(run: &Run) -> Result<(), Error> {
-    let began = Instant::now();
-    while let Err(error) = run.topics.records() {
-        if began.elapsed() > ANSWER_MAX {
-            return Err(error);
-        }
-        tokio::time::sleep(crate::drain::LOOK).await;
-    }
-    Ok(())
 }
