@@ -3,16 +3,20 @@
 //!
 //! It goes on looking every 200 ms, as the relay does, until SIGTERM; then it waits for what it has handed over.
 
+use std::io::Write;
 use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context, Error, ensure};
 use futures_util::future::try_join_all;
+use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::types::RDKafkaErrorCode;
 use sqlx::postgres::{PgConnectOptions, PgRow};
-use sqlx::{ConnectOptions, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Row};
 use tokio::signal::unix::{SignalKind, signal};
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
 
 use crate::options::Naked;
 use crate::topics;
@@ -47,16 +51,18 @@ async fn publish(
 ) -> Result<(), Error> {
     let options: PgConnectOptions = naked.url.parse().context("read --url")?;
     let mut db = options.connect().await?;
+    let event_id = if naked.headers { ", event_id" } else { "" };
+    let page = format!(
+        "select id, aggregate_type, aggregate_id, event_type, payload::text{event_id} \
+         from outbox.events where id > $1 order by id limit $2"
+    );
     let mut last = naked.after;
     loop {
-        let rows = sqlx::query(
-            "select id, aggregate_type, aggregate_id, event_type, payload::text \
-             from outbox.events where id > $1 order by id limit $2",
-        )
-        .bind(last)
-        .bind(naked.page)
-        .fetch_all(&mut db)
-        .await?;
+        let rows = sqlx::query(AssertSqlSafe(&*page))
+            .bind(last)
+            .bind(naked.page)
+            .fetch_all(&mut db)
+            .await?;
         let Some(tail) = rows.last() else {
             tokio::time::sleep(LOOK).await;
             continue;
@@ -86,6 +92,9 @@ async fn hand_over(
         (row.try_get(1)?, row.try_get(2)?, row.try_get(4)?);
     let topic = format!("{}.{number}.{aggregate}", naked.prefix);
     let mut record = BaseRecord::to(&topic).key(key).payload(payload);
+    if naked.headers {
+        record.headers = Some(headers(row, event_type)?);
+    }
     while let Err((error, refused)) = producer.send(record) {
         ensure!(
             error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull),
@@ -95,4 +104,28 @@ async fn hand_over(
         record = refused;
     }
     Ok(())
+}
+
+/// `id`, `type` and `sequence`, as the relay's records have them.
+fn headers(row: &PgRow, event_type: &str) -> Result<OwnedHeaders, Error> {
+    let (id, sequence): (&[u8], i64) = (row.try_get_unchecked(5)?, row.try_get(0)?);
+    let id = Uuid::from_slice(id)?;
+    let (mut hyphenated, mut digits) = ([0; Hyphenated::LENGTH], Vec::with_capacity(20));
+    write!(digits, "{sequence}")?;
+    Ok([
+        (
+            "id",
+            id.hyphenated().encode_lower(&mut hyphenated).as_bytes(),
+        ),
+        ("type", event_type.as_bytes()),
+        ("sequence", &digits),
+    ]
+    .into_iter()
+    .fold(
+        OwnedHeaders::new_with_capacity(3),
+        |headers, (key, value)| {
+            let value = Some(value);
+            headers.insert(Header { key, value })
+        },
+    ))
 }

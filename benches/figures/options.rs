@@ -197,4 +197,7 @@ pub struct Naked {
     /// Publish only events of this type.
     #[arg(long)]
     pub event_type: Option<String>,
+    /// Publish records with the headers that the relay's have.
+    #[arg(long)]
+    pub headers: bool,
 }

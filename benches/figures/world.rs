@@ -43,6 +43,8 @@ pub struct Setup {
     pub latest: bool,
     /// Only events of the type [`EVENT_TYPE`].
     pub filtered: bool,
+    /// The bare loop's records have the headers that the relay's have in any case.
+    pub headers: bool,
     pub lease: Duration,
     /// How long published events stay, and events per partition.
     pub retention: Option<(Duration, i64)>,
@@ -57,6 +59,7 @@ impl Default for Setup {
             shards: 1,
             latest: false,
             filtered: false,
+            headers: false,
             lease: Duration::from_secs(10),
             retention: None,
         }
@@ -289,6 +292,9 @@ impl World {
             .args(["--after", &after.to_string()]);
         if setup.filtered {
             naked.args(["--event-type", EVENT_TYPE]);
+        }
+        if setup.headers {
+            naked.arg("--headers");
         }
         Process::start("bare loop", &mut naked)
     }

@@ -2,7 +2,7 @@
 
 use anyhow::Error;
 
-use super::{NAKED, add};
+use super::{NAKED, NAKED_WITH_HEADERS, add};
 use crate::drain::{self, Backlog, Drain, to_f64};
 use crate::report::{Place, Report};
 use crate::workload::{Keys, PAYLOAD_BYTES, Workload};
@@ -19,6 +19,8 @@ struct Variant {
     setup: Setup,
     /// Another variant of the same round, which this one should not be much slower than.
     beside: Option<&'static str>,
+    /// Also beside a bare loop that makes the same records.
+    like_for_like: bool,
     axes: Vec<(&'static str, f64)>,
 }
 
@@ -61,6 +63,15 @@ async fn measure(world: &World, variant: &Variant, report: &mut Report) -> Resul
         limit: NAKED,
     };
     add(report, &place, &relay, &naked);
+    if variant.like_for_like {
+        let setup = Setup {
+            headers: true,
+            ..variant.setup
+        };
+        let naked = drain::naked(world, &backlog, &setup).await?;
+        let limit = NAKED_WITH_HEADERS;
+        add(report, &Place { limit, ..place }, &relay, &naked);
+    }
     for row in &mut report.rows {
         if (&row.case[..], &row.variant[..], &row.limit[..]) == (CASE, variant.name, NAKED) {
             let axes = variant
@@ -89,6 +100,7 @@ fn plain(name: &'static str, workload: Workload) -> Variant {
         workload,
         setup: Setup::default(),
         beside: None,
+        like_for_like: false,
         axes: Vec::new(),
     }
 }
@@ -104,6 +116,7 @@ fn backlog(name: &'static str, events: i64) -> Variant {
 /// The first two come first: others are measured beside them.
 fn sizes(events: i64) -> Vec<Variant> {
     let mut base = backlog(BASE, events);
+    base.like_for_like = true;
     base.axes.extend([
         ("payload bytes", f64::from(PAYLOAD_BYTES)),
         ("pipelines", 1.0),

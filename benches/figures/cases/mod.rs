@@ -21,6 +21,8 @@ use crate::world::World;
 
 /// The usual limit.
 pub const NAKED: &str = "bare loop";
+/// The same with records that have the headers of the relay's.
+pub const NAKED_WITH_HEADERS: &str = "bare loop with headers";
 
 /// Runs one case.
 pub async fn run(case: Case, world: &World, report: &mut Report) -> Result<(), Error> {
