@@ -10,7 +10,7 @@ use crate::judge::Expected;
 use crate::process::{Process, Usage};
 use crate::report::median;
 use crate::workload::EVENT_TYPE;
-use crate::world::{Log, Run, Setup, World};
+use crate::world::{Bare, Log, Run, Setup, World};
 
 pub const LOOK: Duration = Duration::from_millis(20);
 /// A drain in which nothing comes for so long has failed.
@@ -149,10 +149,33 @@ pub async fn relay_as(
 
 /// Drains with the bare loop.
 pub async fn naked(world: &World, backlog: &Backlog<'_>, setup: &Setup) -> Result<Drain, Error> {
+    bare(world, backlog, setup, false).await
+}
+
+/// Drains with a bare loop whose records have headers.
+pub async fn naked_with_headers(
+    world: &World,
+    backlog: &Backlog<'_>,
+    setup: &Setup,
+) -> Result<Drain, Error> {
+    bare(world, backlog, setup, true).await
+}
+
+async fn bare(
+    world: &World,
+    backlog: &Backlog<'_>,
+    setup: &Setup,
+    headers: bool,
+) -> Result<Drain, Error> {
     let expected = emitted(backlog.log, backlog.after, setup.filtered).await?;
     let run = world.run(setup.pipelines, backlog.aggregate_types).await?;
     let mut watched = Watched::default();
-    let mut naked = world.naked(backlog.log, &run, setup, (backlog.after, backlog.page))?;
+    let bare = Bare {
+        after: backlog.after,
+        headers,
+        ..Bare::of(backlog.page)
+    };
+    let mut naked = world.naked(backlog.log, &run, setup, bare)?;
     let records = expected.events * i64::try_from(setup.pipelines)?;
     await_records(&run, records, &mut naked, &mut watched).await?;
     let usage = watched.look(&mut naked)?;

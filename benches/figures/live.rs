@@ -25,14 +25,20 @@ const WRITERS: usize = 16;
 /// Transactions per second of what arrives beside something else.
 const ARRIVALS: u32 = 100;
 /// Between two records that find out whether everything runs.
-const WARM_UP: Duration = Duration::from_millis(200);
+const FIRST_EVERY: Duration = Duration::from_millis(200);
 const ARRIVAL_MAX: Duration = Duration::from_mins(1);
+
+/// Connections, caches and a just-in-time compiler are cold at first.
+const WARM_UP_SECONDS: u32 = 3;
 
 /// How much comes, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     pub events_per_second: u32,
-    pub seconds: u32,
+    /// Those that count.
+    seconds: u32,
+    /// Those before.
+    warm_up_seconds: u32,
     /// Events of one transaction: with many events a second there are 1,000 transactions.
     pub per_transaction: u32,
 }
@@ -42,16 +48,26 @@ impl Pace {
         Self {
             events_per_second,
             seconds,
+            warm_up_seconds: seconds.min(WARM_UP_SECONDS),
             per_transaction: events_per_second.div_ceil(1000),
         }
     }
 
-    pub fn transactions(&self) -> u32 {
-        (self.events_per_second * self.seconds).div_ceil(self.per_transaction)
+    /// Those of the warm-up too.
+    fn transactions(&self) -> u32 {
+        let seconds = self.warm_up_seconds + self.seconds;
+        (self.events_per_second * seconds).div_ceil(self.per_transaction)
     }
 
+    /// Those of the warm-up too.
     pub fn events(&self) -> u32 {
         self.transactions() * self.per_transaction
+    }
+
+    /// The first events, which do not count.
+    pub fn warm_up_events(&self) -> u32 {
+        let events = self.events_per_second * self.warm_up_seconds;
+        events.next_multiple_of(self.per_transaction)
     }
 
     fn due(&self, began: Instant, transaction: u32) -> Instant {
@@ -228,7 +244,7 @@ impl Listener {
         let thread = std::thread::spawn(move || collect(&consumer, events, warm));
         loop {
             warm_up().await?;
-            match tokio::time::timeout(WARM_UP, &mut is_warm).await {
+            match tokio::time::timeout(FIRST_EVERY, &mut is_warm).await {
                 Ok(Ok(())) => return Ok(Self(thread)),
                 Ok(Err(_)) => {
                     join(thread)??;

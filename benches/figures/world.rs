@@ -43,8 +43,6 @@ pub struct Setup {
     pub latest: bool,
     /// Only events of the type [`EVENT_TYPE`].
     pub filtered: bool,
-    /// The bare loop's records have the headers that the relay's have in any case.
-    pub headers: bool,
     pub lease: Duration,
     /// How long published events stay, and events per partition.
     pub retention: Option<(Duration, i64)>,
@@ -59,9 +57,30 @@ impl Default for Setup {
             shards: 1,
             latest: false,
             filtered: false,
-            headers: false,
             lease: Duration::from_secs(10),
             retention: None,
+        }
+    }
+}
+
+/// What a bare loop is told that a relay knows.
+#[derive(Clone, Copy, Debug)]
+pub struct Bare {
+    /// It begins behind this id.
+    pub after: i64,
+    /// Rows of a select.
+    pub page: i64,
+    /// Its records have the headers that a relay's have.
+    pub headers: bool,
+}
+
+impl Bare {
+    /// From the beginning, without headers.
+    pub fn of(page: i64) -> Self {
+        Self {
+            after: 0,
+            page,
+            headers: false,
         }
     }
 }
@@ -274,26 +293,20 @@ impl World {
         Ok(text)
     }
 
-    /// Starts the bare loop on a log, behind an id.
-    pub fn naked(
-        &self,
-        log: &Log,
-        run: &Run,
-        setup: &Setup,
-        (after, page): (i64, i64),
-    ) -> Result<Process, Error> {
+    /// Starts the bare loop on a log.
+    pub fn naked(&self, log: &Log, run: &Run, setup: &Setup, bare: Bare) -> Result<Process, Error> {
         let mut naked = Command::new(std::env::current_exe()?);
         naked
             .arg("naked")
             .args(["--url", log.options.to_url_lossy().as_str()])
             .args(["--brokers", &self.brokers, "--prefix", &run.name])
             .args(["--loops", &setup.pipelines.to_string()])
-            .args(["--page", &page.to_string()])
-            .args(["--after", &after.to_string()]);
+            .args(["--page", &bare.page.to_string()])
+            .args(["--after", &bare.after.to_string()]);
         if setup.filtered {
             naked.args(["--event-type", EVENT_TYPE]);
         }
-        if setup.headers {
+        if bare.headers {
             naked.arg("--headers");
         }
         Process::start("bare loop", &mut naked)

@@ -12,7 +12,7 @@ use crate::live::{self, Pace};
 use crate::process::Process;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
-use crate::world::{Log, Run, Setup, World};
+use crate::world::{Bare, Log, Run, Setup, World};
 
 const CASE: &str = "catch-up";
 /// Between two looks at the lag: long enough for a batch to be on its way.
@@ -48,7 +48,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
 
         let log = backlog(world).await?;
         let run = world.run(1, &["event0".to_owned()]).await?;
-        let mut process = world.naked(&log, &run, &Setup::default(), (0, 5000))?;
+        let mut process = world.naked(&log, &run, &Setup::default(), Bare::of(5000))?;
         let naked = catch_up(world, &log, &run, &mut process).await?;
         process.stop().await?;
         run.topics.delete().await?;

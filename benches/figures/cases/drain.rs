@@ -64,11 +64,7 @@ async fn measure(world: &World, variant: &Variant, report: &mut Report) -> Resul
     };
     add(report, &place, &relay, &naked);
     if variant.like_for_like {
-        let setup = Setup {
-            headers: true,
-            ..variant.setup
-        };
-        let naked = drain::naked(world, &backlog, &setup).await?;
+        let naked = drain::naked_with_headers(world, &backlog, &variant.setup).await?;
         let limit = NAKED_WITH_HEADERS;
         add(report, &Place { limit, ..place }, &relay, &naked);
     }

@@ -10,7 +10,7 @@ use crate::drain::{Watched, await_records};
 use crate::live;
 use crate::process::Process;
 use crate::report::{Place, Report, number};
-use crate::world::{Capture, Log, Run, Setup, World};
+use crate::world::{Bare, Capture, Log, Run, Setup, World};
 
 const CASE: &str = "idle";
 
@@ -38,7 +38,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             let relay = measure(world, &log, &run, world.relay(&log, &run, &setup)?).await?;
             run.topics.delete().await?;
             let run = world.run(1, &["event0".to_owned()]).await?;
-            let naked = world.naked(&log, &run, &setup, (0, 5000))?;
+            let naked = world.naked(&log, &run, &setup, Bare::of(5000))?;
             let naked = measure(world, &log, &run, naked).await?;
             run.topics.delete().await?;
             let place = Place {

@@ -66,7 +66,8 @@ pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Reco
     ] {
         let times = times.milliseconds();
         for (n, (percentile, percent)) in PERCENTILES.into_iter().enumerate() {
-            if f64::from(pace.events()) * (100.0 - percent) >= 100.0 {
+            let counted = pace.events() - pace.warm_up_events();
+            if f64::from(counted) * (100.0 - percent) >= 100.0 {
                 let figure = format!("{name} {percentile} ms");
                 report.add(place, &figure, times[n], has_limit.then_some(limits[n]));
             }
@@ -160,10 +161,10 @@ pub async fn naked(world: &World, pace: Pace) -> Result<Recorder, Error> {
     Ok(recorder)
 }
 
-/// Every event's number with the times of its transaction.
+/// The number of every event behind the warm-up, with the times of its transaction.
 fn events(pace: Pace, transactions: &[Committed]) -> impl Iterator<Item = (usize, Committed)> {
     let repeated = transactions
         .iter()
         .flat_map(move |times| std::iter::repeat_n(*times, pace.per_transaction as usize));
-    repeated.enumerate()
+    repeated.enumerate().skip(pace.warm_up_events() as usize)
 }

@@ -15,6 +15,7 @@ mod takeover;
 use anyhow::Error;
 
 use crate::drain::{Drain, Memory};
+use crate::live::Pace;
 use crate::options::Case;
 use crate::report::{Place, Report, number};
 use crate::world::World;
@@ -23,6 +24,17 @@ use crate::world::World;
 pub const NAKED: &str = "bare loop";
 /// The same with records that have the headers of the relay's.
 pub const NAKED_WITH_HEADERS: &str = "bare loop with headers";
+
+/// At most so long.
+const WARM_UP_SECONDS: u32 = 15;
+
+/// A broker that has just been started compiles itself, which would make the first measurement a different one.
+pub async fn warm_up(world: &World) -> Result<(), Error> {
+    eprintln!("warm-up of the broker");
+    let seconds = world.sizes.seconds.min(WARM_UP_SECONDS);
+    latency::naked(world, Pace::of(1_000, seconds)).await?;
+    Ok(())
+}
 
 /// Runs one case.
 pub async fn run(case: Case, world: &World, report: &mut Report) -> Result<(), Error> {

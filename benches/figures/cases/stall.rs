@@ -9,7 +9,7 @@ use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
 use crate::process::Frozen;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
-use crate::world::{Setup, World};
+use crate::world::{Bare, Setup, World};
 
 const CASE: &str = "stall";
 
@@ -75,7 +75,7 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     let mut watched = Watched::default();
     let mut process = match who {
         Who::Relay => world.relay(&log, &run, &setup)?,
-        Who::Naked => world.naked(&log, &run, &setup, (0, workload.page()))?,
+        Who::Naked => world.naked(&log, &run, &setup, Bare::of(workload.page()))?,
     };
     await_records(&run, 1, &mut process, &mut watched).await?;
     let there = run.topics.records()?;

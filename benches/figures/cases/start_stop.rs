@@ -11,7 +11,7 @@ use crate::judge::Expected;
 use crate::process::Process;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
-use crate::world::{Log, Run, Setup, World};
+use crate::world::{Bare, Log, Run, Setup, World};
 
 const CASE: &str = "start-stop";
 const FIRST_MAX: Duration = Duration::from_mins(1);
@@ -36,7 +36,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             expected.judge(&run.topics.found()?, 1, false)?;
             run.topics.delete().await?;
             let run = world.run(1, &workload.aggregate_types()).await?;
-            let naked = world.naked(&log, &run, setup, (0, workload.page()))?;
+            let naked = world.naked(&log, &run, setup, Bare::of(workload.page()))?;
             let naked = measure(&run, naked).await?;
             run.topics.delete().await?;
             let place = Place {
