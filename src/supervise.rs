@@ -5,14 +5,13 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
@@ -67,7 +66,6 @@ pub async fn run(
             others.spawn(retention::keep_sqlite(options, retention, wall_clock_us));
         }
     }
-    others.spawn(keep_metrics_small(metrics.clone()));
     if let Some(listener) = listener {
         tracing::info!(address = %config.admin.listen, "admin interface");
         let interface = Shown {
@@ -235,20 +233,9 @@ pub(crate) fn holder() -> String {
 }
 
 fn install_metrics() -> Result<PrometheusHandle, anyhow::Error> {
-    let latency = Matcher::Full(telemetry::LATENCY_NAME.to_owned());
     let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(latency, &telemetry::LATENCY_BUCKETS)
-        .context("set the latency buckets")?
         .install_recorder()
         .context("install the metrics recorder")?;
     telemetry::describe();
     Ok(handle)
-}
-
-/// Histograms keep what nobody scrapes until this is called.
-async fn keep_metrics_small(metrics: PrometheusHandle) {
-    loop {
-        sleep(Duration::from_secs(5)).await;
-        metrics.run_upkeep();
-    }
 }

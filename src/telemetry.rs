@@ -3,10 +3,16 @@
 //! The README's table, the dashboard and the alerts are tested against [`METRICS`]: a name that is not here does not
 //! exist.
 
+mod latency;
+
+use std::sync::Arc;
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, Label};
+use metrics::{Counter, Gauge, Label};
+use metrics_exporter_prometheus::PrometheusHandle;
 
+use self::latency::LatencyHistogram;
+pub use self::latency::LatencyTally;
 use crate::event::Shard;
 
 /// A metric's name, kind and meaning.
@@ -123,12 +129,10 @@ const READY: Metric = gauge(
     "1 while the pipeline moves or stands by, 0 while something is in its way",
 );
 const LATENCY: Metric = Metric {
-    name: LATENCY_NAME,
+    name: "outbox_publish_latency_seconds",
     kind: Kind::Histogram,
     meaning: "from the emit to the sink's confirmation",
 };
-/// The one histogram; its buckets are [`LATENCY_BUCKETS`].
-pub const LATENCY_NAME: &str = "outbox_publish_latency_seconds";
 const LOG_BYTES: Metric = gauge("outbox_log_bytes", "what the log takes on the disk");
 const LOG_BUDGET: Metric = gauge(
     "outbox_log_budget_bytes",
@@ -175,11 +179,6 @@ pub const METRICS: [Metric; 27] = [
     BUILD,
 ];
 
-/// The upper bounds of the latency buckets, in seconds.
-pub const LATENCY_BUCKETS: [f64; 16] = [
-    0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 3600.0,
-];
-
 /// Tells the recorder what each metric means; called once, after it is installed.
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
 pub fn describe() {
@@ -192,10 +191,19 @@ pub fn describe() {
         match kind {
             Kind::Counter => metrics::describe_counter!(name, meaning),
             Kind::Gauge => metrics::describe_gauge!(name, meaning),
-            Kind::Histogram => metrics::describe_histogram!(name, meaning),
+            // The one that there is describes itself.
+            Kind::Histogram => {}
         }
     }
     metrics::gauge!(BUILD.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+/// All metrics in Prometheus' text format: those of the exporter, and the histogram.
+#[must_use]
+pub fn render(exporter: &PrometheusHandle) -> String {
+    let mut text = exporter.render();
+    latency::write(&mut text);
+    text
 }
 
 /// What a pipeline's gauges show.
@@ -249,7 +257,7 @@ pub struct PipelineMetrics {
     waiting: Gauge,
     set_aside: Gauge,
     owner: Gauge,
-    latency: Histogram,
+    latency: Arc<LatencyHistogram>,
 }
 
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
@@ -283,7 +291,7 @@ impl PipelineMetrics {
             waiting: gauge(WAITING),
             set_aside: gauge(SET_ASIDE),
             owner: gauge(OWNER),
-            latency: metrics::histogram!(LATENCY.name, labels()),
+            latency: LatencyHistogram::of(labels()),
             labels: all,
         }
     }
@@ -370,15 +378,8 @@ impl PipelineMetrics {
     }
 
     /// Passes on what was tallied since the last time.
-    #[expect(clippy::cast_precision_loss, reason = "the bounds are small")]
     pub fn latencies(&self, tally: &mut LatencyTally) {
-        for (bound_us, count) in BOUNDS_US.iter().zip(&mut tally.counts) {
-            if *count > 0 {
-                // The bound itself stands for all that fell below it: the exported buckets are exact.
-                self.latency
-                    .record_many(*bound_us as f64 / 1e6, std::mem::take(count));
-            }
-        }
+        self.latency.take(tally);
     }
 }
 
@@ -415,42 +416,6 @@ impl LogMetrics {
     pub fn retired(&self, events: u64, unpublished: u64) {
         self.retired.increment(events);
         self.retired_unpublished.increment(unpublished);
-    }
-}
-
-/// [`LATENCY_BUCKETS`] in microseconds; what is above the last counts as the last.
-const BOUNDS_US: [i64; 16] = [
-    1_000,
-    2_000,
-    3_000,
-    5_000,
-    10_000,
-    20_000,
-    50_000,
-    100_000,
-    200_000,
-    500_000,
-    1_000_000,
-    2_000_000,
-    5_000_000,
-    10_000_000,
-    60_000_000,
-    3_600_000_000,
-];
-
-/// Counts latencies by bucket, so that an event costs an addition and not a call into the recorder.
-#[derive(Debug, Default)]
-pub struct LatencyTally {
-    counts: [usize; 16],
-}
-
-impl LatencyTally {
-    /// One event that took this long, in microseconds.
-    pub fn add(&mut self, us: i64) {
-        let bucket = BOUNDS_US
-            .partition_point(|bound| *bound < us)
-            .min(BOUNDS_US.len() - 1);
-        self.counts[bucket] += 1;
     }
 }
 

@@ -92,7 +92,7 @@ impl Shown {
         for (pipeline, ready) in ready {
             telemetry::ready(pipeline.as_str(), ready);
         }
-        self.metrics.render()
+        telemetry::render(&self.metrics)
     }
 
     fn overview(&self) -> Overview {
