@@ -8,7 +8,6 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -49,7 +48,7 @@ pub async fn run(
     } else {
         None
     };
-    let metrics = install_metrics()?;
+    let metrics = telemetry::Exporter::install()?;
     let holder = holder();
     let stopping = CancellationToken::new();
     let mut relays = JoinSet::new();
@@ -230,12 +229,4 @@ pub(crate) fn holder() -> String {
         .collect();
     let random = uuid::Uuid::new_v4().simple().to_string();
     format!("{host}:{}:{}", std::process::id(), &random[..8])
-}
-
-fn install_metrics() -> Result<PrometheusHandle, anyhow::Error> {
-    let handle = PrometheusBuilder::new()
-        .install_recorder()
-        .context("install the metrics recorder")?;
-    telemetry::describe();
-    Ok(handle)
 }

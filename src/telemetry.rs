@@ -8,8 +8,9 @@ mod latency;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use metrics::{Counter, Gauge, Label};
-use metrics_exporter_prometheus::PrometheusHandle;
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
 use self::latency::LatencyHistogram;
 pub use self::latency::LatencyTally;
@@ -179,9 +180,35 @@ pub const METRICS: [Metric; 27] = [
     BUILD,
 ];
 
-/// Tells the recorder what each metric means; called once, after it is installed.
+/// Where the metrics of this process are counted and shown.
+#[derive(Clone)]
+pub struct Exporter(PrometheusHandle);
+
+impl Exporter {
+    /// Takes all metrics of the process from now on.
+    ///
+    /// # Errors
+    /// When another recorder does that.
+    pub fn install() -> Result<Self, anyhow::Error> {
+        let handle = PrometheusBuilder::new()
+            .install_recorder()
+            .context("install the metrics recorder")?;
+        describe();
+        Ok(Self(handle))
+    }
+
+    /// All of them in Prometheus' text format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = self.0.render();
+        latency::write(&mut text);
+        text
+    }
+}
+
+/// Tells the recorder what each metric means.
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
-pub fn describe() {
+fn describe() {
     for Metric {
         name,
         kind,
@@ -196,14 +223,6 @@ pub fn describe() {
         }
     }
     metrics::gauge!(BUILD.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-}
-
-/// All metrics in Prometheus' text format: those of the exporter, and the histogram.
-#[must_use]
-pub fn render(exporter: &PrometheusHandle) -> String {
-    let mut text = exporter.render();
-    latency::write(&mut text);
-    text
 }
 
 /// What a pipeline's gauges show.

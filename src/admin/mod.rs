@@ -21,7 +21,6 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper::{Request, header};
 use hyper_util::rt::TokioIo;
-use metrics_exporter_prometheus::PrometheusHandle;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
@@ -45,7 +44,7 @@ pub struct Shown {
     /// Every relay with what it says about itself.
     pub relays: watch::Receiver<Vec<ShownRelay>>,
     /// The recorder of the metrics.
-    pub metrics: PrometheusHandle,
+    pub metrics: telemetry::Exporter,
     /// Where the parked events are.
     pub source: Source,
     /// What whoever changes something has to know.
@@ -92,7 +91,7 @@ impl Shown {
         for (pipeline, ready) in ready {
             telemetry::ready(pipeline.as_str(), ready);
         }
-        telemetry::render(&self.metrics)
+        self.metrics.render()
     }
 
     fn overview(&self) -> Overview {
