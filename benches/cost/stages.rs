@@ -50,7 +50,7 @@ pub fn run(stage: Stage, rounds: usize) -> Result<(), Error> {
         Stage::DrainFiltered => pipeline.filter.event_types = vec![EVENT_TYPE.to_owned()],
     }
     let relay = (pipeline, settings);
-    // As in the daemon: without it metrics cost nothing.
+    // As in the daemon: without it counters and gauges cost nothing.
     Exporter::install()?;
     let page = messages(&events);
     if stage == Stage::DrainKafka {

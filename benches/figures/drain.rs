@@ -180,7 +180,13 @@ async fn bare(
     await_records(&run, records, &mut naked, &mut watched).await?;
     let usage = watched.look(&mut naked)?;
     naked.stop().await?;
-    let found = run.topics.counted()?;
+    let found = if headers {
+        let found = run.topics.found()?;
+        expected.judge(&found, setup.pipelines, false)?;
+        found
+    } else {
+        run.topics.counted()?
+    };
     ensure!(
         found.records == records,
         "WRONG: the bare loop left {} of {records} records",

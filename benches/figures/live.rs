@@ -64,6 +64,14 @@ impl Pace {
         self.transactions() * self.per_transaction
     }
 
+    pub fn warm_up(&self) -> Duration {
+        Duration::from_secs(self.warm_up_seconds.into())
+    }
+
+    pub fn counted_events(&self) -> u32 {
+        self.events() - self.warm_up_events()
+    }
+
     /// The first events, which do not count.
     pub fn warm_up_events(&self) -> u32 {
         let events = self.events_per_second * self.warm_up_seconds;
@@ -224,12 +232,12 @@ pub struct Listener(JoinHandle<Result<HashMap<String, Instant>, Error>>);
 impl Listener {
     /// Waits for so many different keys that begin with `e`; returns when a first record, of the key `warm`, has come.
     ///
-    /// `warm_up` publishes one; it is called again and again, as the first ones may come before the consumer is there.
+    /// `publish_first` publishes one; it is called again and again, as the first ones may come before the consumer is there.
     pub async fn start(
         brokers: &str,
         topic: &str,
         events: u32,
-        warm_up: impl AsyncFn() -> Result<(), Error>,
+        publish_first: impl AsyncFn() -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let consumer = topics::consumer(brokers)?;
         let mut partitions = TopicPartitionList::new();
@@ -243,7 +251,7 @@ impl Listener {
         let events = usize::try_from(events)?;
         let thread = std::thread::spawn(move || collect(&consumer, events, warm));
         loop {
-            warm_up().await?;
+            publish_first().await?;
             match tokio::time::timeout(FIRST_EVERY, &mut is_warm).await {
                 Ok(Ok(())) => return Ok(Self(thread)),
                 Ok(Err(_)) => {

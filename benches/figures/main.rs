@@ -94,7 +94,9 @@ async fn measure(options: Options) -> Result<ExitCode, Error> {
 /// A case that fails leaves the others their turn.
 async fn all(options: &Options, world: &World, report: &mut Report) {
     if let Err(error) = cases::warm_up(world).await {
-        report.failed.push(format!("warm-up: {error:#}"));
+        let failure = format!("warm-up: {error:#}");
+        eprintln!("FAILED {failure}");
+        report.failed.push(failure);
         return;
     }
     for case in options.wanted() {

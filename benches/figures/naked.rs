@@ -1,5 +1,6 @@
 //! The limit of a drain: `select … where id > $1 order by id limit 5000` into librdkafka, with no order, lease, policy,
-//! filter or metric. A process of its own, so that its CPU and memory are measured as the relay's are.
+//! filter or metric; with the headers of the relay's records where asked. A process of its own, so that its CPU and memory
+//! are measured as the relay's are.
 //!
 //! It goes on looking every 200 ms, as the relay does, until SIGTERM; then it waits for what it has handed over.
 

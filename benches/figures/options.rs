@@ -92,7 +92,7 @@ pub struct Options {
     /// A backlog of ten times --events too.
     #[arg(long)]
     pub large: bool,
-    /// How long steady load lasts, in seconds [default: 30; quick: 3].
+    /// How long steady load lasts, in seconds, behind up to 3 that do not count [default: 30; quick: 3].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub seconds: Option<u32>,
     /// How long an idle relay is watched, in seconds [default: 60; quick: 5].

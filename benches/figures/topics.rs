@@ -182,7 +182,7 @@ impl Topics {
         Ok(found)
     }
 
-    /// Reads everything that a bare loop has written: its records carry no sequence.
+    /// Reads everything that a bare loop without headers has written: its records carry no sequence.
     pub fn counted(&self) -> Result<Found, Error> {
         let mut found = Found::default();
         self.read(|message| {

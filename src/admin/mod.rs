@@ -43,7 +43,7 @@ pub struct Shown {
     pub holder: String,
     /// Every relay with what it says about itself.
     pub relays: watch::Receiver<Vec<ShownRelay>>,
-    /// The recorder of the metrics.
+    /// The metrics.
     pub metrics: telemetry::Exporter,
     /// Where the parked events are.
     pub source: Source,

@@ -410,7 +410,7 @@ impl<K: Sink> Publisher<'_, K> {
                     } = life.in_flight.settle(seq)
                     {
                         life.topics.delivered(tag);
-                        life.latencies.add(now_us - occurred_at_us);
+                        life.latencies.add(now_us.saturating_sub(occurred_at_us));
                     }
                 }
                 Receipt::Rejected(seq, rejection) => {
@@ -494,7 +494,7 @@ impl<K: Sink> Publisher<'_, K> {
         let status = self.status.borrow();
         let age_us = status
             .oldest_unpublished_us
-            .map_or(0, |oldest| (self.now_us)() - oldest);
+            .map_or(0, |oldest| (self.now_us)().saturating_sub(oldest));
         self.metrics.levels(Levels {
             in_flight_events: status.in_flight_events,
             in_flight_bytes: status.in_flight_bytes,

@@ -1,4 +1,6 @@
-//! How long events take, as a histogram for Prometheus.
+//! How long events take, as a histogram for Prometheus. (… → sink → receipt → *here*)
+//!
+//! Keeps counts, never samples, whatever the rate.
 //!
 //! Those of the exporter keep each sample, 16 bytes with a reading of the clock, until somebody asks or sweeps: at 350,000
 //! events a second 25 MiB in five seconds, and then a sweep that holds up everything. Here an event is an addition.
@@ -38,15 +40,20 @@ const BUCKETS: usize = BOUNDS_US.len() + 1;
 #[derive(Debug, Default)]
 pub struct LatencyTally {
     counts: [u64; BUCKETS],
-    sum_us: u64,
+    sum_us: f64,
 }
 
 impl LatencyTally {
-    /// One event that took this long, in microseconds; none where the writer's clock is ahead.
+    /// One event that took this long, in microseconds; less than nothing, where the writer's clock is ahead, is nothing.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "Prometheus counts in floating point"
+    )]
     pub fn add(&mut self, us: i64) {
         let bucket = BOUNDS_US.partition_point(|bound| *bound < us);
         self.counts[bucket] += 1;
-        self.sum_us += u64::try_from(us).unwrap_or(0);
+        // Writers may say any time: a few from the beginning of the calendar are more than 64 bits of microseconds.
+        self.sum_us += us.max(0) as f64;
     }
 }
 
@@ -54,6 +61,7 @@ impl LatencyTally {
 #[derive(Debug, Default)]
 pub(super) struct LatencyHistogram {
     counts: [AtomicU64; BUCKETS],
+    /// The bits of a floating-point number.
     sum_us: AtomicU64,
 }
 
@@ -75,7 +83,11 @@ impl LatencyHistogram {
                 all.fetch_add(count, Ordering::Relaxed);
             }
         }
-        self.sum_us.fetch_add(sum_us, Ordering::Relaxed);
+        let add = |bits| Some((f64::from_bits(bits) + sum_us).to_bits());
+        // It has always a next value.
+        let _ = self
+            .sum_us
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
     #[expect(
@@ -100,7 +112,7 @@ impl LatencyHistogram {
                 None,
             );
         }
-        let sum = self.sum_us.load(Ordering::Relaxed) as f64 / 1e6;
+        let sum = f64::from_bits(self.sum_us.load(Ordering::Relaxed)) / 1e6;
         let none: Option<(&str, &str)> = None;
         formatting::write_metric_line(text, name, Some("sum"), labels, none, sum, None);
         formatting::write_metric_line(text, name, Some("count"), labels, none, events, None);
@@ -108,57 +120,73 @@ impl LatencyHistogram {
 }
 
 /// Writes all of them in Prometheus' text format.
-#[expect(
-    clippy::default_trait_access,
-    reason = "the type is one of the exporter's dependencies"
-)]
 pub(super) fn write(text: &mut String) {
     let all = HISTOGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
     formatting::write_help_line(text, LATENCY.name, None, None, LATENCY.meaning);
     formatting::write_type_line(text, LATENCY.name, None, None, "histogram");
     for (labels, histogram) in &*all {
         let key = Key::from_parts(LATENCY.name, labels.clone());
-        let labels = LabelSet::from_key_and_global(&key, &Default::default());
+        let labels = LabelSet::from_key_and_global(&key, &<_>::default());
         histogram.write(text, &labels);
     }
     text.push('\n');
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_precision_loss, reason = "as above")]
 mod tests {
+    use expect_test::expect;
+
     use super::*;
 
     #[test]
     fn every_event_counts_in_its_bucket_and_with_its_own_time() {
-        let labels = vec![Label::new("pipeline", "tallied")];
+        let histogram = LatencyHistogram::default();
         let mut tally = LatencyTally::default();
         for us in [-5, 0, 1_000, 1_001, 4_000, 7_200_000_000] {
             tally.add(us);
         }
-        LatencyHistogram::of(labels.clone()).take(&mut tally);
+        histogram.take(&mut tally);
         tally.add(500);
-        LatencyHistogram::of(labels).take(&mut tally);
+        histogram.take(&mut tally);
+        let key = Key::from_parts("any", vec![Label::new("pipeline", "a\\b\"c")]);
+        let labels = LabelSet::from_key_and_global(&key, &<_>::default());
         let mut text = String::new();
-        write(&mut text);
-        let ours: Vec<&str> = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("outbox_publish_latency_seconds"))
-            .filter_map(|line| line.split_once("pipeline=\"tallied\""))
-            .map(|(_, rest)| rest)
-            .collect();
-        assert_eq!(
-            &ours[..5],
-            [
-                ",le=\"0.001\"} 4",
-                ",le=\"0.002\"} 5",
-                ",le=\"0.003\"} 5",
-                ",le=\"0.005\"} 6",
-                ",le=\"0.01\"} 6",
-            ]
-        );
-        assert_eq!(
-            &ours[15..],
-            [",le=\"3600\"} 6", ",le=\"+Inf\"} 7", "} 7200.006501", "} 7",]
-        );
+        histogram.write(&mut text, &labels);
+        expect![[r#"
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.001"} 4
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.002"} 5
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.003"} 5
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.005"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.01"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.02"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.05"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.1"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.2"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="0.5"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="1"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="2"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="5"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="10"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="60"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="3600"} 6
+            outbox_publish_latency_seconds_bucket{pipeline="a\\b\"c",le="+Inf"} 7
+            outbox_publish_latency_seconds_sum{pipeline="a\\b\"c"} 7200.006501
+            outbox_publish_latency_seconds_count{pipeline="a\\b\"c"} 7
+        "#]]
+        .assert_eq(&text);
+    }
+
+    /// Writers may say any time.
+    #[test]
+    fn the_sum_does_not_overflow() {
+        let histogram = LatencyHistogram::default();
+        let mut tally = LatencyTally::default();
+        for _ in 0..3 {
+            tally.add(i64::MAX);
+            histogram.take(&mut tally);
+        }
+        let sum = f64::from_bits(histogram.sum_us.load(Ordering::Relaxed));
+        assert!((sum / i64::MAX as f64 - 3.0).abs() < 1e-9, "{sum}");
     }
 }

@@ -177,13 +177,16 @@ fn setups(base: Workload) -> Vec<Variant> {
         ..with(name, Setup { shards, ..default })
     };
     vec![
-        with(
-            "exactly-once",
-            Setup {
-                exactly_once: true,
-                ..default
-            },
-        ),
+        Variant {
+            like_for_like: true,
+            ..with(
+                "exactly-once",
+                Setup {
+                    exactly_once: true,
+                    ..default
+                },
+            )
+        },
         eight,
         sharded("2 shards", 2),
         sharded("4 shards", 4),

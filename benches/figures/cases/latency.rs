@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Error;
+use anyhow::{Context, Error};
 
 use crate::drain::{Watched, await_records, emitted};
 use crate::live::{self, Committed, Listener, Pace};
@@ -66,8 +66,7 @@ pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Reco
     ] {
         let times = times.milliseconds();
         for (n, (percentile, percent)) in PERCENTILES.into_iter().enumerate() {
-            let counted = pace.events() - pace.warm_up_events();
-            if f64::from(counted) * (100.0 - percent) >= 100.0 {
+            if f64::from(pace.counted_events()) * (100.0 - percent) >= 100.0 {
                 let figure = format!("{name} {percentile} ms");
                 report.add(place, &figure, times[n], has_limit.then_some(limits[n]));
             }
@@ -121,18 +120,21 @@ pub async fn flow(
         live::emit_one(&mut log.connect().await?, "warm").await
     })
     .await?;
-    let (before, began) = (relay.usage()?, Instant::now());
-    let committed = live::emit(log, pace).await?;
+    let warm = async {
+        tokio::time::sleep(pace.warm_up()).await;
+        Ok((relay.usage()?, Instant::now()))
+    };
+    let (committed, (before, began)) = tokio::try_join!(live::emit(log, pace), warm)?;
     let (after, took) = (relay.usage()?, began.elapsed());
     let seen = listener.seen(pace.events())?;
-    // The last warm-ups too.
+    // With those that found out whether everything runs.
     let all = emitted(log, 0, false).await?;
     await_records(run, all.events, relay, &mut Watched::default()).await?;
     let mut live = Live {
         due: Recorder::new()?,
         commit: Recorder::new()?,
         writer: Recorder::new()?,
-        rate: f64::from(pace.events()) / took.as_secs_f64(),
+        rate: rate(pace, &committed)?,
         cpu: after.cpu.saturating_sub(before.cpu).as_secs_f64() / took.as_secs_f64(),
     };
     for (event, Committed { due, at }) in events(pace, &committed) {
@@ -141,6 +143,14 @@ pub async fn flow(
         live.writer.record(due, at)?;
     }
     Ok(live)
+}
+
+/// Events per second behind the warm-up.
+fn rate(pace: Pace, committed: &[Committed]) -> Result<f64, Error> {
+    let (_, first) = events(pace, committed).next().context("no event counts")?;
+    let last = committed.iter().map(|times| times.at).max();
+    let took = last.context("nothing was committed")? - first.due;
+    Ok(f64::from(pace.counted_events()) / took.as_secs_f64())
 }
 
 /// Produces at the pace, and follows each record to a consumer.

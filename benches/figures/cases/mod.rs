@@ -25,13 +25,13 @@ pub const NAKED: &str = "bare loop";
 /// The same with records that have the headers of the relay's.
 pub const NAKED_WITH_HEADERS: &str = "bare loop with headers";
 
-/// At most so long.
-const WARM_UP_SECONDS: u32 = 15;
+/// At most so long, behind the warm-up that every steady load has.
+const BROKER_WARM_UP_SECONDS: u32 = 12;
 
 /// A broker that has just been started compiles itself, which would make the first measurement a different one.
 pub async fn warm_up(world: &World) -> Result<(), Error> {
     eprintln!("warm-up of the broker");
-    let seconds = world.sizes.seconds.min(WARM_UP_SECONDS);
+    let seconds = world.sizes.seconds.min(BROKER_WARM_UP_SECONDS);
     latency::naked(world, Pace::of(1_000, seconds)).await?;
     Ok(())
 }

@@ -22,6 +22,32 @@ async fn what_is_committed_arrives_in_order_and_nothing_else() {
     relay.stop().await;
 }
 
+/// Writers may say any time, and their clocks may be ahead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_of_any_time_are_published_and_counted() {
+    let Some(line) = Line::create("events_of_any_time_are_published_and_counted").await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    let emit = "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+                select 'order', '1', 'any', '1', t::timestamptz
+                  from unnest(array['-infinity', '4713-01-01 BC', '1970-01-01', (now() + '1 s')::text]) t";
+    run(&line.database.pool, emit).await;
+    let relay = line.ready().await;
+    let labels = "{pipeline=\"main\",shard=\"0\"";
+    let latency = |figure: &str| relay.metric(&format!("outbox_publish_latency_seconds_{figure}"));
+    eventually("four events counted", PATIENCE, async || {
+        (latency(&format!("count{labels}}}"))? == 4.0).then_some(())
+    })
+    .await;
+    assert_eq!(latency(&format!("bucket{labels},le=\"3600\"}}")), Some(1.0));
+    assert_eq!(latency(&format!("bucket{labels},le=\"+Inf\"}}")), Some(4.0));
+    // More than the 6,700 years of the second one.
+    let sum = latency(&format!("sum{labels}}}")).unwrap();
+    assert!(sum > 6_700.0 * 365.0 * 86_400.0, "{sum}");
+    relay.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn records_are_exact() {
     let Some(line) = Line::create("records_are_exact").await else {
