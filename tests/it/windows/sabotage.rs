@@ -42,6 +42,20 @@ impl WrongSource {
         }
     }
 
+    /// Whether there are rows that the horizon keeps back.
+    async fn is_hidden(&self, connection: &mut PgConnection) -> bool {
+        let (xid, id) = (self.at.window.cur.xmin, self.at.last_id);
+        match self.idea {
+            Idea::IdCursor => false,
+            Idea::Horizon => sqlx::query_scalar(AssertSqlSafe(format!(
+                "select exists (select from outbox.events where (xid, id) > ('{xid}', {id}))"
+            )))
+            .fetch_one(connection)
+            .await
+            .expect("look beyond the horizon"),
+        }
+    }
+
     /// The place after a row; the ledger stores it like any other.
     fn place(xid: u64, id: i64) -> Position {
         let mut window = Window::beginning();
@@ -81,10 +95,18 @@ impl Source for WrongSource {
                 .await
                 .expect("connect"),
         };
-        let rows = connection
-            .fetch_all(sqlx::raw_sql(AssertSqlSafe(statement)))
-            .await
-            .expect("read");
+        let rows = loop {
+            let rows = connection
+                .fetch_all(sqlx::raw_sql(AssertSqlSafe(statement.clone())))
+                .await
+                .expect("read");
+            // A transaction of anybody on the server, of another test too, hides what is committed already. Whoever reads
+            // like this waits for it, however long that is.
+            if !rows.is_empty() || !self.is_hidden(&mut connection).await {
+                break rows;
+            }
+            sleep(Duration::from_millis(5)).await;
+        };
         self.connection = Some(connection);
         let mut events = Vec::new();
         for row in rows {
