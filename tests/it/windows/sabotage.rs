@@ -183,12 +183,25 @@ async fn a_cursor_on_the_id_is_caught() {
     .await;
 }
 
+/// A transaction that has nothing to do with the outbox goes on for longer than a storm looks for what does not come.
+async fn hold_the_horizon(options: &PgConnectOptions) {
+    let mut connection = PgConnection::connect_with(options).await.expect("connect");
+    let held = "begin; select pg_current_xact_id(); select pg_sleep(8); commit";
+    connection
+        .execute(sqlx::raw_sql(held))
+        .await
+        .expect("hold the horizon");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cursor_below_the_horizon_is_caught() {
     let test = "a_cursor_below_the_horizon_is_caught";
     with_database(test, async |database| {
         let make = || WrongSource::new(Idea::Horizon, database.options.clone());
-        let faults = storm(test, database, database, make).await;
+        let (faults, ()) = tokio::join!(
+            storm(test, database, database, make),
+            hold_the_horizon(&database.options)
+        );
         assert!(
             faults
                 .iter()
