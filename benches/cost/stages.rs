@@ -6,7 +6,6 @@ use anyhow::{Context, Error, bail};
 use outbox_relay::config::{Config, RecordFormat, Sink as SinkConfig};
 use outbox_relay::event::Event;
 use outbox_relay::sink::kafka::KafkaSink;
-use outbox_relay::telemetry::Exporter;
 use rdkafka::mocking::MockCluster;
 
 use crate::bounds::Stage;
@@ -50,8 +49,6 @@ pub fn run(stage: Stage, rounds: usize) -> Result<(), Error> {
         Stage::DrainFiltered => pipeline.filter.event_types = vec![EVENT_TYPE.to_owned()],
     }
     let relay = (pipeline, settings);
-    // As in the daemon: without it counters and gauges cost nothing.
-    Exporter::install()?;
     let page = messages(&events);
     if stage == Stage::DrainKafka {
         let cluster = MockCluster::new(1).context("start a broker in this process")?;
