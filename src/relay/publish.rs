@@ -16,7 +16,7 @@ use super::books::Order;
 use super::lease::LeaseEnd;
 use super::redrive::{Redrive, Try};
 use super::reject::Full;
-use super::status::{State, Status};
+use super::status::{State, Status, told};
 use super::topics::Topics;
 use super::{Changes, Pipeline, Policy, Settings};
 use crate::encode::{Texts, encode};
@@ -459,7 +459,12 @@ impl<K: Sink> Publisher<'_, K> {
             });
         }
         if life.in_flight.rows() > 0 && silent >= STALL {
-            let unknown = || format!("the sink has confirmed nothing for {} s", silent.as_secs());
+            let unknown = || {
+                format!(
+                    "the sink has confirmed nothing for {} s and more",
+                    told(silent, STALL).as_secs()
+                )
+            };
             state = Some(State::Stalled {
                 reason: self.sink.trouble().unwrap_or_else(unknown),
             });

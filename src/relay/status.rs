@@ -1,5 +1,7 @@
 //! What a pipeline says about itself: read by readiness, `/status` and metrics.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::event::PipelineName;
@@ -95,5 +97,27 @@ impl Status {
             delivered_events: 0,
             waiting_entities: 0,
         }
+    }
+}
+
+/// The longest of `least`, which has seconds, and its doubles that a silence has lasted. Told when that changes, an hour is
+/// eleven lines of log.
+pub(super) fn told(silent: Duration, least: Duration) -> Duration {
+    let times = (silent.as_secs() / least.as_secs()).max(1);
+    least * 2_u32.saturating_pow(times.ilog2())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_silence_of_an_hour_is_told_eleven_times() {
+        let told = |ms| told(Duration::from_millis(ms), Duration::from_secs(3)).as_secs();
+        assert_eq!([5999, 6000, 47_000].map(told), [3, 6, 24]);
+        let lines: BTreeSet<u64> = (3..=3600).map(|s| told(s * 1000)).collect();
+        assert_eq!(lines.len(), 11);
     }
 }

@@ -214,7 +214,9 @@ async fn a_pipe_that_nobody_reads_keeps_nothing_else_waiting() {
     )
     .await;
     let mut relay = setup.start_unread();
-    relay.not_ready(&["has confirmed nothing for"]).await;
+    relay
+        .not_ready(&["has confirmed nothing for 3 s and more"])
+        .await;
     assert!(relay.owns(), "the lease is kept");
     relay.signal("TERM");
     relay.exit().await;
