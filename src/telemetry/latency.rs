@@ -3,7 +3,7 @@
 //! Keeps counts, never samples, whatever the rate.
 //!
 //! Those of the exporter keep each sample, 16 bytes with a reading of the clock, until somebody asks or sweeps: at 350,000
-//! events a second 25 MiB in five seconds, and then a sweep that holds up everything. Here an event is an addition.
+//! events a second 25 MiB in five seconds, and then a sweep over all of them. Here an event is an addition.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
