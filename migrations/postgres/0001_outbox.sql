@@ -295,8 +295,8 @@ $$;
 -- and have ended, and rows above it. Null as `former`, or where earlier shards stood, to leave out what they had passed.
 --
 -- A function, because its plans stay with the session, behind a transaction-mode pooler too: a look at the end of the log
--- costs a third of the same statement planned anew. Such a plan must be right for every log and without statistics: with the
--- scans out of the way that read whole partitions, what is left are the indexes, between bounds that are known by then.
+-- costs less than half of the same statement planned anew. Such a plan must be right for every log and without statistics:
+-- with the scans out of the way that read whole partitions, what is left are the indexes, between bounds known by then.
 create function outbox.open_window(
     prev pg_snapshot, floor bigint, id_max bigint, in_progress xid8[], shards integer, shard integer, former json,
     rows_max bigint

@@ -1,8 +1,8 @@
 //! The SQL that reads windows. Pure: text in, text out.
 //!
 //! Sent with the simple protocol as `copy (…) to stdout (format binary)`: one round trip, no prepared statement (a
-//! transaction-mode pooler has none), the fields as they lie on the wire. Everything inlined is a number or a list of
-//! numbers that this program formatted itself.
+//! transaction-mode pooler has none), the fields as they lie on the wire. Everything inlined is a number, or a list or a
+//! document of numbers that this program formatted itself.
 //!
 //! Two shapes, each of them cheap whatever the statistics say:
 //! * the main range, a scan of the primary key; the visibility tests can't be served by any index. It is bounded at both
@@ -35,7 +35,8 @@ const MERGE: &str = "order by page.id";
 /// Opens the window that follows `before`: a head row (ceiling as id, null, snapshot), then its first page.
 ///
 /// The statement's own snapshot is `cur`, so rows that it sees need no test against `cur`. When the newest id is at the
-/// floor no table is touched. Covers `ids_max` ids above the floor.
+/// floor no table is touched. Covers `ids_max` ids above the floor. The function returns its rows in order; no sort on top of
+/// it, because whoever reads them checks that.
 pub(super) fn open_window(before: &Window, share: &Share, rows_max: usize, ids_max: i64) -> String {
     let prev = &before.cur;
     let floor = before.next_floor.0;
