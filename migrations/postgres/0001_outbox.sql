@@ -290,89 +290,6 @@ as $$
              & 9223372036854775807) % shards)::integer
 $$;
 
--- Opens the window that follows `prev`, for one shard of so many: a head row (the newest id as id, no event_id, the snapshot as
--- aggregate_type), then its first page in the order of ids: rows up to the floor, of the transactions that were in progress
--- and have ended, and rows above it. Null as `former`, or where earlier shards stood, to leave out what they had passed.
---
--- A function, because its plans stay with the session, behind a transaction-mode pooler too: a look at the end of the log
--- costs less than half of the same statement planned anew. Such a plan must be right for every log and without statistics:
--- with the scans out of the way that read whole partitions, what is left are the indexes, between bounds known by then.
-create function outbox.open_window(
-    prev pg_snapshot, floor bigint, id_max bigint, in_progress xid8[], shards integer, shard integer, former json,
-    rows_max bigint
-)
-returns table (
-    id bigint, event_id uuid, aggregate_type text, aggregate_id text, event_type text, payload json, payload_bytes bytea,
-    content_type text, headers json, occurred_at timestamptz
-)
--- Stable: all of it sees the one snapshot of the statement that calls it.
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
-#variable_conflict use_column
-declare
-    ceiling bigint;
-    late bigint := 0;
-begin
-    -- Not the sequence's last_value: before the first id that is 1 as well, and while a writer logs the sequence ahead, it
-    -- stands 32 too high for a moment, for whoever reads it without its lock. A value that is too high makes a floor that
-    -- leads. The row is selected from all the same, so that a missing right is an error on every version, and not a null.
-    select case when s.is_called then pg_sequence_last_value('outbox.events_id_seq') else 0 end
-      into strict ceiling
-      from outbox.events_id_seq s;
-    return query
-        select ceiling, null::uuid, pg_current_snapshot()::text, '', '', null::json, null::bytea, null::text, null::json,
-               null::timestamptz;
-    if cardinality(in_progress) > 0 then
-        -- Those still in progress are left to a later window without a look at the table. The bound of the id alone leaves
-        -- out the partitions above.
-        return query
-            select e.*
-              from (select x.xid
-                      from unnest(in_progress) x (xid)
-                     where pg_visible_in_snapshot(x.xid, pg_current_snapshot())) x
-             cross join lateral (
-                    select e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, e.payload_bytes,
-                           e.content_type, e.headers, e.occurred_at
-                      from outbox.events e
-                     where (e.xid, e.id) > (x.xid, 0::bigint) and (e.xid, e.id) <= (x.xid, floor) and e.id <= floor
-                       and (shards = 1 or outbox.shard_of(e.aggregate_type, e.aggregate_id, shards) = shard)
-                       and (former is null or not exists (
-                           select from json_to_recordset(former)
-                                       f (shards integer, shard integer, prev pg_snapshot, cur pg_snapshot, last_id bigint)
-                            where outbox.shard_of(e.aggregate_type, e.aggregate_id, f.shards) = f.shard
-                              and (pg_visible_in_snapshot(e.xid, f.prev)
-                                   or (pg_visible_in_snapshot(e.xid, f.cur) and e.id <= f.last_id))))
-                     order by e.xid, e.id
-                     limit rows_max) e
-             order by e.id
-             limit rows_max;
-        get diagnostics late = row_count;
-    end if;
-    -- Nothing new: no partition is touched.
-    if ceiling > floor and late < rows_max then
-        return query
-            select e.id, e.event_id, e.aggregate_type, e.aggregate_id, e.event_type, e.payload, e.payload_bytes,
-                   e.content_type, e.headers, e.occurred_at
-              from outbox.events e
-             where e.id > floor and e.id <= least(id_max, ceiling) and not pg_visible_in_snapshot(e.xid, prev)
-               and (shards = 1 or outbox.shard_of(e.aggregate_type, e.aggregate_id, shards) = shard)
-               and (former is null or not exists (
-                   select from json_to_recordset(former)
-                               f (shards integer, shard integer, prev pg_snapshot, cur pg_snapshot, last_id bigint)
-                    where outbox.shard_of(e.aggregate_type, e.aggregate_id, f.shards) = f.shard
-                      and (pg_visible_in_snapshot(e.xid, f.prev)
-                           or (pg_visible_in_snapshot(e.xid, f.cur) and e.id <= f.last_id))))
-             order by e.id
-             limit rows_max - late;
-    end if;
-end
-$$;
-
 -- Where the shards stood when their number changed. The cursors of the new ones begin where none of the old ones had
 -- been yet, and leave out what the old shard of an event had passed.
 create table outbox.former_cursors (
@@ -691,8 +608,7 @@ revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
     outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt(),
-    outbox.shard_of(text, text, integer),
-    outbox.open_window(pg_snapshot, bigint, bigint, xid8[], integer, integer, json, bigint)
+    outbox.shard_of(text, text, integer)
     from public;
 grant execute on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
@@ -700,6 +616,5 @@ grant execute on function
     to outbox_writer;
 grant execute on function
     outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),
-    outbox.is_restored(), outbox.adopt(), outbox.shard_of(text, text, integer),
-    outbox.open_window(pg_snapshot, bigint, bigint, xid8[], integer, integer, json, bigint)
+    outbox.is_restored(), outbox.adopt(), outbox.shard_of(text, text, integer)
     to outbox_relay;

@@ -87,11 +87,6 @@ async fn writers_may_only_emit() {
                 ("select * from outbox.members", DENIED, "permission denied for table members"),
                 ("delete from outbox.pipelines", DENIED, "permission denied for table pipelines"),
                 ("select outbox.shard_of('a', 'b', 2)", DENIED, "permission denied for function shard_of"),
-                (
-                    "select * from outbox.open_window('3:3:', 0, 2000, '{}', 1, 0, null, 500)",
-                    DENIED,
-                    "permission denied for function open_window",
-                ),
                 ("select * from outbox.parked", DENIED, "permission denied for table parked"),
                 ("insert into outbox.parked (pipeline) values ('a')", DENIED, "permission denied for table parked"),
                 ("select outbox.make_partitions()", DENIED, "permission denied for function make_partitions"),

@@ -52,8 +52,7 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
       from pg_proc p
       join pg_namespace s on s.oid = p.pronamespace
       left join pg_roles g on g.rolname = 'outbox_relay'
-     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('outbox', 'shard_of'), ('outbox', 'open_window'),
-                                      ('pg_catalog', 'pg_control_system'))) n";
+     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('outbox', 'shard_of'), ('pg_catalog', 'pg_control_system'))) n";
 
 /// What writers need, and what they must not have.
 const WRITERS: &str = "

@@ -127,7 +127,13 @@ impl PostgresSource {
     pub fn statement(&self, limits: PageLimits) -> String {
         let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
         if self.at.at_end_of_window() {
-            statement::open_window(&self.at.window, &self.share, rows_max, ids_max)
+            let window = &self.at.window;
+            statement::open_window(
+                window,
+                &self.share.condition(&window.cur),
+                rows_max,
+                ids_max,
+            )
         } else {
             let condition = self.share.condition(&self.at.window.prev);
             statement::next_page(&self.at, &condition, rows_max, ids_max)

@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use anyhow::Context;
-use serde::{Serialize, Serializer};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
 
@@ -20,19 +19,12 @@ pub(super) struct Share {
 }
 
 /// Where an earlier shard stood when it ended.
-#[derive(Serialize)]
 struct Former {
     shards: i32,
     shard: i32,
-    #[serde(serialize_with = "as_text")]
     prev: Snapshot,
-    #[serde(serialize_with = "as_text")]
     cur: Snapshot,
     last_id: i64,
-}
-
-fn as_text<S: Serializer>(snapshot: &Snapshot, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(snapshot)
 }
 
 impl Share {
@@ -94,29 +86,14 @@ impl Share {
         Ok(())
     }
 
-    pub(super) fn shard(&self) -> Shard {
-        self.of.as_ref().map_or(Shard::whole(), |(_, shard)| *shard)
-    }
-
-    /// Earlier shards that passed some of a window that begins at `prev`.
-    fn needed<'a>(&'a self, prev: &Snapshot) -> impl Iterator<Item = &'a Former> {
-        let age = prev.age();
-        let former = self.former.iter().flatten();
-        former.filter(move |former| former.cur.age() > age)
-    }
-
-    /// The same as JSON, unless there are none.
-    pub(super) fn former(&self, prev: &Snapshot) -> Option<String> {
-        let former: Vec<_> = self.needed(prev).collect();
-        (!former.is_empty()).then(|| serde_json::to_string(&former).expect("texts and numbers"))
-    }
-
     /// Empty, or `and …`: which events `e` of a window that begins at `prev` are this shard's and not an earlier one's.
     pub(super) fn condition(&self, prev: &Snapshot) -> String {
         const ENTITY: &str = "e.aggregate_type, e.aggregate_id";
         let mut sql = String::new();
-        let Shard { index, count } = self.shard();
-        if count > 1 {
+        let Some((_, Shard { index, count })) = &self.of else {
+            return sql;
+        };
+        if *count > 1 {
             // The planner takes an equality with an expression for one row in two hundred, so that it would sort whole
             // partitions rather than walk along the primary key to the limit. Of what it can't see through it expects half.
             let _ = write!(
@@ -124,7 +101,8 @@ impl Share {
                 "and coalesce(outbox.shard_of({ENTITY}, {count}) = {index}, false)"
             );
         }
-        for former in self.needed(prev) {
+        let needed = |former: &&Former| former.cur.age() > prev.age();
+        for former in self.former.iter().flatten().filter(needed) {
             let Former {
                 shards,
                 shard,
