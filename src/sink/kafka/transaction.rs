@@ -5,7 +5,6 @@
 //! topic with one partition that nobody else writes to, so that no other transaction hides it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::thread::{sleep, yield_now};
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
 use super::life::KafkaProducer;
-use super::topic;
+use super::topic::{self};
 use super::{NotPrepared, Settings, SinkError, Topics, lacks};
 use crate::crash;
 use crate::event::{Rejection, Seq};
@@ -247,29 +246,13 @@ pub(super) async fn resume(
             .collect::<BTreeMap<_, _>>(),
         ..of_topic.topics
     };
-    // Connects while the topic is looked for and the id is initialised.
-    let consumer = settings.reader(id).create();
-    let consumer: Arc<BaseConsumer> = Arc::new(consumer.map_err(|error| unread(&topic, &error))?);
-    let committed = match topic::find_or_create(&of_topic, &topic).await {
-        Ok(_) => fence(producer, &consumer, id, log, &topic).await,
-        Err(NotPrepared::Unknown(error)) => Err(error),
-        Err(NotPrepared::Rejected(Rejection(reason))) => Err(SinkError(reason)),
-    };
-    // Its end takes up to 150 ms.
-    spawn_blocking(move || drop(consumer));
-    committed
-}
-
-/// The part of it that waits in librdkafka.
-async fn fence(
-    producer: &KafkaProducer,
-    consumer: &Arc<BaseConsumer>,
-    id: &str,
-    log: &str,
-    topic: &str,
-) -> Result<Option<Position>, SinkError> {
-    let (producer, consumer) = (producer.clone(), consumer.clone());
-    let [id, log, topic] = [id, log, topic].map(str::to_owned);
+    match topic::find_or_create(&of_topic, &topic).await {
+        Ok(_) => {}
+        Err(NotPrepared::Unknown(error)) => return Err(error),
+        Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
+    }
+    let (producer, config) = (producer.clone(), settings.reader(id));
+    let (id, log) = (id.to_owned(), log.to_owned());
     let asked = spawn_blocking(move || {
         producer
             .init_transactions(ANSWER_MAX)
@@ -279,16 +262,18 @@ async fn fence(
             .client()
             .fetch_metadata(Some(&topic), READ_MAX)
             .map_err(|error| SinkError(format!("ask about topic {topic}: {error}")))?;
-        let last = last_value(&consumer, &topic).map_err(|error| unread(&topic, &error))?;
-        Ok(last.and_then(|value| position_of(&value, &log, &topic)))
+        let unread = |error| SinkError(format!("read the position in topic {topic}: {error}"));
+        let consumer: BaseConsumer = config.create().map_err(unread)?;
+        let last = last_value(&consumer, &topic).map_err(unread)?;
+        let committed = last.and_then(|value| position_of(&value, &log, &topic));
+        Ok((consumer, committed))
     });
-    asked
+    let (consumer, committed) = asked
         .await
-        .unwrap_or_else(|error| Err(SinkError(error.to_string())))
-}
-
-fn unread(topic: &str, error: &KafkaError) -> SinkError {
-    SinkError(format!("read the position in topic {topic}: {error}"))
+        .unwrap_or_else(|error| Err(SinkError(error.to_string())))?;
+    // Its end takes up to 150 ms.
+    spawn_blocking(move || drop(consumer));
+    Ok(committed)
 }
 
 fn not_initialised(id: &str, error: &KafkaError) -> String {
@@ -323,9 +308,6 @@ fn position_of(value: &[u8], log: &str, topic: &str) -> Option<Position> {
 /// The last committed record of a topic with one partition. Behind it may be many that were aborted.
 fn last_value(consumer: &BaseConsumer, topic: &str) -> Result<Option<Vec<u8>>, KafkaError> {
     let (low, high) = consumer.fetch_watermarks(topic, 0, READ_MAX)?;
-    if low == high {
-        return Ok(None);
-    }
     let mut back = 10;
     loop {
         let from = low.max(high - back);
