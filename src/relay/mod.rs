@@ -18,6 +18,7 @@ mod publish;
 mod redrive;
 mod reject;
 pub mod status;
+mod tick;
 mod topics;
 pub mod turn;
 

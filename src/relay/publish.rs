@@ -16,7 +16,7 @@ use super::books::Order;
 use super::lease::LeaseEnd;
 use super::redrive::{Redrive, Try};
 use super::reject::Full;
-use super::status::{State, Status, told};
+use super::status::Status;
 use super::topics::Topics;
 use super::{Changes, Pipeline, Policy, Settings};
 use crate::encode::{Texts, encode};
@@ -26,12 +26,10 @@ use crate::order::{InFlight, Settled, Suspects, Waiting};
 use crate::position::Position;
 use crate::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::source::{Page, SourceError};
-use crate::telemetry::{LatencyTally, Levels, PipelineMetrics};
+use crate::telemetry::{LatencyTally, PipelineMetrics};
 
 /// Events handed over before receipts are looked at again.
 const HAND_OVER_AT_ONCE: usize = 512;
-/// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
-const STALL: Duration = Duration::from_secs(3);
 
 /// How a life ended.
 #[derive(Debug)]
@@ -98,9 +96,11 @@ pub(super) struct Life {
     pub(super) topics: Topics,
     /// Where the last page ends.
     end: Position,
-    latencies: LatencyTally,
-    filtered: u64,
-    heard_at: Instant,
+    pub(super) latencies: LatencyTally,
+    pub(super) filtered: u64,
+    pub(super) heard_at: Instant,
+    /// When the sink was last asked why it is silent.
+    pub(super) asked_at: Instant,
     pub(super) batch: Batch,
     /// Whether the source had more when it read the last page.
     more: bool,
@@ -157,6 +157,7 @@ impl<K: Sink> Publisher<'_, K> {
             self.ask_for_due(life);
             let paused_at = Instant::now();
             let mut lost = None;
+            let mut ticked = false;
             // In this order: receipts make room; a request to stop waits for nobody; a page is taken only when the last
             // one is handed over, and parked events, of which there are few, before it.
             tokio::select! {
@@ -179,13 +180,8 @@ impl<K: Sink> Publisher<'_, K> {
                     self.begin(life, page);
                 }
                 // Its sender lives as long as this life.
-                Ok(()) = self.answered.changed() => self.tick(life).await,
-                _ = ticks.tick() => {
-                    self.tick(life).await;
-                    if self.full.is_some_and(|full| self.has_room(full)) && life.is_idle() {
-                        return Ended::Room;
-                    }
-                }
+                Ok(()) = self.answered.changed() => ticked = true,
+                _ = ticks.tick() => ticked = true,
             }
             match pause {
                 Pause::Starved => self.metrics.starved(paused_at.elapsed()),
@@ -196,6 +192,17 @@ impl<K: Sink> Publisher<'_, K> {
             let ended = self.settle(life, &mut receipts);
             if let Some(ended) = ended.or(lost.map(Ended::Sink)) {
                 return ended;
+            }
+            if ticked {
+                let ended = tokio::select! {
+                    biased;
+                    // A request to stop does not wait for the sink's answer.
+                    () = stop.cancelled(), if drain_until.is_none() => None,
+                    ended = self.tick(life, drain_until.is_none()) => ended,
+                };
+                if let Some(ended) = ended {
+                    return ended;
+                }
             }
         }
     }
@@ -447,68 +454,6 @@ impl<K: Sink> Publisher<'_, K> {
             self.settled.send_replace(advance.position);
         }
     }
-
-    /// Once a second: is anything in the way?
-    async fn tick(&mut self, life: &mut Life) {
-        let silent = life.heard_at.elapsed();
-        // A source that has not answered yet may be what is in the way.
-        let mut state = self.answered.borrow().then_some(State::Running);
-        if let Some(full) = self.full {
-            state = Some(State::Halted {
-                reason: full.reason.clone(),
-            });
-        }
-        if life.in_flight.rows() > 0 && silent >= STALL {
-            let unknown = || {
-                format!(
-                    "the sink has confirmed nothing for {} s and more",
-                    told(silent, STALL).as_secs()
-                )
-            };
-            state = Some(State::Stalled {
-                reason: self.sink.trouble().unwrap_or_else(unknown),
-            });
-        } else if life.in_flight.rows() == 0 && self.sink.trouble().is_some() {
-            // Nothing is under way that would show whether the trouble is over.
-            if let Err(error) = self.sink.check().await {
-                state = Some(State::Stalled {
-                    reason: error.to_string(),
-                });
-            }
-        }
-        self.report(life, state);
-    }
-
-    /// Metrics and status; without a state the last one stands.
-    fn report(&mut self, life: &mut Life, state: Option<State>) {
-        let delivered = life.topics.flush();
-        self.metrics.filtered(std::mem::take(&mut life.filtered));
-        self.metrics.latencies(&mut life.latencies);
-        let last_id = self.settled.borrow().last_id.0;
-        self.status.send_modify(|status| {
-            if let Some(state) = state {
-                status.set_state(&self.pipeline.name, state);
-            }
-            status.last_id = last_id;
-            status.in_flight_events = life.in_flight.rows();
-            status.in_flight_bytes = life.in_flight.bytes();
-            status.oldest_unpublished_us = life.in_flight.oldest_us();
-            status.delivered_events += delivered;
-            status.waiting_entities = self.waiting.len();
-        });
-        let status = self.status.borrow();
-        let age_us = status
-            .oldest_unpublished_us
-            .map_or(0, |oldest| (self.now_us)().saturating_sub(oldest));
-        self.metrics.levels(Levels {
-            in_flight_events: status.in_flight_events,
-            in_flight_bytes: status.in_flight_bytes,
-            backlog_ids: (status.newest_id - last_id).max(0),
-            oldest_unpublished: Duration::from_micros(u64::try_from(age_us).unwrap_or(0)),
-            waiting_entities: status.waiting_entities,
-            set_aside_events: self.set_aside_events(),
-        });
-    }
 }
 
 /// What became of one event.
@@ -540,6 +485,7 @@ impl Life {
             latencies: LatencyTally::default(),
             filtered: 0,
             heard_at: Instant::now(),
+            asked_at: Instant::now(),
             batch: Batch::new(),
             more: false,
             on_trial: None,
@@ -570,7 +516,7 @@ impl Life {
     }
 
     /// Nothing is at hand, and nothing in flight.
-    fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty() && self.in_flight.rows() == 0
     }
 }

@@ -79,6 +79,12 @@ pub trait Sink: Send {
     /// When it can't, with the reason as far as it is known.
     fn check(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
+    /// Whether the other end answers others, but this life no longer, which has to be ended then. To be asked when
+    /// [check](Sink::check) has failed.
+    fn is_cut_off(&mut self) -> impl Future<Output = bool> + Send {
+        ready(false)
+    }
+
     /// Makes sure that a topic exists (creating it if so configured), before the first record for it.
     ///
     /// # Errors
@@ -148,6 +154,13 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.check().await,
             Self::Stdout(sink) => sink.check().await,
+        }
+    }
+
+    async fn is_cut_off(&mut self) -> bool {
+        match self {
+            Self::Kafka(sink) => sink.is_cut_off().await,
+            Self::Stdout(sink) => sink.is_cut_off().await,
         }
     }
 

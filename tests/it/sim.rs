@@ -456,7 +456,7 @@ impl Writers {
                 }
                 89..93 if !calm => {
                     let down = world.ms(5000);
-                    world.broker.down_until = Some(Instant::now() + down);
+                    world.break_down(Instant::now() + down);
                 }
                 93..97 if !calm => {
                     let most = u64::try_from(world.books.lease_ttl.as_millis()).unwrap() * 2;

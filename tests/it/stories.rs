@@ -307,6 +307,31 @@ fn what_is_queued_stays_when_the_lease_is_given_back() {
     });
 }
 
+/// The client of the sink has lost its brokers for good, with something under way or without.
+#[test]
+fn a_sink_that_is_cut_off_is_opened_again() {
+    for waits in [false, true] {
+        story(async |shared| {
+            commit(&shared, &[("order", "1", None)]);
+            let later = async {
+                sleep(Duration::from_secs(5)).await;
+                shared.with(|world| {
+                    let life = world.broker.lives();
+                    world.cut_off(life);
+                });
+                if waits {
+                    sleep(Duration::from_secs(20)).await;
+                }
+                commit(&shared, &[("order", "1", None)]);
+            };
+            let relay = relay(source(&shared), sink(&shared), ledger(&shared));
+            tokio::join!(run_for(Duration::from_secs(60), relay), later);
+            is_well(&shared);
+            assert_eq!(shared.with(|world| world.broker.lives()), 2);
+        });
+    }
+}
+
 #[test]
 fn a_lease_whose_answer_comes_late_is_over_when_the_database_says_so() {
     story(async |shared| {

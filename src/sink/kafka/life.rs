@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::client::ClientContext;
+use rdkafka::admin::AdminClient;
+use rdkafka::client::{Client, ClientContext};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{DeliveryResult, Message};
@@ -17,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
+use super::topic::AdminContext;
 use super::transaction::{self, POSITION, Transactions};
 use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
@@ -203,12 +205,7 @@ impl Life {
     pub(super) async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
         let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
         // librdkafka waits in the call.
-        let asked = spawn_blocking(move || {
-            let client = producer.client();
-            client
-                .fetch_metadata(topic.as_deref(), ASK_TIMEOUT)
-                .map(drop)
-        });
+        let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
         asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
@@ -445,6 +442,25 @@ impl Life {
             _ => reason,
         }
     }
+}
+
+/// Whether the brokers answer a client that knows nothing of them yet.
+pub(super) async fn answers_others(settings: &Settings) -> bool {
+    let config = settings.client();
+    let asked = spawn_blocking(move || {
+        let client: AdminClient<_> = config.create_with_context(AdminContext)?;
+        ask(client.inner(), None)
+    });
+    asked.await.is_ok_and(|answer| answer.is_ok())
+}
+
+/// An answer without brokers, as it comes from one that the controller has fenced, is of no use.
+fn ask<C: ClientContext>(client: &Client<C>, topic: Option<&str>) -> Result<(), KafkaError> {
+    let metadata = client.fetch_metadata(topic, ASK_TIMEOUT)?;
+    if metadata.brokers().is_empty() {
+        return Err(KafkaError::MetadataFetch(Code::BrokerNotAvailable));
+    }
+    Ok(())
 }
 
 fn purge(producer: &KafkaProducer) {

@@ -100,6 +100,17 @@ impl Sink for KafkaSink {
         }
     }
 
+    /// A librdkafka that was told of a cluster without brokers forgets all that it knew, and connects to nobody any more
+    /// (2.10 to 2.13, <https://github.com/confluentinc/librdkafka/issues/5301>). A broker tells that as long as the
+    /// controller has fenced all of them, such as after a pause of the machine.
+    async fn is_cut_off(&mut self) -> bool {
+        let Some(life) = &self.life else {
+            return false;
+        };
+        // The second question gives time to one that was about to connect again by itself.
+        life::answers_others(&self.settings).await && life.metadata(None).await.is_err()
+    }
+
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
         // Told once for each life that was refused; the next time it is tried again.
         if self.denied.remove(name) {

@@ -307,6 +307,10 @@ impl Settings {
         for (name, value) in &self.properties {
             config.set(name, value);
         }
+        if self.properties.contains_key("debug") {
+            // Else librdkafka would keep to itself what it was asked to tell.
+            config.set_log_level(RDKafkaLogLevel::Debug);
+        }
         config
     }
 }

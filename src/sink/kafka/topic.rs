@@ -252,7 +252,8 @@ impl Admin {
     }
 }
 
-struct AdminContext;
+/// Of a client that lives for one question.
+pub(super) struct AdminContext;
 
 impl ClientContext for AdminContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {

@@ -15,7 +15,7 @@ use super::services::Own;
 use super::{PATIENCE, complete, eventually, number, run};
 use crate::harness::postgres::TestDatabase;
 
-async fn in_flight(relay: &Process) {
+pub(super) async fn in_flight(relay: &Process) {
     eventually("events in flight", PATIENCE, async || {
         let events = relay.pipeline("main")?["in_flight_events"].as_u64()?;
         (events > 0).then_some(())

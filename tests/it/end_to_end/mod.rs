@@ -18,6 +18,7 @@ mod crash;
 mod database;
 mod dropped;
 mod exactly_once;
+mod fenced;
 mod figures;
 mod kafka;
 mod load;

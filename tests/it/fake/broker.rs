@@ -32,6 +32,8 @@ pub(super) struct Producer {
     pub(super) process: u32,
     owner: u32,
     pub(super) transaction: Transaction,
+    /// It sends nothing more, and the broker that is back does not know it.
+    cut_off: bool,
     prepared: BTreeSet<String>,
     queue: VecDeque<Carried>,
     /// What was taken although the queue was full.
@@ -103,6 +105,27 @@ impl World {
         self.broker.down_until.is_some_and(|until| at < until)
     }
 
+    /// Some producers won't find it again.
+    pub fn break_down(&mut self, until: Instant) {
+        self.broker.down_until = Some(until);
+        let often = self.faults.sink_cut_off;
+        let lives: Vec<u32> = self.broker.producers.keys().copied().collect();
+        for life in lives {
+            if self.chance(often) {
+                self.cut_off(life);
+            }
+        }
+    }
+
+    pub fn cut_off(&mut self, life: u32) {
+        let producer = self.broker.producers.get_mut(&life).expect("it was opened");
+        producer.cut_off = true;
+    }
+
+    fn is_cut_off(&self, life: u32) -> bool {
+        self.broker.producers[&life].cut_off
+    }
+
     fn open_producer(&mut self, process: u32, owner: u32) -> u32 {
         self.broker.opened += 1;
         let life = self.broker.opened;
@@ -112,6 +135,7 @@ impl World {
                 process,
                 owner,
                 transaction: Transaction::default(),
+                cut_off: false,
                 prepared: BTreeSet::new(),
                 queue: VecDeque::new(),
                 aside: Vec::new(),
@@ -245,7 +269,11 @@ impl World {
     }
 
     pub(super) fn send(&mut self, at: Instant, life: u32) {
-        let process = self.broker.producers[&life].process;
+        let producer = &self.broker.producers[&life];
+        if producer.cut_off {
+            return;
+        }
+        let process = producer.process;
         let again = match self.stalled.get(&process) {
             // When a process comes back its loop gets a turn before its client has a connection.
             Some(until) if at <= *until => Some(*until + Duration::from_millis(1)),
@@ -472,16 +500,27 @@ impl Sink for FakeSink {
     }
 
     async fn check(&mut self) -> Result<(), SinkError> {
+        const PATIENCE: Duration = Duration::from_secs(3);
         self.shared.dawdle().await;
         let wait = self.shared.with(|world| {
-            let up = world.broker.down_until?;
-            (Instant::now() < up).then(|| (up - Instant::now()).min(Duration::from_secs(3)))
+            let now = Instant::now();
+            if world.is_cut_off(self.life()) {
+                return Some(PATIENCE);
+            }
+            let up = world.broker.down_until.filter(|up| now < *up)?;
+            Some((up - now).min(PATIENCE))
         });
         if let Some(wait) = wait {
             sleep(wait).await;
             return Err(down());
         }
         Ok(())
+    }
+
+    async fn is_cut_off(&mut self) -> bool {
+        self.shared.dawdle().await;
+        self.shared
+            .with(|world| world.is_cut_off(self.life()) && !world.is_down(Instant::now()))
     }
 
     async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
@@ -543,7 +582,10 @@ impl Sink for FakeSink {
     }
 
     fn trouble(&self) -> Option<String> {
-        let down = self.shared.with(|world| world.is_down(Instant::now()));
+        let life = self.life;
+        let down = self.shared.with(|world| {
+            world.is_down(Instant::now()) || life.is_some_and(|life| world.is_cut_off(life))
+        });
         down.then(|| "the broker is down".to_owned())
     }
 }

@@ -1,0 +1,104 @@
+//! Once a second: is anything in the way of a life, and what is there to report?
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::publish::{Ended, Life, Publisher};
+use super::status::{State, told};
+use crate::sink::{Sink, SinkError};
+use crate::telemetry::Levels;
+
+/// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
+const STALL: Duration = Duration::from_secs(3);
+/// So long a silence, the sink is asked about it, and again each time that it has lasted so much longer.
+const ASK: Duration = Duration::from_secs(5);
+
+impl<K: Sink> Publisher<'_, K> {
+    /// Says why the life has to end. With `asks` it may take seconds, where the sink does not answer.
+    pub(super) async fn tick(&mut self, life: &mut Life, asks: bool) -> Option<Ended> {
+        if self.full.is_some_and(|full| self.has_room(full)) && life.is_idle() {
+            return Some(Ended::Room);
+        }
+        let in_flight = life.in_flight.rows() > 0;
+        // Nothing is under way that would show whether the trouble is over.
+        let in_doubt = !in_flight && self.sink.trouble().is_some();
+        let state = self.state(life, in_doubt);
+        self.report(life, state);
+        let silent = life.heard_at.max(life.asked_at).elapsed();
+        if asks && (in_doubt || in_flight && silent >= ASK) {
+            life.asked_at = Instant::now();
+            return self.ask(life, in_doubt).await;
+        }
+        None
+    }
+
+    /// None where the last one stands.
+    fn state(&self, life: &Life, in_doubt: bool) -> Option<State> {
+        let silent = life.heard_at.elapsed();
+        if in_doubt {
+            None
+        } else if life.in_flight.rows() > 0 && silent >= STALL {
+            let unknown = || {
+                format!(
+                    "the sink has confirmed nothing for {} s and more",
+                    told(silent, STALL).as_secs()
+                )
+            };
+            Some(State::Stalled {
+                reason: self.sink.trouble().unwrap_or_else(unknown),
+            })
+        } else if let Some(full) = self.full {
+            Some(State::Halted {
+                reason: full.reason.clone(),
+            })
+        } else {
+            // A source that has not answered yet may be what is in the way.
+            self.answered.borrow().then_some(State::Running)
+        }
+    }
+
+    /// Whether the sink answers, and if it does not, whether it would answer another life.
+    async fn ask(&mut self, life: &mut Life, in_doubt: bool) -> Option<Ended> {
+        let SinkError(reason) = self.sink.check().await.err()?;
+        if in_doubt {
+            self.report(life, Some(State::Stalled { reason }));
+        }
+        let cut_off = self.sink.is_cut_off().await;
+        cut_off.then(|| {
+            let reason = "the sink answers others, but this client no longer: it begins again";
+            Ended::Sink(SinkError(reason.to_owned()))
+        })
+    }
+
+    /// Metrics and status; without a state the last one stands.
+    pub(super) fn report(&mut self, life: &mut Life, state: Option<State>) {
+        let delivered = life.topics.flush();
+        self.metrics.filtered(std::mem::take(&mut life.filtered));
+        self.metrics.latencies(&mut life.latencies);
+        let last_id = self.settled.borrow().last_id.0;
+        self.status.send_modify(|status| {
+            if let Some(state) = state {
+                status.set_state(&self.pipeline.name, state);
+            }
+            status.last_id = last_id;
+            status.in_flight_events = life.in_flight.rows();
+            status.in_flight_bytes = life.in_flight.bytes();
+            status.oldest_unpublished_us = life.in_flight.oldest_us();
+            status.delivered_events += delivered;
+            status.waiting_entities = self.waiting.len();
+        });
+        let status = self.status.borrow();
+        let age_us = status
+            .oldest_unpublished_us
+            .map_or(0, |oldest| (self.now_us)().saturating_sub(oldest));
+        self.metrics.levels(Levels {
+            in_flight_events: status.in_flight_events,
+            in_flight_bytes: status.in_flight_bytes,
+            backlog_ids: (status.newest_id - last_id).max(0),
+            oldest_unpublished: Duration::from_micros(u64::try_from(age_us).unwrap_or(0)),
+            waiting_entities: status.waiting_entities,
+            set_aside_events: self.set_aside_events(),
+        });
+    }
+}
