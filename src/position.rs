@@ -124,6 +124,13 @@ impl Window {
             next_floor: EventId(0),
         }
     }
+
+    /// The transactions that were in progress when it began and had ended when it was opened: the only ones with events of
+    /// it at or below the floor.
+    pub fn ended(&self) -> impl Iterator<Item = u64> {
+        let begun = self.prev.in_progress.iter().copied();
+        begun.filter(|xid| self.cur.sees(*xid))
+    }
 }
 
 /// Everything before this is delivered or durably parked: whole windows, and of this one the ids up to `last_id`.

@@ -2,14 +2,14 @@
 
 use std::hint::black_box;
 
-use anyhow::{Context, Error, bail, ensure};
+use anyhow::{Context, Error, ensure};
 use bytes::Bytes;
 use outbox_relay::encode::{Texts, encode};
 use outbox_relay::event::{Event, EventId, Seq};
 use outbox_relay::order::{InFlight, Waiting};
 use outbox_relay::position::Position;
 use outbox_relay::relay::{Pipeline, Settings};
-use outbox_relay::source::postgres::copy::{Decoder, Row};
+use outbox_relay::source::postgres::copy::Decoder;
 
 /// As many events as the loop hands over before it looks at receipts.
 const AT_ONCE: usize = 512;
@@ -22,11 +22,7 @@ pub fn decode(messages: &[Bytes]) -> Result<Vec<Event>, Error> {
     let mut decoder = Decoder::new();
     let mut events = Vec::new();
     for message in messages {
-        match decoder.decode(message.clone())? {
-            Some(Row::Event(event)) => events.push(event),
-            Some(Row::Head { .. }) => bail!("a recording has no head"),
-            None => {}
-        }
+        events.extend(decoder.decode(message.clone())?);
     }
     Ok(events)
 }

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use expect_test::expect;
 use futures_util::StreamExt;
 use outbox_relay::event::Event;
-use outbox_relay::source::postgres::copy::{Decoder, Row};
+use outbox_relay::source::postgres::copy::Decoder;
 use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgPoolCopyExt;
 
@@ -180,14 +180,10 @@ fn the_documentation_has_the_table_of_what_was_measured() {
 
 fn decoded(messages: impl IntoIterator<Item = Bytes>) -> Vec<Event> {
     let mut decoder = Decoder::new();
-    let rows = messages
+    messages
         .into_iter()
-        .filter_map(|message| decoder.decode(message).unwrap());
-    rows.map(|row| match row {
-        Row::Event(event) => event,
-        Row::Head { .. } => panic!("nobody asked for a snapshot"),
-    })
-    .collect()
+        .filter_map(|message| decoder.decode(message).unwrap())
+        .collect()
 }
 
 #[test]

@@ -10,21 +10,11 @@ use bytestring::ByteString;
 use uuid::Uuid;
 
 use crate::event::{Event, EventId, Payload};
-use crate::position::Snapshot;
 
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 const FIELDS: i16 = 10;
 /// PostgreSQL counts time from 2000-01-01, Unix from 1970-01-01.
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
-
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly every row is an event; a box each would cost more"
-)]
-pub enum Row {
-    Event(Event),
-    Head { cur: Snapshot, ceiling: EventId },
-}
 
 /// Decodes the messages of one answer. Public for the bench that counts what an event costs.
 #[derive(Default)]
@@ -42,7 +32,7 @@ impl Decoder {
     ///
     /// # Errors
     /// When it is not what the format or the table asks for.
-    pub fn decode(&mut self, mut message: Bytes) -> Result<Option<Row>, anyhow::Error> {
+    pub fn decode(&mut self, mut message: Bytes) -> Result<Option<Event>, anyhow::Error> {
         if !self.started {
             ensure!(
                 message.starts_with(SIGNATURE),
@@ -65,22 +55,15 @@ impl Decoder {
     }
 }
 
-fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
+fn row(message: &mut Bytes) -> Result<Event, anyhow::Error> {
     let id = number(message).context("decode id")?;
     let id = id.context("id is null")?;
     let event_id = uuid(message).context("decode event_id")?;
-    let aggregate_type = text(message)?.unwrap_or_default();
-    let Some(event_id) = event_id else {
-        let cur = aggregate_type.parse().context("decode the snapshot")?;
-        return Ok(Row::Head {
-            cur,
-            ceiling: EventId(id),
-        });
-    };
-    Ok(Row::Event(Event {
+    let event_id = event_id.context("outbox.events has a row without event_id")?;
+    Ok(Event {
         id: EventId(id),
         event_id,
-        aggregate_type,
+        aggregate_type: text(message)?.unwrap_or_default(),
         aggregate_id: text(message)?.unwrap_or_default(),
         event_type: text(message)?.unwrap_or_default(),
         payload: match (field(message)?, field(message)?) {
@@ -94,7 +77,7 @@ fn row(message: &mut Bytes) -> Result<Row, anyhow::Error> {
         occurred_at_us: number(message)
             .context("decode occurred_at")?
             .map_or(0, |us| us.saturating_add(POSTGRES_EPOCH_US)),
-    }))
+    })
 }
 
 /// How long the next field is, which is there in full; none for null.

@@ -8,6 +8,7 @@ pub(crate) mod ask;
 pub mod copy;
 mod hint;
 mod history;
+mod late;
 mod pace;
 mod shard;
 mod statement;
@@ -20,18 +21,18 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use futures_util::{FutureExt, StreamExt};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection, Executor};
-use tokio::time::timeout;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use tokio::time::{Instant, timeout};
 
-use self::copy::Row;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
 pub(crate) use self::history::History;
+use self::late::Late;
 use self::shard::Share;
 pub(crate) use self::statement::NEWEST_ID;
 use super::{Page, PageLimits, Source, SourceError};
 use crate::event::{Event, EventId, PipelineName, Shard};
-use crate::position::{Position, Snapshot, Window};
+use crate::position::{Position, Window};
 
 /// A page starts this small and doubles while its bytes allow, so that the first page of huge events is not thousands.
 const FIRST_PAGE_ROWS: usize = 500;
@@ -44,6 +45,9 @@ const IDS_MIN: i64 = 2_000;
 
 /// Where there are no rows for this window it looks further and further, up to this many ids in one statement.
 const IDS_MAX: i64 = 1_000_000;
+
+/// An idle log is read this often all the same: what is wrong with the table is to show before an event is there.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
 
 /// When the floor of the next window would lie this far below the newest id, it is raised before the window opens.
 const FLOOR_LAG_MAX: i64 = 100_000;
@@ -86,6 +90,11 @@ pub struct PostgresSource {
     empty_stretches: u32,
     /// Which events are its own.
     share: Share,
+    late: Late,
+    /// The late events of the window lie above this id.
+    late_from: EventId,
+    /// When the table was last read in this life.
+    read_at: Option<Instant>,
 }
 
 impl PostgresSource {
@@ -111,6 +120,9 @@ impl PostgresSource {
             page_rows: FIRST_PAGE_ROWS,
             empty_stretches: 0,
             share: Share::everything(),
+            late: Late::default(),
+            late_from: EventId(0),
+            read_at: None,
         }
     }
 
@@ -121,23 +133,13 @@ impl PostgresSource {
         self
     }
 
-    /// The statement that the next capture sends; for the tests of its plan.
+    /// The statement that reads the next page of the window; for the tests of its plan.
     #[doc(hidden)]
     #[must_use]
     pub fn statement(&self, limits: PageLimits) -> String {
+        let condition = self.share.condition(&self.at.window.prev);
         let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
-        if self.at.at_end_of_window() {
-            let window = &self.at.window;
-            statement::open_window(
-                window,
-                &self.share.condition(&window.cur),
-                rows_max,
-                ids_max,
-            )
-        } else {
-            let condition = self.share.condition(&self.at.window.prev);
-            statement::next_page(&self.at, &condition, rows_max, ids_max)
-        }
+        statement::page(&self.at, self.late_from, &condition, rows_max, ids_max)
     }
 
     fn rows_max(&self, limits: PageLimits) -> usize {
@@ -152,19 +154,23 @@ impl PostgresSource {
 
     /// Reads one stretch of the log: a page of it, or nothing, which is not the end unless the page says so.
     async fn read(&mut self, limits: PageLimits) -> Result<Page, anyhow::Error> {
-        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
         let opens = self.at.at_end_of_window();
-        let mut read = self.fetch(limits).await?;
-        let mut window = self.at.window.clone();
         if opens {
-            window = self.opened(&read)?;
-            if window.ceiling.0 - window.next_floor.0 > FLOOR_LAG_MAX {
-                // The window after this one would look at all the rows of this one again.
-                self.raise_floor(window.ceiling).await?;
-                read = self.fetch(limits).await?;
-                window = self.opened(&read)?;
+            self.open().await?;
+            let Window { floor, ceiling, .. } = *self.at.window;
+            let nothing = ceiling == floor && self.at.window.ended().next().is_none();
+            let recently = |at: Instant| at.elapsed() < READ_INTERVAL;
+            if nothing && self.read_at.is_some_and(recently) {
+                self.at.last_id = ceiling;
+                return Ok(Page {
+                    events: Vec::new(),
+                    end: self.at.clone(),
+                    more: false,
+                });
             }
         }
+        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
+        let read = self.fetch(limits).await?;
         // Everything after relies on the order: better no page than a wrong one.
         ensure!(
             read.events.is_sorted_by(|a, b| a.id < b.id),
@@ -174,40 +180,69 @@ impl PostgresSource {
         );
         let full = !read.complete || read.events.len() >= rows_max;
         self.adapt_page_rows(read.events.len(), read.bytes, limits, full);
-        let after = if opens {
-            window.floor
-        } else {
-            self.at.last_id.max(window.floor)
-        };
-        let last_id = match read.events.last() {
+        let Window { floor, ceiling, .. } = *self.at.window;
+        let after = self.at.last_id.max(floor);
+        self.at.last_id = match read.events.last() {
             Some(event) if full => event.id,
-            _ => EventId(after.0.saturating_add(ids_max)).min(window.ceiling),
+            _ => EventId(after.0.saturating_add(ids_max)).min(ceiling),
         };
-        self.empty_stretches = if read.events.is_empty() {
+        self.empty_stretches = if read.events.is_empty() && after < ceiling {
             self.empty_stretches.saturating_add(1)
         } else {
             0
         };
-        let end = Position { window, last_id };
         // An older window does not know what came after it.
-        let more = !opens || !end.at_end_of_window();
-        self.at = end.clone();
+        let more = !opens || !self.at.at_end_of_window();
         Ok(Page {
             events: read.events,
-            end,
+            end: self.at.clone(),
             more,
+        })
+    }
+
+    /// Opens the window that follows the one that is done with; for the tests of its plans.
+    #[doc(hidden)]
+    pub async fn open(&mut self) -> Result<(), anyhow::Error> {
+        let mut window = self.ask_for_window().await?;
+        if window.ceiling.0 - window.next_floor.0 > FLOOR_LAG_MAX {
+            // The window after this one would look at all the rows of this one again.
+            self.raise_floor(window.ceiling).await?;
+            window = self.ask_for_window().await?;
+        }
+        self.late_from = self.late.from(window.ended());
+        self.late.learn(&window);
+        self.at = Position {
+            window: Arc::new(window),
+            last_id: EventId(0),
+        };
+        Ok(())
+    }
+
+    async fn ask_for_window(&mut self) -> Result<Window, anyhow::Error> {
+        let mut connection = self.connected().await?;
+        let asked = sqlx::raw_sql(AssertSqlSafe(statement::head()));
+        let row = timeout(SILENCE_MAX, connection.fetch_one(asked))
+            .await
+            .map_err(|_| silent())?
+            .context("read the outbox")?;
+        self.connection = Some(connection);
+        let ceiling: i64 = row.try_get(0).context("decode the newest id")?;
+        let cur: &str = row.try_get(1).context("decode the snapshot")?;
+        let before = &self.at.window;
+        Ok(Window {
+            prev: before.cur.clone(),
+            cur: cur.parse().context("decode the snapshot")?,
+            floor: before.next_floor,
+            ceiling: EventId(ceiling).max(before.next_floor),
+            next_floor: self.safe_floor.max(before.next_floor),
         })
     }
 
     async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {
         let mut connection = self.connected().await?;
-        if !self.share.is_known() {
-            timeout(SILENCE_MAX, self.share.learn(&mut connection))
-                .await
-                .map_err(|_| silent())??;
-        }
         let statement = self.statement(limits);
         let read = fetch(&mut connection, &statement, limits.bytes).await?;
+        self.read_at = Some(Instant::now());
         if read.complete {
             self.connection = Some(connection);
         } else {
@@ -218,26 +253,16 @@ impl PostgresSource {
     }
 
     async fn connected(&mut self) -> Result<PgConnection, anyhow::Error> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => connect(&self.options).await,
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => connect(&self.options).await?,
+        };
+        if !self.share.is_known() {
+            timeout(SILENCE_MAX, self.share.learn(&mut connection))
+                .await
+                .map_err(|_| silent())??;
         }
-    }
-
-    /// The window that follows the one that is done with.
-    fn opened(&self, read: &Read) -> Result<Arc<Window>, anyhow::Error> {
-        let before = &self.at.window;
-        let (cur, ceiling) = read
-            .head
-            .as_ref()
-            .context("open a window: the server sent no snapshot")?;
-        Ok(Arc::new(Window {
-            prev: before.cur.clone(),
-            cur: cur.clone(),
-            floor: before.next_floor,
-            ceiling: (*ceiling).max(before.next_floor),
-            next_floor: self.safe_floor.max(before.next_floor),
-        }))
+        Ok(connection)
     }
 
     /// Ends a transaction that has an id, which is what makes a ceiling that was read before a floor for snapshots that
@@ -267,12 +292,16 @@ impl PostgresSource {
 
 impl Source for PostgresSource {
     fn seek(&mut self, position: Position) {
+        // A position may be one that somebody chose, whose window is none that was opened.
+        self.late = Late::default();
+        self.late_from = EventId(0);
         self.at = position;
         // The position may be that of a database that was restored, where the ids that were seen are still to come.
         self.safe_floor = EventId(0);
         self.page_rows = FIRST_PAGE_ROWS;
         self.empty_stretches = 0;
         self.share.forget();
+        self.read_at = None;
     }
 
     async fn capture(
@@ -297,7 +326,6 @@ impl Source for PostgresSource {
 
 struct Read {
     events: Vec<Event>,
-    head: Option<(Snapshot, EventId)>,
     bytes: usize,
     /// Whether the answer was read to its end.
     complete: bool,
@@ -314,7 +342,6 @@ async fn fetch(
 ) -> Result<Read, anyhow::Error> {
     let mut read = Read {
         events: Vec::new(),
-        head: None,
         bytes: 0,
         complete: false,
     };
@@ -332,25 +359,18 @@ async fn fetch(
                 .map_err(|_| silent())?,
         };
         let Some(chunk) = next else { break };
-        match decoder.decode(chunk.context("read the outbox")?)? {
-            Some(Row::Event(event)) => {
-                let bytes = read.bytes + event.size_bytes();
-                // One too many is left for the next page; it is read again then.
-                if bytes > bytes_max && !read.events.is_empty() {
-                    return Ok(read);
-                }
-                read.bytes = bytes;
-                read.events.push(event);
-                if bytes >= bytes_max {
-                    return Ok(read);
-                }
-            }
-            Some(Row::Head { cur, ceiling }) => {
-                if read.head.replace((cur, ceiling)).is_some() {
-                    return Err(anyhow!("outbox.events has a row without event_id"));
-                }
-            }
-            None => {}
+        let Some(event) = decoder.decode(chunk.context("read the outbox")?)? else {
+            continue;
+        };
+        let bytes = read.bytes + event.size_bytes();
+        // One too many is left for the next page; it is read again then.
+        if bytes > bytes_max && !read.events.is_empty() {
+            return Ok(read);
+        }
+        read.bytes = bytes;
+        read.events.push(event);
+        if bytes >= bytes_max {
+            return Ok(read);
         }
     }
     read.complete = true;

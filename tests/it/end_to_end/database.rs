@@ -160,15 +160,10 @@ async fn trouble_with_the_table_is_named_and_outlived() {
             ["payload_bytes", "does not exist"],
         ),
         (
-            "alter table outbox.events alter column occurred_at drop default,
-               alter column occurred_at type text,
-               alter column occurred_at set default clock_timestamp()::text;
-             select outbox.emit('order', '1', 'odd')",
-            "delete from outbox.events where event_type = 'odd';
-             alter table outbox.events alter column occurred_at drop default,
-               alter column occurred_at type timestamptz using occurred_at::timestamptz,
-               alter column occurred_at set default clock_timestamp()",
-            ["UNION types", "occurred_at"],
+            "alter table outbox.events alter column headers drop default, alter column headers type integer using null",
+            "alter table outbox.events alter column headers type json using null,
+               alter column headers set default nullif(current_setting('outbox.context', true), '')::json",
+            ["cannot cast", "json"],
         ),
         (
             "alter table outbox.cursors rename to elsewhere",

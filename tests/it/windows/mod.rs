@@ -15,4 +15,5 @@ mod reshard;
 mod sabotage;
 mod schedules;
 mod storm;
+mod types;
 mod writers;
