@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Error};
+use sqlx::{AssertSqlSafe, Executor};
 
 use crate::drain::{Watched, await_records, emitted};
 use crate::live::{self, Committed, Listener, Pace};
@@ -14,6 +15,9 @@ use crate::world::{Capture, Log, Run, Setup, World};
 
 const CASE: &str = "latency";
 const RATES: [u32; 3] = [10, 1_000, 10_000];
+/// At this rate six days of events are 100 partitions.
+const RETAINING_RATE: u32 = 1_000;
+const RETAINED_PARTITIONS: i32 = 100;
 /// What the limit is.
 pub const PRODUCE: &str = "produce and consume";
 
@@ -34,13 +38,18 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     for _ in 0..world.sizes.rounds {
         for rate in RATES {
             let pace = Pace::of(rate, world.sizes.seconds);
-            let variants = [Capture::Listen, Capture::Poll].map(|capture| {
+            let mut variants = Vec::from([Capture::Listen, Capture::Poll].map(|capture| {
                 let variant = format!("{rate}/s, {}", capture.name());
-                (variant, capture)
-            });
-            for (variant, capture) in variants {
+                (variant, capture, 0)
+            }));
+            if rate == RETAINING_RATE {
+                let variant =
+                    format!("{rate}/s, listen, {RETAINED_PARTITIONS} partitions retained");
+                variants.push((variant, Capture::Listen, RETAINED_PARTITIONS));
+            }
+            for (variant, capture, retained) in variants {
                 if world.wants(&variant) {
-                    let live = relay(world, capture, pace).await?;
+                    let live = relay(world, capture, pace, retained).await?;
                     let naked = naked(world, pace).await?;
                     let place = Place {
                         case: CASE,
@@ -90,8 +99,11 @@ pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Reco
     );
 }
 
-async fn relay(world: &World, capture: Capture, pace: Pace) -> Result<Live, Error> {
+async fn relay(world: &World, capture: Capture, pace: Pace, retained: i32) -> Result<Live, Error> {
     let log = world.log().await?;
+    if retained > 0 {
+        retain(&log, retained).await?;
+    }
     let run = world.run(1, &["event0".to_owned()]).await?;
     let setup = Setup {
         capture,
@@ -105,6 +117,26 @@ async fn relay(world: &World, capture: Capture, pace: Pace) -> Result<Live, Erro
     run.topics.delete().await?;
     world.forget(&log).await?;
     Ok(live)
+}
+
+/// Puts so many partitions before the events to come. They are empty: it is their number that a statement meets.
+async fn retain(log: &Log, partitions: i32) -> Result<(), Error> {
+    const ROWS: i64 = 1_000_000;
+    let mut db = log.connect().await?;
+    db.execute(
+        "do $$ declare name text; begin
+           for name in select inhrelid::regclass::text from pg_inherits
+                        where inhparent = 'outbox.events'::regclass and inhrelid <> 'outbox.events_default'::regclass
+           loop execute 'drop table ' || name; end loop;
+         end $$",
+    )
+    .await?;
+    db.execute(AssertSqlSafe(format!(
+        "select outbox.make_partitions({partitions}, {ROWS}); select setval('outbox.events_id_seq', {})",
+        i64::from(partitions) * ROWS
+    )))
+    .await?;
+    Ok(())
 }
 
 /// Emits at the pace, and follows each event to a consumer.
