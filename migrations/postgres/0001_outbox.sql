@@ -47,7 +47,7 @@ create table outbox.events (
 
 alter sequence outbox.events_id_seq owned by outbox.events.id;
 
--- Serves the rows of transactions that commit late: found by transaction, never by a scan of what was published since.
+-- Serves the rows of transactions that commit late: found by transaction, not by a scan of the much that was published since.
 create index events_xid_id on outbox.events (xid, id);
 
 -- An insert never fails because nobody made partitions: what fits nowhere else lands here.

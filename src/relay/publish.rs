@@ -7,6 +7,7 @@ use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -200,8 +201,16 @@ impl<K: Sink> Publisher<'_, K> {
                     () = stop.cancelled(), if drain_until.is_none() => None,
                     ended = self.tick(life, drain_until.is_none()) => ended,
                 };
-                if let Some(ended) = ended {
-                    return ended;
+                let Some(ended) = ended else { continue };
+                // What came while it was asked counts, and more than the answer.
+                match self.sink.receipts(&mut receipts).now_or_never() {
+                    Some(Ok(())) if life.in_flight.rows() > 0 => {
+                        life.heard_at = Instant::now();
+                        if let Some(ended) = self.settle(life, &mut receipts) {
+                            return ended;
+                        }
+                    }
+                    _ => return ended,
                 }
             }
         }

@@ -11,11 +11,11 @@ use crate::telemetry::Levels;
 
 /// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
 const STALL: Duration = Duration::from_secs(3);
-/// So long a silence, the sink is asked about it, and again each time that it has lasted so much longer.
+/// After so long a silence, and again each time that it has lasted so much longer, the sink is asked whether it will end.
 const ASK: Duration = Duration::from_secs(5);
 
 impl<K: Sink> Publisher<'_, K> {
-    /// Says why the life has to end. With `asks` it may take seconds, where the sink does not answer.
+    /// Says why the life has to end. With `asks` it may take some ten seconds, where the sink does not answer.
     pub(super) async fn tick(&mut self, life: &mut Life, asks: bool) -> Option<Ended> {
         if self.full.is_some_and(|full| self.has_room(full)) && life.is_idle() {
             return Some(Ended::Room);
@@ -25,10 +25,27 @@ impl<K: Sink> Publisher<'_, K> {
         let in_doubt = !in_flight && self.sink.trouble().is_some();
         let state = self.state(life, in_doubt);
         self.report(life, state);
+        if !asks {
+            return None;
+        }
+        if in_doubt {
+            let answer = self.sink.check().await;
+            let state = match &answer {
+                Ok(()) => self.state(life, false),
+                Err(error) => Some(State::Stalled {
+                    reason: error.to_string(),
+                }),
+            };
+            self.report(life, state);
+            answer.err()?;
+        }
         let silent = life.heard_at.max(life.asked_at).elapsed();
-        if asks && (in_doubt || in_flight && silent >= ASK) {
+        if (in_doubt || in_flight) && silent >= ASK {
             life.asked_at = Instant::now();
-            return self.ask(life, in_doubt).await;
+            if self.sink.is_cut_off().await {
+                let reason = "the sink answers others, but this client no longer: it begins again";
+                return Some(Ended::Sink(SinkError(reason.to_owned())));
+            }
         }
         None
     }
@@ -56,19 +73,6 @@ impl<K: Sink> Publisher<'_, K> {
             // A source that has not answered yet may be what is in the way.
             self.answered.borrow().then_some(State::Running)
         }
-    }
-
-    /// Whether the sink answers, and if it does not, whether it would answer another life.
-    async fn ask(&mut self, life: &mut Life, in_doubt: bool) -> Option<Ended> {
-        let SinkError(reason) = self.sink.check().await.err()?;
-        if in_doubt {
-            self.report(life, Some(State::Stalled { reason }));
-        }
-        let cut_off = self.sink.is_cut_off().await;
-        cut_off.then(|| {
-            let reason = "the sink answers others, but this client no longer: it begins again";
-            Ended::Sink(SinkError(reason.to_owned()))
-        })
     }
 
     /// Metrics and status; without a state the last one stands.

@@ -79,8 +79,8 @@ pub trait Sink: Send {
     /// When it can't, with the reason as far as it is known.
     fn check(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
-    /// Whether the other end answers others, but this life no longer, which has to be ended then. To be asked when
-    /// [check](Sink::check) has failed.
+    /// Whether the other end answers others, but is no longer reached in this life, which has to be ended then. Takes
+    /// seconds; nothing is known for sure while the other end is only slow.
     fn is_cut_off(&mut self) -> impl Future<Output = bool> + Send {
         ready(false)
     }

@@ -11,7 +11,7 @@ use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
 };
 use outbox_relay::position::Position;
-use outbox_relay::relay::status::Status;
+use outbox_relay::relay::status::{State, Status};
 use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Relay, Settings};
 use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
@@ -330,6 +330,19 @@ fn a_sink_that_is_cut_off_is_opened_again() {
             assert_eq!(shared.with(|world| world.broker.lives()), 2);
         });
     }
+}
+
+#[test]
+fn a_sink_that_answers_is_well_although_its_client_complains() {
+    story(async |shared| {
+        shared.with(|world| world.broker.grumbles = true);
+        let relay = relay(source(&shared), sink(&shared), ledger(&shared));
+        let mut status = relay.status.subscribe();
+        let is_running = |status: &Status| status.state == State::Running;
+        let running = async { status.wait_for(is_running).await.is_ok() };
+        let (_, running) = tokio::join!(run_for(Duration::from_secs(10), relay), running);
+        assert!(running);
+    });
 }
 
 #[test]

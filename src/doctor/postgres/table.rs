@@ -287,7 +287,7 @@ fn indexes(indexes: &[Index]) -> Vec<Finding> {
             Finding::error(
                 "indexes",
                 "outbox.events has no index on (xid, id)",
-                "events of transactions that commit late are found by it; without it each look reads the whole table",
+                "events of transactions that commit late are found by it; without it they are looked for in whole partitions",
             )
             .sql("create index events_xid_id on outbox.events (xid, id)"),
         );

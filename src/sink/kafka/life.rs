@@ -6,19 +6,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::admin::AdminClient;
 use rdkafka::client::{Client, ClientContext};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{BaseRecord, Producer, ProducerContext, PurgeConfig};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext, PurgeConfig};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
-use super::topic::AdminContext;
 use super::transaction::{self, POSITION, Transactions};
 use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
@@ -207,6 +205,16 @@ impl Life {
         // librdkafka waits in the call.
         let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
         asked.await.unwrap_or(Err(KafkaError::Canceled))
+    }
+
+    /// Whether there is no broker to which a connection is up, nor comes up for a while. A broker that is only slow to
+    /// answer has one.
+    pub(super) async fn has_nobody(&self) -> bool {
+        const NOBODY: Code = Code::BrokerTransportFailure;
+        matches!(
+            self.metadata(None).await,
+            Err(KafkaError::MetadataFetch(NOBODY))
+        )
     }
 
     /// Whether a record may be handed over now.
@@ -448,10 +456,32 @@ impl Life {
 pub(super) async fn answers_others(settings: &Settings) -> bool {
     let config = settings.client();
     let asked = spawn_blocking(move || {
-        let client: AdminClient<_> = config.create_with_context(AdminContext)?;
-        ask(client.inner(), None)
+        let client: BaseProducer<_> = config.create_with_context(Silent).ok()?;
+        // The second answer comes from a broker that the first one named: those have to be reached.
+        let answered = (0..2).all(|_| ask(client.client(), None).is_ok());
+        Some((answered, client))
     });
-    asked.await.is_ok_and(|answer| answer.is_ok())
+    let Ok(Some((answered, client))) = asked.await else {
+        return false;
+    };
+    // Waits for its threads, which may be looking a name up.
+    spawn_blocking(move || drop(client));
+    answered
+}
+
+/// What this client has to say, the producer says as well.
+struct Silent;
+
+impl ClientContext for Silent {
+    fn log(&self, _: RDKafkaLogLevel, _: &str, _: &str) {}
+
+    fn error(&self, _: KafkaError, _: &str) {}
+}
+
+impl ProducerContext for Silent {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
 }
 
 /// An answer without brokers, as it comes from one that the controller has fenced, is of no use.

@@ -107,8 +107,10 @@ impl Sink for KafkaSink {
         let Some(life) = &self.life else {
             return false;
         };
-        // The second question gives time to one that was about to connect again by itself.
-        life::answers_others(&self.settings).await && life.metadata(None).await.is_err()
+        // The last question gives time to one that was about to connect again by itself.
+        life.has_nobody().await
+            && life::answers_others(&self.settings).await
+            && life.has_nobody().await
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {

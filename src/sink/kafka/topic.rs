@@ -252,8 +252,7 @@ impl Admin {
     }
 }
 
-/// Of a client that lives for one question.
-pub(super) struct AdminContext;
+struct AdminContext;
 
 impl ClientContext for AdminContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {

@@ -8,7 +8,7 @@ use crate::position::Window;
 /// Of transactions in progress, ids below which they have none.
 ///
 /// A transaction that had not begun when a window did owns no id at or below the floor of that window, and one that is seen
-/// in progress for the first time in it had not.
+/// in progress for the first time in it had not. Of those that were in progress before the first window nothing is known.
 #[derive(Default)]
 pub(super) struct Late {
     from: BTreeMap<u64, EventId>,

@@ -209,6 +209,7 @@ impl PostgresSource {
             self.raise_floor(window.ceiling).await?;
             window = self.ask_for_window().await?;
         }
+        self.empty_stretches = 0;
         self.late_from = self.late.from(window.ended());
         self.late.learn(&window);
         self.at = Position {

@@ -1,6 +1,6 @@
 //! How often the log is looked at. Pure: the time is an argument, and nothing waits here.
 //!
-//! A look costs the database a third of a millisecond or more whether it finds one event or a hundred, and the service
+//! A look costs the database a quarter of a millisecond or more whether it finds one event or a hundred, and the service
 //! shares that machine: what does not improve the latency much is saved.
 
 use std::time::Duration;

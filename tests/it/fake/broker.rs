@@ -52,6 +52,8 @@ pub(super) struct Producer {
 /// All topics and producers.
 pub struct Broker {
     pub down_until: Option<Instant>,
+    /// It answers, and its client complains all the time, as over one broker of several.
+    pub grumbles: bool,
     /// What consumers can see.
     pub appended: BTreeSet<i64>,
     partitions: u64,
@@ -75,6 +77,7 @@ impl Broker {
     pub fn random(rng: &mut Rng) -> Self {
         Self {
             down_until: None,
+            grumbles: false,
             appended: BTreeSet::new(),
             partitions: rng.u64(1..4),
             queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
@@ -584,7 +587,9 @@ impl Sink for FakeSink {
     fn trouble(&self) -> Option<String> {
         let life = self.life;
         let down = self.shared.with(|world| {
-            world.is_down(Instant::now()) || life.is_some_and(|life| world.is_cut_off(life))
+            world.broker.grumbles
+                || world.is_down(Instant::now())
+                || life.is_some_and(|life| world.is_cut_off(life))
         });
         down.then(|| "the broker is down".to_owned())
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::time::Duration;
 
 use outbox_relay::event::{EventId, Shard, Start};
 use outbox_relay::position::Position;
@@ -10,6 +11,7 @@ use outbox_relay::source::Source;
 use outbox_relay::source::postgres::PostgresSource;
 use serde_json::Value;
 use sqlx::postgres::PgConnection;
+use tokio::time::sleep;
 
 use super::database::{Database, ask, sql, with_database};
 use super::schedules::{Relay, small_partitions};
@@ -248,6 +250,7 @@ async fn in_state(
     let mut late = database.connect().await;
 
     let mut relay = Relay::start(database, Start::Latest).await;
+    everybody_is_known(connection).await;
     settle(&mut relay).await;
     let idle = open(connection, &mut relay.source).await;
     idle.check_idle(state);
@@ -333,6 +336,21 @@ async fn in_state(
     let ran = open(connection, &mut relay.source).await;
     assert_eq!(ran.rows, 100);
     ran.check_buffers(&format!("{state}: the window after a backlog"));
+}
+
+/// Waits for the end of the transactions of other tests that a relay found in progress when it started: it does not know
+/// where their events would be.
+async fn everybody_is_known(connection: &mut PgConnection) {
+    let begun = ask(
+        connection,
+        "select pg_snapshot_xmax(pg_current_snapshot())::text",
+    )
+    .await;
+    let ended = format!("select (pg_snapshot_xmin(pg_current_snapshot()) >= '{begun}')::text");
+    while ask(connection, &ended).await != "true" {
+        sql(connection, "select pg_current_xact_id()").await;
+        sleep(Duration::from_millis(10)).await;
+    }
 }
 
 /// Reads to the end, and lets the floor follow.
