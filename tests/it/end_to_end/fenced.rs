@@ -1,5 +1,5 @@
 //! A cluster that tells for a while that it has no brokers, as one does whose controller has fenced all of them: after a
-//! pause of the machine, or in the course of an upgrade.
+//! pause of the machine, or in the course of an upgrade. And one that is only slow.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -7,6 +7,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -70,12 +71,54 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     relay.stop().await;
 }
 
+/// The answer to whether the client is cut off waits behind the acknowledgement: nobody must take that for an answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_acknowledgement_is_waited_for() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let Some(own) = Own::kafka("a_slow_acknowledgement_is_waited_for") else {
+        return;
+    };
+    let listen = own.variable("KAFKA_PROXY_LISTEN");
+    let fence = Fence::start(listen, own.variable("KAFKA_PROXY_UPSTREAM"));
+    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
+    let load = Load::prepare(&database.options, &kafka).await;
+    let mut setup = Setup::new(&database.url);
+    setup.kafka(&kafka);
+    setup.set("SINK__KAFKA__BROKERS", listen);
+    let relay = setup.start();
+    relay.ready().await;
+    load.write(20).await;
+    complete(&load, &kafka).await;
+
+    fence.0.holds.store(true, SeqCst);
+    load.write(20).await;
+    in_flight(&relay).await;
+    relay.says("confirmed nothing for 24 s").await;
+    fence.0.holds.store(false, SeqCst);
+    let seen = complete(&load, &kafka).await;
+    relay.ready().await;
+    assert_eq!(seen.duplicates, 0);
+    assert!(!relay.log().contains("begins again"), "{}", relay.log());
+    relay.stop().await;
+}
+
 /// Between clients and a broker, whose answers about the cluster it can strip of the brokers.
 struct Fence(Arc<State>);
+
+/// What somebody waits for an answer to.
+enum Asked {
+    Produce,
+    /// In this version.
+    Metadata(i16),
+}
 
 #[derive(Default)]
 struct State {
     up: AtomicBool,
+    /// Nothing is acknowledged.
+    holds: AtomicBool,
     stripped: AtomicUsize,
     connections: AtomicUsize,
 }
@@ -122,8 +165,8 @@ fn connect(client: &TcpStream, server: &TcpStream, state: &Arc<State>) {
     let mut requested = move || -> io::Result<()> {
         loop {
             let frame = read_frame(&mut from)?;
-            if let Some((correlation, version)) = asks_for_metadata(&frame) {
-                requests.lock().unwrap().insert(correlation, version);
+            if let Some((correlation, asked)) = asked_by(&frame) {
+                requests.lock().unwrap().insert(correlation, asked);
             }
             write_frame(&mut to, &frame)?;
         }
@@ -133,17 +176,22 @@ fn connect(client: &TcpStream, server: &TcpStream, state: &Arc<State>) {
     let mut answered = move || -> io::Result<()> {
         loop {
             let frame = read_frame(&mut from)?;
-            let version = answers
-                .lock()
-                .unwrap()
-                .remove(frame.first_chunk::<4>().expect("a correlation id"));
-            match version {
-                Some(version) if told.up.load(SeqCst) => {
+            let correlation = frame.first_chunk::<4>().expect("a correlation id");
+            let asked = answers.lock().unwrap().remove(correlation);
+            match asked {
+                Some(Asked::Metadata(version)) if told.up.load(SeqCst) => {
                     write_frame(&mut to, &without_brokers(&frame, version))?;
                     told.stripped.fetch_add(1, SeqCst);
+                    continue;
                 }
-                _ => write_frame(&mut to, &frame)?,
+                Some(Asked::Produce) => {
+                    while told.holds.load(SeqCst) {
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                }
+                _ => {}
             }
+            write_frame(&mut to, &frame)?;
         }
     };
     let (client, server) = streams();
@@ -175,14 +223,18 @@ fn write_frame(to: &mut TcpStream, frame: &[u8]) -> io::Result<()> {
     to.write_all(&[&length.to_be_bytes(), frame].concat())
 }
 
-/// The correlation id and the version of a question for metadata.
+/// What a request asks for, with its correlation id.
 /// <https://kafka.apache.org/protocol#protocol_messages>
-fn asks_for_metadata(request: &[u8]) -> Option<([u8; 4], i16)> {
-    const METADATA: i16 = 3;
+fn asked_by(request: &[u8]) -> Option<([u8; 4], Asked)> {
     let (key, rest) = request.split_first_chunk()?;
     let (version, rest) = rest.split_first_chunk()?;
     let correlation = rest.first_chunk()?;
-    (i16::from_be_bytes(*key) == METADATA).then(|| (*correlation, i16::from_be_bytes(*version)))
+    let asked = match i16::from_be_bytes(*key) {
+        0 => Asked::Produce,
+        3 => Asked::Metadata(i16::from_be_bytes(*version)),
+        _ => return None,
+    };
+    Some((*correlation, asked))
 }
 
 /// The answer with an empty array of brokers, and with topics that nobody asked for: while librdkafka reads about those,
