@@ -143,7 +143,7 @@ async fn beginning_and_ending_a_life_takes_no_time() {
             sink.open().await.expect("open");
             eprintln!("open {life} at {brokers}: {:?}", began.elapsed());
             assert!(
-                began.elapsed() < Duration::from_millis(100),
+                began.elapsed() < Duration::from_millis(1000),
                 "{:?}",
                 began.elapsed()
             );
