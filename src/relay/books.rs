@@ -10,7 +10,7 @@ use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Changes;
-use super::lease::LeaseEnd;
+use super::lease::{LeaseEnd, Loss};
 use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved};
 use crate::position::Position;
 
@@ -43,7 +43,7 @@ pub(super) enum Closed {
     /// The pipeline ended first; the last position is written.
     Done,
     /// The lease ran out or passed to somebody else.
-    LeaseLost,
+    LeaseLost(Loss),
     /// A write failed, or it is unknown whether it did.
     Trouble(LedgerError),
 }
@@ -151,7 +151,8 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
         };
         match done {
             Ok(Ok(Fenced::Written)) => {}
-            Ok(Ok(Fenced::Lost)) | Err(_) => return Closed::LeaseLost,
+            Ok(Ok(Fenced::Lost)) => return Closed::LeaseLost(Loss::Taken),
+            Err(_) => return Closed::LeaseLost(Loss::Expired),
             Ok(Err(error)) => return Closed::Trouble(error),
         }
     }

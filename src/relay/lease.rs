@@ -1,8 +1,29 @@
 //! Until when a lease holds.
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+/// How a lease was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// It ran out before it was renewed.
+    Expired,
+    /// Another relay has it.
+    Taken,
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Expired => {
+                "it ran out before it was renewed: the database was slow to answer, or this relay did not get to ask"
+            }
+            Self::Taken => "another relay took it after it had run out",
+        })
+    }
+}
 
 /// The end of a lease that is not renewed, by two clocks: the monotonic one stands still while a machine is suspended, and
 /// the wall clock may be set. Whichever comes first counts; when the wall clock is set forward, or back to before the

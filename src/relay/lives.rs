@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::books::Order;
-use super::lease::LeaseEnd;
+use super::lease::{LeaseEnd, Loss};
 use super::publish::{Ended, Publisher};
 use super::redrive::Try;
 use super::reject::Full;
@@ -62,7 +62,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             let began = Instant::now();
             let reason = match self.live(settled, stop).await {
                 Ended::Stopped => return Over::Stopped,
-                Ended::LeaseLost => return Over::LeaseLost,
+                Ended::LeaseExpired => return Over::LeaseLost(Loss::Expired),
                 Ended::Condemned(id, this, rejection) => {
                     tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
                         "the broker refused an event after its hand-over, reading again to set it aside");
@@ -162,7 +162,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         self.prepare_topics().await.map_err(Ended::Sink)?;
         // Without a lease somebody else may have taken over at the sink, who must not be put out of it again.
         if self.lease_end.borrow().is_over((self.now_us)()) {
-            return Err(Ended::LeaseLost);
+            return Err(Ended::LeaseExpired);
         }
         let committed = self.sink.resume(&self.log).await.map_err(Ended::Sink)?;
         self.resumed = true;

@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use self::books::{Closed, Desk, Pace};
-use self::lease::LeaseEnd;
+use self::lease::{LeaseEnd, Loss};
 use self::lives::Lives;
 use self::status::{State, Status};
 use self::turn::Turn;
@@ -155,7 +155,7 @@ pub struct Relay<S, K, L> {
 /// How a tenure ended.
 enum Over {
     Stopped,
-    LeaseLost,
+    LeaseLost(Loss),
     Trouble(String),
 }
 
@@ -189,8 +189,9 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 Over::Stopped => {
                     tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the shard up");
                 }
-                Over::LeaseLost => {
-                    tracing::warn!(pipeline = %self.pipeline.name, "lost the lease");
+                Over::LeaseLost(loss) => {
+                    let shard = self.shard.index;
+                    tracing::warn!(pipeline = %self.pipeline.name, shard, "lost the lease: {loss}");
                 }
                 Over::Trouble(reason) => {
                     metrics.restarted();
@@ -405,7 +406,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
 fn over_by(closed: Closed) -> Over {
     match closed {
         Closed::Done => Over::Stopped,
-        Closed::LeaseLost => Over::LeaseLost,
+        Closed::LeaseLost(loss) => Over::LeaseLost(loss),
         Closed::Trouble(error) => Over::Trouble(error.to_string()),
     }
 }

@@ -53,7 +53,7 @@ pub(super) enum Ended {
     /// There is room again.
     Room,
     /// The lease has run out.
-    LeaseLost,
+    LeaseExpired,
 }
 
 /// What a life works with, and what it leaves behind for the next one.
@@ -248,7 +248,7 @@ impl<K: Sink> Publisher<'_, K> {
     ) -> Result<Pause, Ended> {
         // A process that was stopped for longer than its lease wakes up here and must publish nothing new (I8).
         if self.lease_end.borrow().is_over((self.now_us)()) {
-            return Err(Ended::LeaseLost);
+            return Err(Ended::LeaseExpired);
         }
         let paused = self.hand_over_some(life);
         // Before anything can end the life: the next one must not find an entity waiting for an event that nobody stored.

@@ -432,6 +432,49 @@ fn a_renewal_whose_answer_comes_late_counts_from_the_question() {
     });
 }
 
+/// When the second of two owns it: soon after the first has given it back, or has let its lease run out.
+#[test]
+fn a_standby_takes_over_within_its_next_look() {
+    const KILLED_AFTER: Duration = Duration::from_millis(10_300);
+    for (is_killed, allowed) in [
+        (false, Duration::from_secs(1)),
+        (true, LEASE + Duration::from_secs(1)),
+    ] {
+        story(async |shared| {
+            let [first, second] = [OWNER, OWNER + 1].map(|owner| {
+                relay(
+                    FakeSource::new(&shared, owner),
+                    FakeSink::new(&shared, 0, owner),
+                    FakeLedger::new(&shared, owner),
+                )
+            });
+            let mut status = second.status.subscribe();
+            let first = async {
+                if is_killed {
+                    let lives = timeout(KILLED_AFTER, first.run(CancellationToken::new()));
+                    assert!(lives.await.is_err(), "it runs until it is killed");
+                } else {
+                    run_for(KILLED_AFTER, first).await;
+                }
+                Instant::now()
+            };
+            let second = async {
+                // Not before the first one has it.
+                sleep(LEASE).await;
+                run_for(KILLED_AFTER + LEASE * 10, second).await;
+            };
+            let owns = async {
+                let is_running = |status: &Status| status.state == State::Running;
+                status.wait_for(is_running).await.unwrap();
+                Instant::now()
+            };
+            let (gone_at, (), owned_at) = tokio::join!(first, second, owns);
+            let took = owned_at.checked_duration_since(gone_at).unwrap();
+            assert!(took <= allowed, "{took:?}");
+        });
+    }
+}
+
 #[test]
 fn a_process_that_was_stopped_past_its_lease_hands_nothing_over() {
     story(async |shared| {

@@ -103,6 +103,16 @@ impl Setup {
         self.start_with(free_port(), Stdio::piped())
     }
 
+    /// What all the relays wrote that were started with it, also those that are gone.
+    pub(super) fn logs(&self) -> String {
+        let files = std::fs::read_dir(self.folder.path()).unwrap();
+        files
+            .map(|file| file.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+            .map(|path| std::fs::read_to_string(path).unwrap())
+            .collect()
+    }
+
     fn file(&self, port: u16, name: &str) -> PathBuf {
         self.folder.path().join(format!("{port}.{name}"))
     }

