@@ -18,7 +18,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
 use super::life::KafkaProducer;
-use super::topic::{self};
+use super::topic;
 use super::{NotPrepared, Settings, SinkError, Topics, lacks};
 use crate::crash;
 use crate::event::{Rejection, Seq};

@@ -16,18 +16,13 @@ use super::kafka::Kafka;
 use super::load::Load;
 use super::process::{Process, Setup};
 use super::services::Own;
-use super::{PATIENCE, complete, eventually};
+use super::{Line, PATIENCE, complete, eventually};
 use crate::harness::postgres::TestDatabase;
 
-/// librdkafka forgets all brokers then, and does not look for any again.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_relay_that_was_told_of_no_brokers_goes_on() {
-    let Some(database) = TestDatabase::create().await else {
-        return;
-    };
-    let Some(own) = Own::kafka("a_relay_that_was_told_of_no_brokers_goes_on") else {
-        return;
-    };
+/// Between a database and a broker of its own, which the relay reaches through the fence and the test without it.
+async fn fenced(test: &str) -> Option<(Line, Load, Fence, Own)> {
+    let database = TestDatabase::create().await?;
+    let own = Own::kafka(test)?;
     let listen = own.variable("KAFKA_PROXY_LISTEN");
     let fence = Fence::start(listen, own.variable("KAFKA_PROXY_UPSTREAM"));
     let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
@@ -35,11 +30,26 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     let mut setup = Setup::new(&database.url);
     setup.kafka(&kafka);
     setup.set("SINK__KAFKA__BROKERS", listen);
-    setup.config("[sink.kafka.properties]\n\"topic.metadata.refresh.interval.ms\" = \"100\"");
-    let relay = setup.start();
-    relay.ready().await;
+    let line = Line {
+        database,
+        kafka,
+        setup,
+    };
+    Some((line, load, fence, own))
+}
+
+/// librdkafka forgets all brokers then, and does not look for any again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_was_told_of_no_brokers_goes_on() {
+    let test = "a_relay_that_was_told_of_no_brokers_goes_on";
+    let Some((mut line, load, fence, _own)) = fenced(test).await else {
+        return;
+    };
+    line.setup
+        .config("[sink.kafka.properties]\n\"topic.metadata.refresh.interval.ms\" = \"100\"");
+    let relay = line.ready().await;
     load.write(20).await;
-    complete(&load, &kafka).await;
+    complete(&load, &line.kafka).await;
 
     // With nothing to publish.
     fence.raise().await;
@@ -49,7 +59,7 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     fence.lower();
     ready_again(&relay).await;
     load.write(20).await;
-    complete(&load, &kafka).await;
+    complete(&load, &line.kafka).await;
 
     // With events in flight.
     let writing = load.start(2);
@@ -63,7 +73,7 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     let lowered = Instant::now();
     ready_again(&relay).await;
     let took = lowered.elapsed();
-    let seen = complete(&load, &kafka).await;
+    let seen = complete(&load, &line.kafka).await;
     eprintln!(
         "after {took:?}: {} duplicates of {} records",
         seen.duplicates, seen.records
@@ -82,30 +92,20 @@ async fn ready_again(relay: &Process) {
 /// The answer to whether the client is cut off waits behind the acknowledgement: nobody must take that for an answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_acknowledgement_is_waited_for() {
-    let Some(database) = TestDatabase::create().await else {
+    let Some((line, load, fence, _own)) = fenced("a_slow_acknowledgement_is_waited_for").await
+    else {
         return;
     };
-    let Some(own) = Own::kafka("a_slow_acknowledgement_is_waited_for") else {
-        return;
-    };
-    let listen = own.variable("KAFKA_PROXY_LISTEN");
-    let fence = Fence::start(listen, own.variable("KAFKA_PROXY_UPSTREAM"));
-    let kafka = Kafka::new(own.variable("KAFKA_BROKERS").to_owned());
-    let load = Load::prepare(&database.options, &kafka).await;
-    let mut setup = Setup::new(&database.url);
-    setup.kafka(&kafka);
-    setup.set("SINK__KAFKA__BROKERS", listen);
-    let relay = setup.start();
-    relay.ready().await;
+    let relay = line.ready().await;
     load.write(20).await;
-    complete(&load, &kafka).await;
+    complete(&load, &line.kafka).await;
 
     fence.0.holds.store(true, SeqCst);
     load.write(20).await;
     in_flight(&relay).await;
     relay.says("confirmed nothing for 24 s").await;
     fence.0.holds.store(false, SeqCst);
-    let seen = complete(&load, &kafka).await;
+    let seen = complete(&load, &line.kafka).await;
     relay.ready().await;
     assert_eq!(seen.duplicates, 0);
     assert!(!relay.log().contains("begins again"), "{}", relay.log());
