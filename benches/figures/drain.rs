@@ -7,7 +7,7 @@ use sqlx::Row;
 
 use crate::cursors;
 use crate::judge::Expected;
-use crate::process::{Process, Usage};
+use crate::process::{Broker, BrokerUsage, Process, Usage};
 use crate::report::median;
 use crate::workload::EVENT_TYPE;
 use crate::world::{Bare, Log, Run, Setup, World};
@@ -35,6 +35,17 @@ pub struct Drain {
     /// Of the process, from its start to the last record, for each such event.
     pub cpu_us: f64,
     pub memory: Memory,
+    /// None where the broker's process is not known.
+    pub broker: Option<BrokerCost>,
+}
+
+/// What the broker paid for each such event.
+#[derive(Clone, Copy, Debug)]
+pub struct BrokerCost {
+    /// From the start of the process that drains to the last record.
+    pub cpu_us: f64,
+    /// Bytes of files, indexes and the broker's own topics included.
+    pub written: f64,
 }
 
 /// What was resident of a process.
@@ -85,6 +96,27 @@ impl Watched {
     }
 }
 
+/// What the broker uses meanwhile, if its process is known.
+struct BrokerWatch(Option<(Broker, BrokerUsage)>);
+
+impl BrokerWatch {
+    fn begin(broker: Option<Broker>) -> Result<Self, Error> {
+        let with_usage = |broker: Broker| anyhow::Ok((broker, broker.usage()?));
+        Ok(Self(broker.map(with_usage).transpose()?))
+    }
+
+    fn used(self) -> Result<Option<BrokerUsage>, Error> {
+        let Some((broker, before)) = self.0 else {
+            return Ok(None);
+        };
+        let now = broker.usage()?;
+        Ok(Some(BrokerUsage {
+            cpu: now.cpu.saturating_sub(before.cpu),
+            written: now.written - before.written,
+        }))
+    }
+}
+
 /// Waits until so many records are there.
 pub async fn await_records(
     run: &Run,
@@ -127,6 +159,7 @@ pub async fn relay_as(
     let expected = emitted(backlog.log, backlog.after, setup.filtered).await?;
     let pipelines = i64::try_from(setup.pipelines)?;
     let mut watched = Watched::default();
+    let broker = BrokerWatch::begin(world.broker)?;
     let mut relay = world.relay(backlog.log, &run, setup)?;
     await_records(&run, expected.events * pipelines, &mut relay, &mut watched).await?;
     if setup.exactly_once {
@@ -134,13 +167,14 @@ pub async fn relay_as(
         await_cursor(backlog.log, &run, expected.last, &mut relay).await?;
     }
     let usage = watched.look(&mut relay)?;
+    let broker = broker.used()?;
     relay.stop().await?;
     let found = run.topics.found()?;
     expected.judge(&found, setup.pipelines, false)?;
     let drain = Drain::of(
         handled(backlog, setup).await?,
         found.milliseconds()?,
-        usage,
+        (usage, broker),
         &watched,
     );
     run.topics.delete().await?;
@@ -170,6 +204,7 @@ async fn bare(
     let expected = emitted(backlog.log, backlog.after, setup.filtered).await?;
     let run = world.run(setup.pipelines, backlog.aggregate_types).await?;
     let mut watched = Watched::default();
+    let broker = BrokerWatch::begin(world.broker)?;
     let bare = Bare {
         after: backlog.after,
         headers,
@@ -179,6 +214,7 @@ async fn bare(
     let records = expected.events * i64::try_from(setup.pipelines)?;
     await_records(&run, records, &mut naked, &mut watched).await?;
     let usage = watched.look(&mut naked)?;
+    let broker = broker.used()?;
     naked.stop().await?;
     let found = if headers {
         let found = run.topics.found()?;
@@ -195,7 +231,7 @@ async fn bare(
     let drain = Drain::of(
         handled(backlog, setup).await?,
         found.milliseconds()?,
-        usage,
+        (usage, broker),
         &watched,
     );
     run.topics.delete().await?;
@@ -209,12 +245,21 @@ async fn handled(backlog: &Backlog<'_>, setup: &Setup) -> Result<i64, Error> {
 }
 
 impl Drain {
-    pub fn of(events: i64, took_ms: i64, usage: Usage, watched: &Watched) -> Self {
+    pub fn of(
+        events: i64,
+        took_ms: i64,
+        (usage, broker): (Usage, Option<BrokerUsage>),
+        watched: &Watched,
+    ) -> Self {
         let events = to_f64(events);
         Self {
             rate: events * 1e3 / to_f64(took_ms.max(1)),
             cpu_us: usage.cpu.as_secs_f64() * 1e6 / events,
             memory: watched.memory(usage),
+            broker: broker.map(|broker| BrokerCost {
+                cpu_us: broker.cpu.as_secs_f64() * 1e6 / events,
+                written: broker.written / events,
+            }),
         }
     }
 }

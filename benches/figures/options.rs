@@ -128,7 +128,7 @@ pub struct Options {
     /// Which Kafka that is, for the header: brokers do not tell.
     #[arg(long, value_name = "VERSION", env = "KAFKA_VERSION")]
     pub kafka_version: Option<String>,
-    /// The only broker's process on this machine: allows the cases that freeze it.
+    /// The only broker's process on this machine: allows the cases that freeze it, and tells what drains cost it.
     #[arg(long, value_name = "PID")]
     pub broker_pid: Option<u32>,
 }

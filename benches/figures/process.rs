@@ -87,25 +87,56 @@ impl Drop for Process {
     }
 }
 
-/// Another process that is frozen until this is dropped.
-pub struct Frozen(u32);
+/// A Kafka broker on this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Broker(u32);
 
-impl Frozen {
-    /// Stops a Kafka broker.
+/// What a broker has used so far.
+#[derive(Clone, Copy, Debug)]
+pub struct BrokerUsage {
+    pub cpu: Duration,
+    /// Bytes of files that are written to the disk, or will be.
+    pub written: f64,
+}
+
+impl Broker {
+    /// The broker of this process.
     ///
     /// # Errors
-    /// When the process does not look like one: a wrong number must not stop a stranger.
-    pub fn broker(pid: u32) -> Result<Self, Error> {
+    /// When the process does not look like one: a wrong number must not freeze a stranger.
+    pub fn of(pid: u32) -> Result<Self, Error> {
         let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
             .with_context(|| format!("--broker-pid: there is no process {pid}"))?;
         ensure!(
             line.to_lowercase().contains("kafka"),
             "--broker-pid: process {pid} is no Kafka broker"
         );
-        send(pid, "STOP")?;
         Ok(Self(pid))
     }
+
+    /// What it uses. Of somebody else's process only root may know what it writes.
+    pub fn usage(self) -> Result<BrokerUsage, Error> {
+        let file = format!("/proc/{}/io", self.0);
+        let io = std::fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
+        let written = io
+            .lines()
+            .find_map(|line| line.strip_prefix("write_bytes: "))
+            .with_context(|| format!("read write_bytes in {file}"))?;
+        Ok(BrokerUsage {
+            cpu: usage(self.0)?.cpu,
+            written: written.parse()?,
+        })
+    }
+
+    /// Stops it.
+    pub fn freeze(self) -> Result<Frozen, Error> {
+        send(self.0, "STOP")?;
+        Ok(Frozen(self.0))
+    }
 }
+
+/// Another process that is frozen until this is dropped.
+pub struct Frozen(u32);
 
 impl Drop for Frozen {
     fn drop(&mut self) {

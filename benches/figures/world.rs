@@ -12,7 +12,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Executor};
 
 use crate::options::{Options, Sizes};
-use crate::process::Process;
+use crate::process::{Broker, Process};
 use crate::topics::{self, Topics};
 use crate::workload::{EVENT_TYPE, Workload};
 
@@ -36,6 +36,7 @@ impl Capture {
 pub struct Setup {
     pub capture: Capture,
     pub exactly_once: bool,
+    pub compression: &'static str,
     pub pipelines: usize,
     /// Of each pipeline.
     pub shards: u32,
@@ -53,6 +54,7 @@ impl Default for Setup {
         Self {
             capture: Capture::Poll,
             exactly_once: false,
+            compression: "lz4",
             pipelines: 1,
             shards: 1,
             latest: false,
@@ -117,7 +119,7 @@ impl Run {
 pub struct World {
     pub sizes: Sizes,
     pub brokers: String,
-    pub broker_pid: Option<u32>,
+    pub broker: Option<Broker>,
     only: Option<String>,
     partitions: i32,
     server: PgConnectOptions,
@@ -138,7 +140,7 @@ impl World {
         Ok(Self {
             sizes: options.sizes(),
             brokers: brokers.with_context(|| format!("KAFKA_BROKERS {say}"))?,
-            broker_pid: options.broker_pid,
+            broker: options.broker_pid.map(Broker::of).transpose()?,
             only: options.only.clone(),
             partitions: options.partitions,
             server: url.parse().context("read DATABASE_URL")?,
@@ -260,13 +262,14 @@ impl World {
         };
         let mut text = format!(
             "[source.postgres]\nurl = {:?}\ncapture = {:?}\n\
-             [sink.kafka]\nbrokers = {:?}\n{delivery}\n\
+             [sink.kafka]\nbrokers = {:?}\ncompression = {:?}\n{delivery}\n\
              [pipeline]\nshards = {}\n\
              [relay]\nlease_ttl = \"{}ms\"\n\
              [admin]\nenabled = false\n[log]\nlevel = \"warn\"\n",
             log.options.to_url_lossy().as_str(),
             setup.capture.name(),
             self.brokers,
+            setup.compression,
             setup.shards,
             setup.lease.as_millis(),
         );

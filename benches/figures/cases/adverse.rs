@@ -213,7 +213,7 @@ async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
         workload.events
     );
     let took_ms = found.last_ms()? - committed_ms;
-    let relay = Drain::of(workload.events, took_ms, usage, &watched);
+    let relay = Drain::of(workload.events, took_ms, (usage, None), &watched);
     run.topics.delete().await?;
     let backlog = Backlog {
         log: &log,

@@ -1,4 +1,4 @@
-//! A backlog is drained: payloads, backlogs, transactions, keys, topics, delivery, pipelines, shards, filter.
+//! A backlog is drained: payloads, backlogs, transactions, keys, topics, delivery, compression, pipelines, shards, filter.
 
 use anyhow::Error;
 
@@ -176,6 +176,15 @@ fn setups(base: Workload) -> Vec<Variant> {
         axes: vec![("shards", f64::from(shards))],
         ..with(name, Setup { shards, ..default })
     };
+    let compressed = |name, compression| {
+        with(
+            name,
+            Setup {
+                compression,
+                ..default
+            },
+        )
+    };
     vec![
         Variant {
             like_for_like: true,
@@ -188,6 +197,8 @@ fn setups(base: Workload) -> Vec<Variant> {
             )
         },
         eight,
+        compressed("233 B, not compressed", "none"),
+        compressed("233 B, zstd", "zstd"),
         sharded("2 shards", 2),
         sharded("4 shards", 4),
         with(

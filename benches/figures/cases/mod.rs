@@ -68,6 +68,10 @@ pub fn add(report: &mut Report, place: &Place<'_>, relay: &Drain, limit: &Drain)
     report.add(place, "events/s", relay.rate, limit.rate);
     report.add(place, "CPU us/event", relay.cpu_us, limit.cpu_us);
     add_memory(report, place, &relay.memory, &limit.memory);
+    if let (Some(relay), Some(limit)) = (relay.broker, limit.broker) {
+        report.add(place, "broker's CPU us/event", relay.cpu_us, limit.cpu_us);
+        report.add(place, "broker's bytes/event", relay.written, limit.written);
+    }
 }
 
 pub fn add_memory(report: &mut Report, place: &Place<'_>, relay: &Memory, limit: &Memory) {

@@ -6,7 +6,7 @@ use anyhow::{Error, ensure};
 
 use super::{NAKED, add_memory};
 use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
-use crate::process::Frozen;
+use crate::process::Broker;
 use crate::report::{Place, Report, number};
 use crate::workload::Workload;
 use crate::world::{Bare, Setup, World};
@@ -21,7 +21,7 @@ struct Stalled {
 }
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    let Some(pid) = world.broker_pid else {
+    let Some(broker) = world.broker else {
         report.skip(format!(
             "{CASE}: the bench does not know which process to freeze, see --broker-pid"
         ));
@@ -42,8 +42,8 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             if !world.wants(&variant) {
                 continue;
             }
-            let relay = measure(world, workload, pid, Who::Relay).await?;
-            let naked = measure(world, workload, pid, Who::Naked).await?;
+            let relay = measure(world, workload, broker, Who::Relay).await?;
+            let naked = measure(world, workload, broker, Who::Naked).await?;
             let place = Place {
                 case: CASE,
                 variant: &variant,
@@ -67,7 +67,12 @@ enum Who {
     Naked,
 }
 
-async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Result<Stalled, Error> {
+async fn measure(
+    world: &World,
+    workload: Workload,
+    broker: Broker,
+    who: Who,
+) -> Result<Stalled, Error> {
     let log = world.backlog(workload).await?;
     let run = world.run(1, &workload.aggregate_types()).await?;
     let setup = Setup::default();
@@ -79,7 +84,7 @@ async fn measure(world: &World, workload: Workload, pid: u32, who: Who) -> Resul
     };
     await_records(&run, 1, &mut process, &mut watched).await?;
     let there = run.topics.records()?;
-    let frozen = Frozen::broker(pid)?;
+    let frozen = broker.freeze()?;
     let began = Instant::now();
     while began.elapsed() < world.sizes.stall {
         watched.look(&mut process)?;

@@ -43,7 +43,7 @@ impl Hints {
             options,
             listener: None,
             reconnect_at: now,
-            pace: Pace::new(poll_interval, now),
+            pace: Pace::new(mode, poll_interval, now),
         }
     }
 

@@ -7,9 +7,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::hint::CaptureMode;
+
 /// Behind a look that found something polling looks again this soon, then less and less often.
 const POLL_MIN: Duration = Duration::from_millis(20);
-/// The same with notifications. Of many open transactions only one notifies: the others' commits come without a hint, soon
+/// The same in a crowd, where the larger batches of a longer wait leave the service what it needs itself. Who listens asked
+/// for low latency, and keeps to [`POLL_MIN`].
+const CROWDED_POLL_MIN: Duration = Duration::from_millis(100);
+/// With notifications. Of many open transactions only one notifies: the others' commits come without a hint, soon
 /// after or soon before.
 const LISTEN_MIN: Duration = Duration::from_millis(1);
 /// Up to here. Then the notifications are relied upon.
@@ -22,13 +27,16 @@ const LISTEN_IDLE: Duration = Duration::from_secs(1);
 const CROWDED_FROM: f64 = 1_300.0;
 /// Close below: what comes steadily must not stay a crowd because of a burst.
 const CROWDED_UNTIL: f64 = 1_150.0;
-/// Those of one look count as so many at most: a bulk insert is no crowd, and the end of a backlog is not either.
+/// Those of one look make no more of a crowd than so many: a bulk insert is none, and the end of a backlog is not either.
 const CROWD_OF_ONE_LOOK: f64 = 32.0;
+/// What a look may find and still be one of a steady crowd: twice what comes in [`CROWDED_POLL_MIN`] where a crowd ends.
+const CROWDED_LOOK: f64 = 230.0;
 /// The time over which the rate is taken.
 const RATE_OVER: Duration = Duration::from_millis(500);
 
 /// The pace of the looks at a log that has nothing more.
 pub(super) struct Pace {
+    mode: CaptureMode,
     /// The longest time between two looks without notifications.
     poll_interval: Duration,
     /// What is waited after a look, unless it finds something.
@@ -39,8 +47,9 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(poll_interval: Duration, now: Instant) -> Self {
+    pub(super) fn new(mode: CaptureMode, poll_interval: Duration, now: Instant) -> Self {
         Self {
+            mode,
             poll_interval,
             interval: Duration::ZERO,
             looked_at: now,
@@ -53,15 +62,13 @@ impl Pace {
     pub(super) fn looked(&mut self, events: usize, now: Instant) {
         let since = now.duration_since(self.looked_at);
         let faded = (-since.as_secs_f64() / RATE_OVER.as_secs_f64()).exp();
-        let came = u16::try_from(events).map_or(CROWD_OF_ONE_LOOK, |events| {
-            f64::from(events).min(CROWD_OF_ONE_LOOK)
-        });
-        self.events_per_second = self.events_per_second * faded + came / RATE_OVER.as_secs_f64();
-        let most = if self.crowded {
-            CROWDED_UNTIL
+        let (counted, most) = if self.crowded {
+            (CROWDED_LOOK, CROWDED_UNTIL)
         } else {
-            CROWDED_FROM
+            (CROWD_OF_ONE_LOOK, CROWDED_FROM)
         };
+        let came = u16::try_from(events).map_or(counted, |events| f64::from(events).min(counted));
+        self.events_per_second = self.events_per_second * faded + came / RATE_OVER.as_secs_f64();
         self.crowded = self.events_per_second > most;
         self.looked_at = now;
         if events > 0 {
@@ -83,11 +90,18 @@ impl Pace {
     pub(super) fn next(&mut self, listens: bool) -> Instant {
         let doubled = self.interval * 2;
         self.interval = match listens {
-            false => doubled.max(POLL_MIN).min(self.poll_interval),
+            false => doubled.max(self.poll_min()).min(self.poll_interval),
             true if doubled > LISTEN_HOT => LISTEN_IDLE,
             true => doubled.max(LISTEN_MIN),
         };
         self.looked_at + self.interval
+    }
+
+    fn poll_min(&self) -> Duration {
+        match self.mode {
+            CaptureMode::Poll if self.crowded => CROWDED_POLL_MIN,
+            CaptureMode::Poll | CaptureMode::Listen => POLL_MIN,
+        }
     }
 }
 
@@ -104,7 +118,12 @@ mod tests {
     /// What is waited between looks that find nothing, the first of them after one that found an event.
     fn idle_steps(listens: bool, steps: usize) -> Vec<Duration> {
         let mut now = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, now);
+        let mode = if listens {
+            CaptureMode::Listen
+        } else {
+            CaptureMode::Poll
+        };
+        let mut pace = Pace::new(mode, POLL_INTERVAL, now);
         pace.looked(1, now);
         (0..steps)
             .map(|_| {
@@ -141,7 +160,7 @@ mod tests {
     #[test]
     fn a_poll_interval_below_the_least_is_kept_to() {
         let now = Instant::now();
-        let mut pace = Pace::new(ms(3), now);
+        let mut pace = Pace::new(CaptureMode::Poll, ms(3), now);
         pace.looked(1, now);
         assert_eq!(pace.next(false), now + ms(3));
     }
@@ -149,7 +168,7 @@ mod tests {
     #[test]
     fn a_notification_begins_anew() {
         let now = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, now);
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
         for _ in 0..10 {
             pace.next(true);
         }
@@ -160,7 +179,7 @@ mod tests {
     #[test]
     fn a_crowd_begins_above_where_it_ends() {
         let mut now = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, now);
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
         for (between, events, crowded) in [
             (ms(1), 1, false),
             (ms(10), 12, false),
@@ -175,10 +194,47 @@ mod tests {
         }
     }
 
+    /// Some seconds of looks that find what came since the one before; the last wait before one.
+    fn poll(pace: &mut Pace, now: &mut Instant, events_per_ms: f64) -> Duration {
+        let until = *now + ms(3000);
+        loop {
+            let due = pace.next(false);
+            let waited = due - *now;
+            *now = due;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+            let came = (waited.as_secs_f64() * 1000.0 * events_per_ms).round() as usize;
+            pace.looked(came, *now);
+            if *now >= until {
+                return waited;
+            }
+        }
+    }
+
+    #[test]
+    fn who_polls_looks_less_often_in_a_crowd_as_long_as_it_lasts() {
+        for (mode, in_crowd) in [(CaptureMode::Poll, ms(100)), (CaptureMode::Listen, ms(20))] {
+            let mut now = Instant::now();
+            let mut pace = Pace::new(mode, POLL_INTERVAL, now);
+            for (events_per_ms, waited) in [
+                (1.0, ms(20)),
+                (1.6, in_crowd),
+                (20.0, in_crowd),
+                (1.25, in_crowd),
+                (0.9, ms(20)),
+            ] {
+                assert_eq!(
+                    poll(&mut pace, &mut now, events_per_ms),
+                    waited,
+                    "{mode:?}, {events_per_ms} events/ms"
+                );
+            }
+        }
+    }
+
     #[test]
     fn a_burst_does_not_last() {
         let mut now = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, now);
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
         look(&mut pace, &mut now, ms(20), 60);
         assert!(pace.is_crowded());
         look(&mut pace, &mut now, ms(20), 20);
@@ -188,7 +244,7 @@ mod tests {
     #[test]
     fn a_bulk_insert_is_no_crowd() {
         let now = Instant::now();
-        let mut pace = Pace::new(POLL_INTERVAL, now);
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
         pace.looked(2000, now);
         assert!(!pace.is_crowded());
     }
