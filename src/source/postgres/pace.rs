@@ -29,8 +29,8 @@ const CROWDED_FROM: f64 = 1_300.0;
 const CROWDED_UNTIL: f64 = 1_150.0;
 /// Those of one look make no more of a crowd than so many: a bulk insert is none, and the end of a backlog is not either.
 const CROWD_OF_ONE_LOOK: f64 = 32.0;
-/// What a look may find and still be one of a steady crowd: twice what comes in [`CROWDED_POLL_MIN`] where a crowd ends.
-const CROWDED_LOOK: f64 = 230.0;
+/// No crowd counts as a larger one: when it is over, that shows within half a second.
+const CROWD_MAX: f64 = 2.0 * CROWDED_FROM;
 /// The time over which the rate is taken.
 const RATE_OVER: Duration = Duration::from_millis(500);
 
@@ -63,12 +63,13 @@ impl Pace {
         let since = now.duration_since(self.looked_at);
         let faded = (-since.as_secs_f64() / RATE_OVER.as_secs_f64()).exp();
         let (counted, most) = if self.crowded {
-            (CROWDED_LOOK, CROWDED_UNTIL)
+            (CROWD_MAX, CROWDED_UNTIL)
         } else {
             (CROWD_OF_ONE_LOOK, CROWDED_FROM)
         };
         let came = u16::try_from(events).map_or(counted, |events| f64::from(events).min(counted));
-        self.events_per_second = self.events_per_second * faded + came / RATE_OVER.as_secs_f64();
+        let rate = self.events_per_second * faded + came / RATE_OVER.as_secs_f64();
+        self.events_per_second = rate.min(CROWD_MAX);
         self.crowded = self.events_per_second > most;
         self.looked_at = now;
         if events > 0 {
@@ -195,15 +196,14 @@ mod tests {
     }
 
     /// Some seconds of looks that find what came since the one before; the last wait before one.
-    fn poll(pace: &mut Pace, now: &mut Instant, events_per_ms: f64) -> Duration {
+    fn poll(pace: &mut Pace, now: &mut Instant, events_per_second: u128) -> Duration {
         let until = *now + ms(3000);
         loop {
             let due = pace.next(false);
             let waited = due - *now;
             *now = due;
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let came = (waited.as_secs_f64() * 1000.0 * events_per_ms).round() as usize;
-            pace.looked(came, *now);
+            let came = waited.as_millis() * events_per_second / 1000;
+            pace.looked(came.try_into().unwrap(), *now);
             if *now >= until {
                 return waited;
             }
@@ -215,18 +215,15 @@ mod tests {
         for (mode, in_crowd) in [(CaptureMode::Poll, ms(100)), (CaptureMode::Listen, ms(20))] {
             let mut now = Instant::now();
             let mut pace = Pace::new(mode, POLL_INTERVAL, now);
-            for (events_per_ms, waited) in [
-                (1.0, ms(20)),
-                (1.6, in_crowd),
-                (20.0, in_crowd),
-                (1.25, in_crowd),
-                (0.9, ms(20)),
+            for (events_per_second, expected) in [
+                (1_000, ms(20)),
+                (1_600, in_crowd),
+                (20_000, in_crowd),
+                (1_250, in_crowd),
+                (900, ms(20)),
             ] {
-                assert_eq!(
-                    poll(&mut pace, &mut now, events_per_ms),
-                    waited,
-                    "{mode:?}, {events_per_ms} events/ms"
-                );
+                let waited = poll(&mut pace, &mut now, events_per_second);
+                assert_eq!(waited, expected, "{mode:?}, {events_per_second} events/s");
             }
         }
     }
@@ -238,6 +235,16 @@ mod tests {
         look(&mut pace, &mut now, ms(20), 60);
         assert!(pace.is_crowded());
         look(&mut pace, &mut now, ms(20), 20);
+        assert!(!pace.is_crowded());
+    }
+
+    #[test]
+    fn a_backlog_is_forgotten_within_half_a_second() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(CaptureMode::Poll, POLL_INTERVAL, now);
+        look(&mut pace, &mut now, ms(3), 500);
+        assert!(pace.is_crowded());
+        pace.looked(0, now + ms(500));
         assert!(!pace.is_crowded());
     }
 
