@@ -9,6 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgListener};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::pace::Pace;
+use crate::event::EventId;
 
 /// How the source learns of new events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -47,9 +48,18 @@ impl Hints {
         }
     }
 
-    /// A look has ended.
-    pub(super) fn looked(&mut self, events: usize) {
-        self.pace.looked(events, Instant::now());
+    /// A look has found these events, when `ceiling` was the newest id that had been handed out.
+    pub(super) fn looked(
+        &mut self,
+        ceiling: EventId,
+        found: impl ExactSizeIterator<Item = EventId>,
+    ) {
+        self.pace.looked(ceiling, found, Instant::now());
+    }
+
+    /// What comes next is at another place of the log.
+    pub(super) fn sought(&mut self) {
+        self.pace.sought(Instant::now());
     }
 
     pub(super) async fn wait(&mut self) {

@@ -12,6 +12,7 @@ mod late;
 mod pace;
 mod shard;
 mod statement;
+mod unseen;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -303,6 +304,7 @@ impl Source for PostgresSource {
         self.empty_stretches = 0;
         self.share.forget();
         self.read_at = None;
+        self.hints.sought();
     }
 
     async fn capture(
@@ -314,7 +316,8 @@ impl Source for PostgresSource {
         loop {
             let page = self.read(limits).await.map_err(classify)?;
             if !page.events.is_empty() || !page.more {
-                self.hints.looked(page.events.len());
+                let found = page.events.iter().map(|event| event.id);
+                self.hints.looked(page.end.window.ceiling, found);
                 return Ok(page);
             }
         }

@@ -8,6 +8,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::hint::CaptureMode;
+use super::unseen::Unseen;
+use crate::event::EventId;
 
 /// Behind a look that found something polling looks again this soon, then less and less often.
 const POLL_MIN: Duration = Duration::from_millis(20);
@@ -17,7 +19,7 @@ const CROWDED_POLL_MIN: Duration = Duration::from_millis(100);
 /// With notifications. Of many open transactions only one notifies: the others' commits come without a hint, soon
 /// after or soon before.
 const LISTEN_MIN: Duration = Duration::from_millis(1);
-/// Up to here. Then the notifications are relied upon.
+/// Up to here. Then the notifications are relied upon, and at once where no id is unseen.
 const LISTEN_HOT: Duration = Duration::from_millis(16);
 /// The safety net below notifications.
 const LISTEN_IDLE: Duration = Duration::from_secs(1);
@@ -44,6 +46,9 @@ pub(super) struct Pace {
     looked_at: Instant,
     events_per_second: f64,
     crowded: bool,
+    unseen: Unseen,
+    /// Since the last look.
+    hinted: bool,
 }
 
 impl Pace {
@@ -55,11 +60,26 @@ impl Pace {
             looked_at: now,
             events_per_second: 0.0,
             crowded: false,
+            unseen: Unseen::new(now),
+            hinted: false,
         }
     }
 
-    /// A look has ended.
-    pub(super) fn looked(&mut self, events: usize, now: Instant) {
+    /// What comes next is at another place of the log.
+    pub(super) fn sought(&mut self, now: Instant) {
+        self.unseen = Unseen::new(now);
+    }
+
+    /// A look has found these events, when `ceiling` was the newest id that had been handed out.
+    pub(super) fn looked(
+        &mut self,
+        ceiling: EventId,
+        found: impl ExactSizeIterator<Item = EventId>,
+        now: Instant,
+    ) {
+        let events = found.len();
+        self.hinted = false;
+        self.unseen.looked(ceiling, found, now);
         let since = now.duration_since(self.looked_at);
         let faded = (-since.as_secs_f64() / RATE_OVER.as_secs_f64()).exp();
         let (counted, most) = if self.crowded {
@@ -84,6 +104,7 @@ impl Pace {
 
     /// A notification came, or they are listened to from now on.
     pub(super) fn hinted(&mut self) {
+        self.hinted = true;
         self.interval = Duration::ZERO;
     }
 
@@ -92,7 +113,7 @@ impl Pace {
         let doubled = self.interval * 2;
         self.interval = match listens {
             false => doubled.max(self.poll_min()).min(self.poll_interval),
-            true if doubled > LISTEN_HOT => LISTEN_IDLE,
+            true if doubled > LISTEN_HOT || !(self.hinted || self.unseen.any()) => LISTEN_IDLE,
             true => doubled.max(LISTEN_MIN),
         };
         self.looked_at + self.interval
@@ -116,6 +137,16 @@ mod tests {
         Duration::from_millis(n)
     }
 
+    /// A look that finds so many events, with one id that is not seen.
+    fn saw(pace: &mut Pace, events: usize, now: Instant) {
+        let end = i32::try_from(events).unwrap();
+        pace.looked(
+            EventId(1_000_000),
+            (0..end).map(|id| EventId(id.into())),
+            now,
+        );
+    }
+
     /// What is waited between looks that find nothing, the first of them after one that found an event.
     fn idle_steps(listens: bool, steps: usize) -> Vec<Duration> {
         let mut now = Instant::now();
@@ -125,13 +156,13 @@ mod tests {
             CaptureMode::Poll
         };
         let mut pace = Pace::new(mode, POLL_INTERVAL, now);
-        pace.looked(1, now);
+        saw(&mut pace, 1, now);
         (0..steps)
             .map(|_| {
                 let due = pace.next(listens);
                 let waited = due - now;
                 now = due;
-                pace.looked(0, now);
+                saw(&mut pace, 0, now);
                 waited
             })
             .collect()
@@ -142,7 +173,7 @@ mod tests {
         let until = *now + ms(3000);
         while *now < until {
             *now += between;
-            pace.looked(events, *now);
+            saw(pace, events, *now);
         }
     }
 
@@ -159,10 +190,27 @@ mod tests {
     }
 
     #[test]
+    fn where_no_id_is_unseen_notifications_are_relied_upon_at_once() {
+        let now = Instant::now();
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
+        pace.looked(EventId(1), std::iter::once(EventId(1)), now);
+        assert_eq!(pace.next(true), now + LISTEN_IDLE);
+        pace.looked(EventId(3), std::iter::once(EventId(3)), now);
+        assert_eq!(pace.next(true), now + LISTEN_MIN);
+        pace.looked(EventId(3), std::iter::once(EventId(2)), now);
+        assert_eq!(pace.next(true), now + LISTEN_IDLE);
+        pace.hinted();
+        assert_eq!(pace.next(true), now + LISTEN_MIN);
+        pace.sought(now);
+        pace.looked(EventId(3), std::iter::once(EventId(3)), now);
+        assert_eq!(pace.next(true), now + LISTEN_MIN);
+    }
+
+    #[test]
     fn a_poll_interval_below_the_least_is_kept_to() {
         let now = Instant::now();
         let mut pace = Pace::new(CaptureMode::Poll, ms(3), now);
-        pace.looked(1, now);
+        saw(&mut pace, 1, now);
         assert_eq!(pace.next(false), now + ms(3));
     }
 
@@ -203,7 +251,7 @@ mod tests {
             let waited = due - *now;
             *now = due;
             let came = waited.as_millis() * events_per_second / 1000;
-            pace.looked(came.try_into().unwrap(), *now);
+            saw(pace, came.try_into().unwrap(), *now);
             if *now >= until {
                 return waited;
             }
@@ -244,7 +292,7 @@ mod tests {
         let mut pace = Pace::new(CaptureMode::Poll, POLL_INTERVAL, now);
         look(&mut pace, &mut now, ms(3), 500);
         assert!(pace.is_crowded());
-        pace.looked(0, now + ms(500));
+        saw(&mut pace, 0, now + ms(500));
         assert!(!pace.is_crowded());
     }
 
@@ -252,7 +300,7 @@ mod tests {
     fn a_bulk_insert_is_no_crowd() {
         let now = Instant::now();
         let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
-        pace.looked(2000, now);
+        saw(&mut pace, 2000, now);
         assert!(!pace.is_crowded());
     }
 }

@@ -263,6 +263,13 @@ impl Log for PolledPostgres {
 /// PostgreSQL, woken by notifications.
 pub struct HeardPostgres(PolledPostgres);
 
+impl HeardPostgres {
+    /// Emits in a transaction of its own and leaves it open.
+    pub async fn begin_late(&mut self, events: Vec<Event>) -> Late {
+        self.0.begin_late(events).await
+    }
+}
+
 impl Log for HeardPostgres {
     type Source = PostgresSource;
     type Writer = PgConnection;

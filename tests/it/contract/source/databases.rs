@@ -140,6 +140,40 @@ async fn reading_sqlite_does_not_hold_the_write_ahead_log() {
     assert_eq!((busy, frames, moved), (0, 0, 0));
 }
 
+/// Of two that are open at the same time one notifies. The other is looked for at once, and who has seen all looks no more.
+#[tokio::test]
+async fn a_commit_without_a_notification_is_looked_for() {
+    let Some(mut log) = HeardPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    reader.drain(&mut log, ROOMY).await;
+    reader.source.wake().await;
+    let idle = log.wake_max() / 2;
+    for round in 0..5 {
+        let notifying = log.begin_late(vec![event("first")]).await;
+        let silent = log.begin_late(vec![event("second")]).await;
+        let mut emitted = notifying.commit().await;
+        let found = async {
+            while reader.events().len() == 2 * round {
+                reader.source.wake().await;
+                reader.drain(&mut log, ROOMY).await;
+            }
+        };
+        timeout(PATIENCE, found).await.expect("the first");
+        let began = Instant::now();
+        reader.source.wake().await;
+        assert!(began.elapsed() < idle, "it waits for a notification");
+        emitted.extend(silent.commit().await);
+        reader.drain(&mut log, ROOMY).await;
+        assert!(reader.events().ends_with(&emitted));
+        let began = Instant::now();
+        reader.source.wake().await;
+        assert!(began.elapsed() >= idle, "nobody is missing");
+        reader.drain(&mut log, ROOMY).await;
+    }
+}
+
 /// One that all writers had to wake would take more of the machine than they do.
 #[tokio::test]
 async fn nobody_listens_in_a_crowd() {
