@@ -77,7 +77,10 @@ impl Hints {
         match &mut self.listener {
             Some(listener) => tokio::select! {
                 notified = listener.recv() => match notified {
-                    Ok(_) => self.pace.hinted(),
+                    Ok(_) => {
+                        self.pace.hinted();
+                        sleep_until(self.pace.after_hint()).await;
+                    }
                     Err(error) => self.stop_listening(&error),
                 },
                 () = sleep_until(due) => {}

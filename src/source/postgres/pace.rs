@@ -16,10 +16,12 @@ const POLL_MIN: Duration = Duration::from_millis(20);
 /// The same in a crowd, where the larger batches of a longer wait leave the service what it needs itself. Who listens asked
 /// for low latency, and keeps to [`POLL_MIN`].
 const CROWDED_POLL_MIN: Duration = Duration::from_millis(100);
-/// With notifications. Of many open transactions only one notifies: the others' commits come without a hint, soon
-/// after or soon before.
+/// With notifications. Those that come close behind a look are answered together, this long after it: at a thousand commits a
+/// second most looks would find one event otherwise, and cost the database what ten do. The first after some quiet is
+/// answered at once.
 const LISTEN_MIN: Duration = Duration::from_millis(1);
-/// Up to here. Then the notifications are relied upon, and at once where no id is unseen.
+/// Of many open transactions only one notifies: the others' commits come without a hint, soon after or soon before. They are
+/// looked for up to here. Then the notifications are relied upon, and at once where no id is unseen.
 const LISTEN_HOT: Duration = Duration::from_millis(16);
 /// The safety net below notifications.
 const LISTEN_IDLE: Duration = Duration::from_secs(1);
@@ -117,6 +119,11 @@ impl Pace {
             true => doubled.max(LISTEN_MIN),
         };
         self.looked_at + self.interval
+    }
+
+    /// When to look after a notification.
+    pub(super) fn after_hint(&self) -> Instant {
+        self.looked_at + LISTEN_MIN
     }
 
     fn poll_min(&self) -> Duration {
@@ -222,7 +229,18 @@ mod tests {
             pace.next(true);
         }
         pace.hinted();
-        assert_eq!(pace.next(true), now + ms(1));
+        assert_eq!(pace.next(true), now + LISTEN_MIN);
+    }
+
+    #[test]
+    fn notifications_close_behind_a_look_are_answered_together() {
+        let now = Instant::now();
+        let mut pace = Pace::new(CaptureMode::Listen, POLL_INTERVAL, now);
+        saw(&mut pace, 1, now + ms(100));
+        pace.hinted();
+        assert_eq!(pace.after_hint(), now + ms(100) + LISTEN_MIN);
+        // A wait that was given up, and begins again, ends no earlier and no later.
+        assert_eq!(pace.next(true), pace.after_hint());
     }
 
     #[test]
