@@ -15,7 +15,7 @@ use outbox_relay::sink::{Receipt, Refused, Sink};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use serde_json::Value;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use crate::kafka::cluster::{
     Arrived, assert_complete_and_in_order, brokers, consume, delivered, delivered_seq, hand_over,
@@ -239,9 +239,8 @@ async fn check_tells_when_nobody_answers(bench: &impl Bench) {
         return;
     };
     sink.open().await.expect("opening needs nobody");
-    let began = Instant::now();
-    let error = sink.check().await.expect_err("nobody answers");
-    assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+    let checked = timeout(Duration::from_secs(30), sink.check()).await;
+    let error = checked.expect("in time").expect_err("nobody answers");
     assert!(error.to_string().contains("no answer"), "{error}");
 }
 

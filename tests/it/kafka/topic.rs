@@ -263,20 +263,10 @@ async fn a_topic_deleted_in_the_middle_is_created_again() {
         began.elapsed()
     );
     assert!(error.contains(&format!("topic {topic} is gone")), "{error}");
-    assert!(
-        began.elapsed() < Duration::from_secs(6),
-        "{:?}",
-        began.elapsed()
-    );
     let began = Instant::now();
     open(&mut sink, &[&topic]).await;
     publish(&mut sink, &[record(&topic, b"a", b"after")]).await;
     eprintln!("publishing again {:?} later", began.elapsed());
-    assert!(
-        began.elapsed() < Duration::from_secs(4),
-        "{:?}",
-        began.elapsed()
-    );
     assert_eq!(partitions(&brokers, &topic), 4);
     let arrived = consume(&brokers, &topic).await;
     assert_eq!(arrived.last().expect("a record").text(), "after");

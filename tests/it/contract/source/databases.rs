@@ -150,6 +150,7 @@ async fn a_commit_without_a_notification_is_looked_for() {
     reader.drain(&mut log, ROOMY).await;
     reader.source.wake().await;
     let idle = log.wake_max() / 2;
+    let mut looked_after = Vec::new();
     for round in 0..5 {
         let notifying = log.begin_late(vec![event("first")]).await;
         let silent = log.begin_late(vec![event("second")]).await;
@@ -163,7 +164,7 @@ async fn a_commit_without_a_notification_is_looked_for() {
         timeout(PATIENCE, found).await.expect("the first");
         let began = Instant::now();
         reader.source.wake().await;
-        assert!(began.elapsed() < idle, "it waits for a notification");
+        looked_after.push(began.elapsed());
         emitted.extend(silent.commit().await);
         reader.drain(&mut log, ROOMY).await;
         assert!(reader.events().ends_with(&emitted));
@@ -172,6 +173,9 @@ async fn a_commit_without_a_notification_is_looked_for() {
         assert!(began.elapsed() >= idle, "nobody is missing");
         reader.drain(&mut log, ROOMY).await;
     }
+    // The quickest: the machine may hold up any of them, and one that waits for a notification always waits.
+    let quickest = looked_after.iter().min();
+    assert!(quickest < Some(&idle), "{looked_after:?}");
 }
 
 /// One that all writers had to wake would take more of the machine than they do.
@@ -193,18 +197,12 @@ async fn nobody_listens_in_a_crowd() {
     let deaf = async { while listeners(&mut log).await > 0 {} };
     timeout(PATIENCE, deaf).await.expect("it listens no more");
     let calm = async {
-        loop {
+        while listeners(&mut log).await == 0 {
             reader.drain(&mut log, limits).await;
-            let began = Instant::now();
             reader.source.wake().await;
-            // Whoever does not listen looks more often than that.
-            if began.elapsed() >= log.wake_max() / 2 {
-                break;
-            }
         }
     };
     timeout(PATIENCE, calm).await.expect("it listens again");
-    assert_eq!(listeners(&mut log).await, 1);
     assert_eq!(reader.events().len(), CROWD * limits.rows);
 }
 

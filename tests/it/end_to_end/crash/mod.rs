@@ -14,7 +14,7 @@ use fastrand::Rng;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
-use self::world::{Blow, IN_FLIGHT_EVENTS, LEASE, SHARDS_MAX, Struck, World};
+use self::world::{Blow, IN_FLIGHT_EVENTS, SHARDS_MAX, Struck, World};
 use self::writers::Writers;
 use super::verify::{counts, settled, verify};
 use super::{Line, eventually, number, run};
@@ -134,14 +134,6 @@ fn hold(report: &Value, tally: &Tally, seed: &Seed) {
     );
 }
 
-/// # Panics
-/// When somebody waited for long.
-fn hold_takeovers(tally: &Tally, seed: &Seed) {
-    let slowest = tally.takeovers.iter().max().copied().unwrap_or_default();
-    let bound = LEASE + Duration::from_secs(2);
-    assert!(slowest < bound, "a takeover took {slowest:?} with {seed}");
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_blow_is_survived() {
     let Some(mut world) = World::create("every_blow_is_survived", 2).await else {
@@ -166,7 +158,6 @@ async fn every_blow_is_survived() {
     tally.seconds = began.elapsed().as_secs();
     eprintln!("{}", tally.summary(&report));
     hold(&report, &tally, &seed);
-    hold_takeovers(&tally, &seed);
     world.stop().await;
 
     // Would it have been seen? An event that is no longer committed, and one that nobody published.
@@ -222,7 +213,6 @@ async fn soak() {
     tally.seconds = began.elapsed().as_secs();
     eprintln!("{seed}: {}", tally.summary(&report));
     hold(&report, &tally, &seed);
-    hold_takeovers(&tally, &seed);
     world.stop().await;
 }
 

@@ -17,7 +17,7 @@ use super::super::{eventually, number, run};
 use super::writers;
 
 /// Of every relay; the shortest that there is.
-pub(super) const LEASE: Duration = Duration::from_secs(1);
+const LEASE: Duration = Duration::from_secs(1);
 /// Small, so that a duplicate too many is seen.
 pub(super) const IN_FLIGHT_EVENTS: u64 = 500;
 /// By so much a clock is set.
