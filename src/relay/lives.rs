@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::books::Order;
@@ -24,6 +24,9 @@ use crate::telemetry::PipelineMetrics;
 
 /// A cursor moves at least this often when there are new ids, also if none of them is its own.
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// When a page has found no room for this long, the sink is in trouble, and the source rests until that is over.
+const RESTLESS: Duration = Duration::from_secs(3);
 
 /// The lives of one tenure, one after the other.
 pub(super) struct Lives<'a, S, K> {
@@ -148,11 +151,14 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             metrics: self.metrics,
         };
         let reads = self.full.is_none();
-        tokio::select! {
+        let ended = tokio::select! {
             biased;
             ended = publisher.run(pages_read, stop) => ended,
             error = reader.run(self.source, stop), if reads => Ended::Source(error),
-        }
+        };
+        // It may be long until the next life, or somebody else's.
+        self.source.rest();
+        ended
     }
 
     /// Before anything is published: does the sink answer, are the topics there that are known beforehand, and how far is
@@ -195,7 +201,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
     }
 
     /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
-    async fn halt(&self, reason: String, stop: &CancellationToken) {
+    async fn halt(&mut self, reason: String, stop: &CancellationToken) {
         self.set_state(State::Halted { reason });
         stop.cancelled().await;
     }
@@ -240,14 +246,26 @@ impl Reader<'_> {
             if !page.events.is_empty() || goes_on || (promised && !more) {
                 (passed, passed_at) = (page.newest(), Instant::now());
                 promised = more;
-                if self.pages.send(page).await.is_err() {
+                let Some(room) = self.room(source).await else {
                     break;
-                }
+                };
+                room.send(page);
             }
             if !more {
                 source.wake().await;
             }
         }
         std::future::pending().await
+    }
+
+    /// Waits until the next page is wanted; none when the life is over.
+    async fn room<S: Source>(&self, source: &mut S) -> Option<mpsc::Permit<'_, Page>> {
+        match timeout(RESTLESS, self.pages.reserve()).await {
+            Ok(room) => room.ok(),
+            Err(_) => {
+                source.rest();
+                self.pages.reserve().await.ok()
+            }
+        }
     }
 }

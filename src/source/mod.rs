@@ -86,6 +86,9 @@ pub trait Source: Send {
     /// # Cancel safety
     /// Safe: a lost hint costs latency only (I7).
     fn wake(&mut self) -> impl Future<Output = ()> + Send;
+
+    /// Nobody captures or waits for a while: lets go of what others would have to keep for that.
+    fn rest(&mut self) {}
 }
 
 /// The sources that run in production.
@@ -119,6 +122,13 @@ impl Source for AnySource {
         match self {
             Self::Postgres(source) => source.wake().await,
             Self::Sqlite(source) => source.wake().await,
+        }
+    }
+
+    fn rest(&mut self) {
+        match self {
+            Self::Postgres(source) => source.rest(),
+            Self::Sqlite(source) => source.rest(),
         }
     }
 }

@@ -349,7 +349,7 @@ impl Wish {
     }
 }
 
-/// Quotes a text; see [`crate::ledger::postgres`] for the one setting that would matter.
+/// Quotes a text; see [`crate::source::postgres`] for the one setting that would matter.
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::event::{EventId, Shard, Start};
 use crate::position::{Position, Window};
+use crate::source::postgres::ask::literal;
 use crate::source::postgres::{NEWEST_ID, connect};
 
 /// The books of one pipeline in one database.
@@ -511,12 +512,6 @@ fn fenced(rows: u64) -> Fenced {
     } else {
         Fenced::Written
     }
-}
-
-/// Quotes a text as PostgreSQL does with `standard_conforming_strings` on, its only setting since 9.1 that anyone uses;
-/// names of pipelines and holders have no backslash, so the setting does not matter.
-fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
 }
 
 async fn execute(connection: &mut PgConnection, statement: String) -> Result<u64, anyhow::Error> {

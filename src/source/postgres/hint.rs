@@ -1,11 +1,15 @@
 //! Waits until it is worth looking at the log again: by the clock, or woken by NOTIFY.
 //!
-//! Hints change latency only (I7): whatever is lost here, the next poll finds the rows.
+//! Hints change latency only (I7): whatever is lost here, the next poll finds the rows. Nothing that goes wrong with them
+//! keeps a poll waiting either.
 
+use std::future::{Future, pending};
+use std::pin::Pin;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::postgres::{PgConnectOptions, PgListener};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::pace::Pace;
@@ -23,13 +27,27 @@ pub enum CaptureMode {
 
 /// Between attempts to listen again.
 const RECONNECT: Duration = Duration::from_secs(5);
+/// An attempt may take this long.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Hints {
     mode: CaptureMode,
     options: PgConnectOptions,
-    listener: Option<PgListener>,
-    reconnect_at: Instant,
+    ear: Ear,
+    /// Whether it is known that nobody listens.
+    told: bool,
     pace: Pace,
+}
+
+/// The connection that is notified.
+enum Ear {
+    /// There is none, and none is made before this time.
+    Closed(Instant),
+    /// It is being made, beside the polls.
+    Opening(Pin<Box<dyn Future<Output = Result<PgListener, anyhow::Error>> + Send>>),
+    /// What comes has to be taken: the server keeps it for who listens and does not read, until no transaction of anybody
+    /// can notify any more.
+    Open(PgListener),
 }
 
 impl Hints {
@@ -42,8 +60,8 @@ impl Hints {
         Self {
             mode,
             options,
-            listener: None,
-            reconnect_at: now,
+            ear: Ear::Closed(now),
+            told: false,
             pace: Pace::new(mode, poll_interval, now),
         }
     }
@@ -62,72 +80,101 @@ impl Hints {
         self.pace.sought(Instant::now());
     }
 
+    /// Nobody waits for a while.
+    pub(super) fn rest(&mut self) {
+        self.ear = Ear::Closed(Instant::now());
+    }
+
+    /// # Cancel safety
+    /// Safe: a connection that is being made is gone on with, and a lost hint costs latency only.
     pub(super) async fn wait(&mut self) {
         if self.pace.is_crowded() {
             // Nobody has to be told, and the server need not tell.
-            self.listener = None;
-            self.reconnect_at = Instant::now();
+            self.rest();
         } else if self.mode == CaptureMode::Listen
-            && self.listener.is_none()
-            && Instant::now() >= self.reconnect_at
+            && matches!(self.ear, Ear::Closed(until) if Instant::now() >= until)
         {
-            self.listen().await;
+            self.ear = Ear::Opening(Box::pin(listen(self.options.clone())));
         }
-        let due = self.pace.next(self.listener.is_some());
-        match &mut self.listener {
-            Some(listener) => tokio::select! {
-                notified = listener.recv() => match notified {
-                    Ok(_) => {
-                        self.pace.hinted();
-                        sleep_until(self.pace.after_hint()).await;
-                    }
-                    Err(error) => self.stop_listening(&error),
-                },
-                () = sleep_until(due) => {}
+        let due = self.pace.next(matches!(self.ear, Ear::Open(_)));
+        // What was heard may be due already.
+        tokio::select! {
+            biased;
+            heard = self.ear.hear() => if self.note(heard) {
+                sleep_until(self.pace.after_hint()).await;
             },
-            None => sleep_until(due).await,
+            () = sleep_until(due) => {}
         }
-        self.take_what_came();
-    }
-
-    /// One look answers all the notifications that came before it.
-    fn take_what_came(&mut self) {
-        while let Some(listener) = &mut self.listener {
-            match listener.recv().now_or_never() {
-                Some(Ok(_)) => self.pace.hinted(),
-                Some(Err(error)) => self.stop_listening(&error),
-                None => return,
+        // One look answers all the notifications that came before it.
+        while let Some(heard) = self.ear.hear().now_or_never() {
+            if !self.note(heard) {
+                break;
             }
         }
     }
 
-    fn stop_listening(&mut self, error: &sqlx::Error) {
-        tracing::warn!(%error, "stopped listening for notifications, polling instead");
-        self.listener = None;
-        self.reconnect_at = Instant::now() + RECONNECT;
-    }
-
-    async fn listen(&mut self) {
-        self.reconnect_at = Instant::now() + RECONNECT;
-        let connecting = async {
-            let pool = sqlx::postgres::PgPoolOptions::new()
-                .max_connections(1)
-                .connect_with(self.options.clone())
-                .await?;
-            let mut listener = PgListener::connect_with(&pool).await?;
-            listener.listen("outbox_events").await?;
-            Ok::<_, sqlx::Error>(listener)
-        };
-        match timeout(Duration::from_secs(5), connecting).await {
-            Ok(Ok(listener)) => {
-                self.listener = Some(listener);
-                // What was committed before that did not notify it.
+    /// Whether there is a reason to look now.
+    fn note(&mut self, heard: Result<Heard, anyhow::Error>) -> bool {
+        match heard {
+            Ok(heard) => {
+                if matches!(heard, Heard::Begun) && std::mem::take(&mut self.told) {
+                    tracing::info!("listening for notifications again");
+                }
                 self.pace.hinted();
+                true
             }
-            Ok(Err(error)) => {
-                tracing::warn!(error = %error, "could not listen for notifications, polling instead");
+            Err(error) => {
+                self.ear = Ear::Closed(Instant::now() + RECONNECT);
+                if !std::mem::replace(&mut self.told, true) {
+                    let error = format!("{error:#}");
+                    tracing::warn!(%error, "cannot listen for notifications, polling until that works again");
+                }
+                false
             }
-            Err(_) => tracing::warn!("no answer when starting to listen, polling instead"),
         }
+    }
+}
+
+/// What wakes.
+enum Heard {
+    /// What was committed before did not notify this connection.
+    Begun,
+    Notification,
+}
+
+impl Ear {
+    /// # Cancel safety
+    /// Safe, as [`Hints::wait`].
+    async fn hear(&mut self) -> Result<Heard, anyhow::Error> {
+        match self {
+            Self::Closed(_) => pending().await,
+            Self::Opening(opening) => {
+                *self = Self::Open(opening.await?);
+                Ok(Heard::Begun)
+            }
+            Self::Open(listener) => match listener.try_recv().await? {
+                Some(_) => Ok(Heard::Notification),
+                None => Err(anyhow!("the connection was lost")),
+            },
+        }
+    }
+}
+
+async fn listen(options: PgConnectOptions) -> Result<PgListener, anyhow::Error> {
+    let listening = async {
+        let pool = PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(CONNECT_MAX)
+            .connect_with(options)
+            .await?;
+        let mut listener = PgListener::connect_with(&pool).await?;
+        // Else it would connect again by itself, for half a minute, and without a word.
+        listener.eager_reconnect(false);
+        listener.listen("outbox_events").await?;
+        Ok(listener)
+    };
+    match timeout(CONNECT_MAX, listening).await {
+        Ok(listening) => listening,
+        Err(_) => Err(anyhow!("no answer within {} s", CONNECT_MAX.as_secs())),
     }
 }

@@ -326,6 +326,10 @@ impl Source for PostgresSource {
     async fn wake(&mut self) {
         self.hints.wait().await;
     }
+
+    fn rest(&mut self) {
+        self.hints.rest();
+    }
 }
 
 struct Read {

@@ -264,6 +264,17 @@ impl Log for PolledPostgres {
 pub struct HeardPostgres(PolledPostgres);
 
 impl HeardPostgres {
+    /// Nobody answers where it would listen.
+    pub fn source_that_cannot_listen(&self) -> PostgresSource {
+        let options = self.0.database.options.clone();
+        PostgresSource::new(Settings {
+            direct_options: options.clone().port(1),
+            options,
+            mode: CaptureMode::Listen,
+            poll_interval: POLL_INTERVAL,
+        })
+    }
+
     /// Emits in a transaction of its own and leaves it open.
     pub async fn begin_late(&mut self, events: Vec<Event>) -> Late {
         self.0.begin_late(events).await

@@ -1,6 +1,8 @@
 //! What a source keeps of one database only, or of the way in which it is woken.
 
 use super::*;
+use outbox_relay::source::postgres::PostgresSource;
+
 use crate::harness::log::HeardPostgres;
 
 #[tokio::test]
@@ -188,22 +190,64 @@ async fn nobody_listens_in_a_crowd() {
         return;
     };
     let mut reader = Reader::new(&log);
-    reader.drain(&mut log, limits).await;
-    reader.source.wake().await;
-    assert_eq!(listeners(&mut log).await, 1);
+    listens(&mut reader, &mut log, limits).await;
     log.emit(vec![event("e"); CROWD * limits.rows]).await;
     reader.drain(&mut log, limits).await;
     reader.source.wake().await;
-    let deaf = async { while listeners(&mut log).await > 0 {} };
-    timeout(PATIENCE, deaf).await.expect("it listens no more");
-    let calm = async {
-        while listeners(&mut log).await == 0 {
-            reader.drain(&mut log, limits).await;
+    listens_no_more(&mut log).await;
+    listens(&mut reader, &mut log, limits).await;
+    assert_eq!(reader.events().len(), CROWD * limits.rows);
+}
+
+/// What nobody takes would be kept by the server, until it has no more room and nobody can commit.
+#[tokio::test]
+async fn nobody_listens_who_rests() {
+    let Some(mut log) = HeardPostgres::create().await else {
+        return;
+    };
+    let mut reader = Reader::new(&log);
+    listens(&mut reader, &mut log, ROOMY).await;
+    reader.source.rest();
+    listens_no_more(&mut log).await;
+    let emitted = log.emit(vec![event("e")]).await;
+    listens(&mut reader, &mut log, ROOMY).await;
+    assert_eq!(reader.events(), emitted);
+}
+
+/// Attempts to listen take seconds where they fail, and are made again and again.
+#[tokio::test]
+async fn who_cannot_listen_polls() {
+    let Some(log) = HeardPostgres::create().await else {
+        return;
+    };
+    let mut source = log.source_that_cannot_listen();
+    let mut waited = Vec::new();
+    for _ in 0..5 {
+        capture(&mut source, ROOMY, &Position::beginning()).await;
+        let began = Instant::now();
+        source.wake().await;
+        waited.push(began.elapsed());
+    }
+    // The quickest of those behind the beginning: the machine may hold up any of them.
+    let quickest = waited[1..].iter().min();
+    assert!(quickest < Some(&Duration::from_secs(1)), "{waited:?}");
+}
+
+/// Waits until it does.
+async fn listens(reader: &mut Reader<PostgresSource>, log: &mut HeardPostgres, limits: PageLimits) {
+    let listening = async {
+        while listeners(log).await == 0 {
+            reader.drain(log, limits).await;
             reader.source.wake().await;
         }
+        reader.drain(log, limits).await;
     };
-    timeout(PATIENCE, calm).await.expect("it listens again");
-    assert_eq!(reader.events().len(), CROWD * limits.rows);
+    timeout(PATIENCE, listening).await.expect("it listens");
+}
+
+async fn listens_no_more(log: &mut HeardPostgres) {
+    let deaf = async { while listeners(log).await > 0 {} };
+    timeout(PATIENCE, deaf).await.expect("it listens no more");
 }
 
 /// Connections of this database that wait for notifications.
