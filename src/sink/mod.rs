@@ -61,6 +61,11 @@ pub trait Sink: Send {
     /// When the settings can't work.
     fn open(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
+    /// Ends the life: what is queued is not sent any more. The next one begins with [`open`](Sink::open).
+    fn close(&mut self) -> impl Future<Output = ()> + Send {
+        ready(())
+    }
+
     /// Takes over from whoever published under this name before, and reads which position was last
     /// [committed](Sink::commit) in this log, if the sink commits positions. Once in a life, before the first record.
     ///
@@ -133,6 +138,13 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.open().await,
             Self::Stdout(sink) => sink.open().await,
+        }
+    }
+
+    async fn close(&mut self) {
+        match self {
+            Self::Kafka(sink) => sink.close().await,
+            Self::Stdout(sink) => sink.close().await,
         }
     }
 

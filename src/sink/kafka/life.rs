@@ -64,8 +64,8 @@ enum News {
     Failed(Seq, Code, Option<String>),
     /// This topic may not be written to.
     Denied(String),
-    /// Something else is wrong, perhaps for good.
-    Trouble,
+    /// The producer is dead.
+    Fatal,
 }
 
 /// Runs on librdkafka's polling thread; only passes on what happened.
@@ -103,7 +103,10 @@ impl ClientContext for Context {
             }
             !known
         });
-        self.tell(News::Trouble);
+        // The others mend themselves, and come by the dozen a second, also while nobody listens.
+        if code == Some(Code::Fatal) {
+            self.tell(News::Fatal);
+        }
     }
 }
 
@@ -199,7 +202,7 @@ impl Life {
         }
     }
 
-    /// Asks a broker about one topic or all.
+    /// Asks a broker about one topic, or about all there are.
     pub(super) async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
         let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
         // librdkafka waits in the call.
@@ -209,10 +212,10 @@ impl Life {
 
     /// Whether there is no broker to which a connection is up, nor comes up for a while. A broker that is only slow to
     /// answer has one.
-    pub(super) async fn has_nobody(&self) -> bool {
+    pub(super) async fn has_nobody(&self, topic: Option<&str>) -> bool {
         const NOBODY: Code = Code::BrokerTransportFailure;
         matches!(
-            self.metadata(None).await,
+            self.metadata(topic).await,
             Err(KafkaError::MetadataFetch(NOBODY))
         )
     }
@@ -400,7 +403,7 @@ impl Life {
                     continue;
                 }
                 // After a fatal error nothing is sent any more, and without a message timeout nothing is said about it.
-                News::Trouble => match fatal(&self.producer) {
+                News::Fatal => match fatal(&self.producer) {
                     Some(reason) => (reason, None),
                     None => continue,
                 },
@@ -453,12 +456,12 @@ impl Life {
 }
 
 /// Whether the brokers answer a client that knows nothing of them yet.
-pub(super) async fn answers_others(settings: &Settings) -> bool {
-    let config = settings.client();
+pub(super) async fn answers_others(settings: &Settings, topic: Option<&str>) -> bool {
+    let (config, topic) = (settings.client(), topic.map(str::to_owned));
     let asked = spawn_blocking(move || {
         let client: BaseProducer<_> = config.create_with_context(Silent).ok()?;
         // The second answer comes from a broker that the first one named: those have to be reached.
-        let answered = (0..2).all(|_| ask(client.client(), None).is_ok());
+        let answered = (0..2).all(|_| ask(client.client(), topic.as_deref()).is_ok());
         Some((answered, client))
     });
     let Ok(Some((answered, client))) = asked.await else {
@@ -543,4 +546,28 @@ fn refused_for_good(code: Code) -> bool {
             | Code::PolicyViolation
             | Code::TopicAuthorizationFailed
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Those that mend themselves come all the time, and nobody listens where nothing is under way.
+    #[test]
+    fn only_what_is_fatal_is_news() {
+        let (sender, mut news) = mpsc::unbounded_channel();
+        let trouble = Arc::new(watch::Sender::new(None));
+        let context = Context {
+            news: sender,
+            trouble: trouble.clone(),
+        };
+        for code in [Code::BrokerTransportFailure, Code::AllBrokersDown] {
+            context.error(KafkaError::Global(code), "refused");
+        }
+        assert!(news.try_recv().is_err());
+        let known = trouble.borrow().clone();
+        assert!(known.is_some_and(|known| known.ends_with("refused")));
+        context.error(KafkaError::Global(Code::Fatal), "fenced");
+        assert!(matches!(news.try_recv(), Ok(News::Fatal)));
+    }
 }

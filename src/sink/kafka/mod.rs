@@ -33,6 +33,9 @@ pub struct KafkaSink {
     settings: Settings,
     life: Option<Life>,
     topics: HashMap<String, (Topic, Partitions)>,
+    /// One of them, of this life or one before: for questions that any answer would do for. Without a name the brokers would
+    /// tell of all topics that there are.
+    familiar: Option<String>,
     /// Topics that a life before was not allowed to write to. That shows only when a record is refused, which ends a life
     /// and takes other records along.
     denied: BTreeSet<String>,
@@ -56,6 +59,7 @@ impl KafkaSink {
             settings,
             life: None,
             topics: HashMap::new(),
+            familiar: None,
             denied: BTreeSet::new(),
             batch_bytes: MESSAGE_BYTES_DEFAULT,
         }
@@ -64,13 +68,17 @@ impl KafkaSink {
 
 impl Sink for KafkaSink {
     async fn open(&mut self) -> Result<(), SinkError> {
+        self.close().await;
         self.topics.clear();
-        if let Some(life) = self.life.take() {
-            self.denied.extend(life.end().await);
-        }
         let config = self.settings.producer(self.batch_bytes);
         self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
         Ok(())
+    }
+
+    async fn close(&mut self) {
+        if let Some(life) = self.life.take() {
+            self.denied.extend(life.end().await);
+        }
     }
 
     async fn resume(&mut self, log: &str) -> Result<Option<Position>, SinkError> {
@@ -88,7 +96,7 @@ impl Sink for KafkaSink {
     async fn check(&mut self) -> Result<(), SinkError> {
         let life = self.life.as_ref().ok_or_else(not_open)?;
         // The answer comes from any broker that is reached.
-        match life.metadata(None).await {
+        match life.metadata(self.familiar.as_deref()).await {
             Ok(()) => {
                 life.trouble.send_replace(None);
                 Ok(())
@@ -108,9 +116,10 @@ impl Sink for KafkaSink {
             return false;
         };
         // The last question gives time to one that was about to connect again by itself.
-        life.has_nobody().await
-            && life::answers_others(&self.settings).await
-            && life.has_nobody().await
+        let topic = self.familiar.as_deref();
+        life.has_nobody(topic).await
+            && life::answers_others(&self.settings, topic).await
+            && life.has_nobody(topic).await
     }
 
     async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
@@ -143,6 +152,7 @@ impl Sink for KafkaSink {
         })?;
         let partitions = life.first_records.add(topic.partitions);
         self.topics.insert(name.to_owned(), (topic, partitions));
+        self.familiar = Some(name.to_owned());
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
+use super::topic::MESSAGE_BYTES_DEFAULT;
 use crate::event::{PipelineName, Shard};
 
 /// The widest that librdkafka can be set to; the topic's own limit is checked before.
@@ -193,7 +194,8 @@ impl Settings {
 
     /// For reading what was committed.
     pub(super) fn reader(&self, group: &str) -> ClientConfig {
-        let mut config = self.connection();
+        // The way to the brokers may be among the properties; what makes it a reader is not theirs to say.
+        let mut config = self.client();
         config
             // Never joined, but there has to be one.
             .set("group.id", group)
@@ -257,6 +259,13 @@ impl Settings {
             sasl.password.as_ref().map(ExposeSecret::expose_secret),
         );
         config
+    }
+
+    /// As a producer begins. Public for the bench, whose bare loop has the same one.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn default_producer(&self) -> ClientConfig {
+        self.producer(MESSAGE_BYTES_DEFAULT)
     }
 
     /// For records, in batches of at most so many bytes.

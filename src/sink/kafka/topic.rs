@@ -22,6 +22,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again,
 /// at first and then.
 const ASKS_MAX: usize = 40;
+/// The same of one that was not made here: everybody waits for the answer.
+const ASKS_OF_OTHERS_MAX: usize = 8;
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(5);
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -127,7 +129,11 @@ impl Admin {
         let pauses = ExponentialBuilder::default()
             .with_min_delay(ASK_AGAIN_MIN)
             .with_max_delay(ASK_AGAIN_MAX)
-            .with_max_times(ASKS_MAX)
+            .with_max_times(if topics.create {
+                ASKS_MAX
+            } else {
+                ASKS_OF_OTHERS_MAX
+            })
             .build();
         for (asked, pause) in pauses.enumerate() {
             if let Some(found) = self.find(name)? {

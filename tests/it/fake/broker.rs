@@ -467,11 +467,8 @@ impl FakeSink {
 
 impl Sink for FakeSink {
     async fn open(&mut self) -> Result<(), SinkError> {
-        self.ids.clear();
+        self.close().await;
         let fails = self.shared.with(|world| {
-            if let Some(life) = self.life.take() {
-                world.close_producer(life);
-            }
             let often = world.faults.sink_open_error;
             world.chance(often)
         });
@@ -485,6 +482,13 @@ impl Sink for FakeSink {
                 .with(|world| world.open_producer(process, owner)),
         );
         Ok(())
+    }
+
+    async fn close(&mut self) {
+        self.ids.clear();
+        if let Some(life) = self.life.take() {
+            self.shared.with(|world| world.close_producer(life));
+        }
     }
 
     async fn resume(&mut self, _: &str) -> Result<Option<Position>, SinkError> {

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use outbox_relay::sink::Sink;
-use outbox_relay::sink::kafka::{KafkaSink, Settings};
+use outbox_relay::sink::kafka::{Delivery, KafkaSink, Settings};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::cluster::{LONG, consume, opened, publish, record, settings, topic, variable};
@@ -117,6 +117,36 @@ async fn secrets_among_the_properties_are_not_shown() {
     let error = sink.open().await.expect_err("no such property").to_string();
     assert!(error.contains("sasl.pasword"), "{error}");
     assert!(!error.contains("hunter2"), "{error}");
+}
+
+/// It holds for the reader of the position as well.
+#[tokio::test]
+async fn the_way_to_the_brokers_may_be_among_the_properties() {
+    const TEST: &str = "kafka::security::the_way_to_the_brokers_may_be_among_the_properties";
+    let Some(given) = sasl(TEST) else {
+        return;
+    };
+    let password = variable(TEST, "KAFKA_SASL_PASSWORD").expect("set, as sasl() has it");
+    let ca_file = given.tls.ca_file.expect("set, as tls() has it");
+    let mut settings = settings(&given.brokers);
+    settings.properties = [
+        ("security.protocol", "sasl_ssl"),
+        ("ssl.ca.location", ca_file.to_str().expect("UTF-8")),
+        ("sasl.mechanism", "SCRAM-SHA-512"),
+        (
+            "sasl.username",
+            &given.sasl.username.expect("set, as sasl() has it"),
+        ),
+        ("sasl.password", &password),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    settings.delivery = Delivery::ExactlyOnce;
+    settings.transactional_id = Some(topic("properties"));
+    let mut sink = KafkaSink::new(settings);
+    sink.open().await.expect("opening needs nobody");
+    let resumed = sink.resume("log").await.expect("a position that was read");
+    assert!(resumed.is_none(), "{resumed:?}");
 }
 
 /// Settings for TLS.
