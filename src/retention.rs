@@ -71,10 +71,12 @@ async fn look_after(
     let mut connection = connect(options).await?;
     let made = make(&mut connection, settings).await;
     let retired = retire(&mut connection, settings, metrics).await;
-    metrics.size(view::postgres::log_size(&mut connection).await?.bytes);
+    let size = view::postgres::log_size(&mut connection).await;
     // Whether the session ends politely is the server's affair.
     let _ = connection.close().await;
-    made.and(retired)
+    made.and(retired)?;
+    metrics.size(size?.bytes);
+    Ok(())
 }
 
 async fn make(connection: &mut PgConnection, settings: &Settings) -> Result<(), anyhow::Error> {

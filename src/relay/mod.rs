@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::books::{Closed, Desk, Pace};
@@ -38,7 +38,7 @@ use self::status::{State, Status};
 use self::turn::Turn;
 use crate::encode::Encoding;
 use crate::event::{PipelineName, Shard};
-use crate::ledger::{Acquired, Ledger, Tenure};
+use crate::ledger::{Acquired, Ledger, LedgerError, Tenure};
 use crate::order::{Suspects, Waiting};
 use crate::route::{Filter, Route};
 use crate::sink::Sink;
@@ -124,6 +124,9 @@ pub struct Changes {
     /// Instead of [`Settings::redrive_rate`].
     pub redrive_rate: usize,
 }
+
+/// How long a stop waits for a lease that was asked for just before.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
@@ -218,12 +221,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 return None;
             }
             let lease_end = LeaseEnd::asked_now(self.settings.lease_ttl, (self.now_us)());
-            let acquired = tokio::select! {
-                biased;
-                () = stop.cancelled() => return None,
-                acquired = self.ledger.acquire() => acquired,
-            };
-            match acquired {
+            match self.acquire(stop).await? {
                 Ok(Acquired::Ours(tenure)) => return Some((tenure, lease_end)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
@@ -249,6 +247,17 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
+    /// Asks for the lease. A request to stop waits a little for the answer: what was taken is to be given back. None when it
+    /// does not come.
+    async fn acquire(&mut self, stop: &CancellationToken) -> Option<Result<Acquired, LedgerError>> {
+        let mut acquiring = std::pin::pin!(self.ledger.acquire());
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => timeout(LAST_WORDS, acquiring).await.ok(),
+            acquired = &mut acquiring => Some(acquired),
+        }
+    }
+
     /// Waits until this relay may ask for the lease; false when asked to stop.
     async fn wait_for_turn(&mut self, stop: &CancellationToken) -> bool {
         loop {
@@ -269,7 +278,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     }
 
     /// False when asked to stop.
-    async fn linger(&self, time: Duration, stop: &CancellationToken) -> bool {
+    async fn linger(&mut self, time: Duration, stop: &CancellationToken) -> bool {
         tokio::select! {
             biased;
             () = stop.cancelled() => false,
@@ -293,10 +302,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             },
         ) = self.publish(tenure, lease_end, metrics, stop).await;
         let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
-        if !drained {
-            // What is queued must not leave any more: from here on somebody else may publish.
-            self.reopen_sink().await;
-        }
+        // What is queued must not leave any more: from here on somebody else may publish.
+        self.sink.close().await;
         if !books_open {
             return over;
         }
@@ -381,7 +388,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
 
     /// Says what is wrong and waits a little; false when asked to stop meanwhile.
     async fn pause(
-        &self,
+        &mut self,
         reason: String,
         backoff: &mut ExponentialBackoff,
         stop: &CancellationToken,
@@ -389,12 +396,6 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         self.set_state(State::Stalled { reason });
         self.linger(backoff.next().unwrap_or(BACKOFF_MAX), stop)
             .await
-    }
-
-    async fn reopen_sink(&mut self) {
-        if let Err(error) = self.sink.open().await {
-            tracing::warn!(pipeline = %self.pipeline.name, %error, "could not reset the sink");
-        }
     }
 
     fn set_state(&self, state: State) {

@@ -203,13 +203,13 @@ impl<K: Sink> Publisher<'_, K> {
                 };
                 let Some(ended) = ended else { continue };
                 // What came while it was asked counts, and more than the answer.
-                match self.sink.receipts(&mut receipts).now_or_never() {
-                    Some(Ok(())) if life.in_flight.rows() > 0 => {
-                        life.heard_at = Instant::now();
-                        if let Some(ended) = self.settle(life, &mut receipts) {
-                            return ended;
-                        }
-                    }
+                let awaited = life.in_flight.rows() > 0;
+                let more = self.sink.receipts(&mut receipts).now_or_never();
+                if let Some(ended) = self.settle(life, &mut receipts) {
+                    return ended;
+                }
+                match more {
+                    Some(Ok(())) if awaited => life.heard_at = Instant::now(),
                     _ => return ended,
                 }
             }
@@ -309,10 +309,15 @@ impl<K: Sink> Publisher<'_, K> {
         bytes: usize,
     ) -> Result<Option<Pause>, Ended> {
         match self.judge(life, event) {
-            Verdict::HandedOver(topic) => {
+            Verdict::Offered(Offered::HandedOver(topic)) => {
                 life.in_flight
                     .push(event.id, bytes, event.occurred_at_us, topic);
             }
+            Verdict::Offered(Offered::Rejected(rejection)) => {
+                return self.reject(life, event, bytes, rejection);
+            }
+            Verdict::Offered(Offered::Paused(pause)) => return Ok(Some(pause)),
+            Verdict::Offered(Offered::Broken(error)) => return Err(Ended::Sink(error)),
             Verdict::LeftOut => {
                 self.suspects.acquit(event.id);
                 let seq = life
@@ -322,9 +327,6 @@ impl<K: Sink> Publisher<'_, K> {
                 life.filtered += 1;
             }
             Verdict::Wait => return self.set_aside(life, event, bytes, None),
-            Verdict::Rejected(rejection) => return self.reject(life, event, bytes, rejection),
-            Verdict::Paused(pause) => return Ok(Some(pause)),
-            Verdict::Broken(error) => return Err(Ended::Sink(error)),
         }
         Ok(None)
     }
@@ -360,39 +362,39 @@ impl<K: Sink> Publisher<'_, K> {
         match filter.admits(event) {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
-            Err(rejection) => return Verdict::Rejected(rejection),
+            Err(rejection) => return Verdict::Offered(Offered::Rejected(rejection)),
         }
         if let Some(rejection) = self.condemned.get(&(event.id, Try::First)) {
-            return Verdict::Rejected(rejection.clone());
+            return Verdict::Offered(Offered::Rejected(rejection.clone()));
         }
         if self.waiting.holds(event) {
             return Verdict::Wait;
         }
-        self.offer(life, event)
+        Verdict::Offered(self.offer(life, event))
     }
 
     /// Through route and encoding to the sink.
-    pub(super) fn offer(&mut self, life: &mut Life, event: &Event) -> Verdict {
+    pub(super) fn offer(&mut self, life: &mut Life, event: &Event) -> Offered {
         let Pipeline {
             route, encoding, ..
         } = self.pipeline;
         let texts = Texts::of(event);
         let record = match encode(event, &texts, route, encoding) {
             Ok(record) => record,
-            Err(rejection) => return Verdict::Rejected(rejection),
+            Err(rejection) => return Offered::Rejected(rejection),
         };
         match self.sink.hand_over(life.in_flight.next_seq(), &record) {
             Ok(()) => {
                 life.batch.begin();
-                Verdict::HandedOver(life.topics.index_of(&record.topic, self.metrics))
+                Offered::HandedOver(life.topics.index_of(&record.topic, self.metrics))
             }
-            Err(Refused::Full) => Verdict::Paused(Pause::Full),
+            Err(Refused::Full) => Offered::Paused(Pause::Full),
             Err(Refused::Unprepared) => match life.topics.refusal(&record.topic) {
-                Some(rejection) => Verdict::Rejected(rejection),
-                None => Verdict::Paused(Pause::Prepare(record.topic.into_owned())),
+                Some(rejection) => Offered::Rejected(rejection),
+                None => Offered::Paused(Pause::Prepare(record.topic.into_owned())),
             },
-            Err(Refused::Rejected(rejection)) => Verdict::Rejected(rejection),
-            Err(Refused::Broken(error)) => Verdict::Broken(error),
+            Err(Refused::Rejected(rejection)) => Offered::Rejected(rejection),
+            Err(Refused::Broken(error)) => Offered::Broken(error),
         }
     }
 
@@ -465,14 +467,19 @@ impl<K: Sink> Publisher<'_, K> {
     }
 }
 
-/// What became of one event.
-pub(super) enum Verdict {
-    /// On its way, to the topic with this index.
-    HandedOver(u32),
+/// What became of one event of the log.
+enum Verdict {
     /// Not for this pipeline.
     LeftOut,
     /// Has to wait behind a parked event of its entity.
     Wait,
+    Offered(Offered),
+}
+
+/// What became of an event that is to be published.
+pub(super) enum Offered {
+    /// On its way, to the topic with this index.
+    HandedOver(u32),
     Rejected(Rejection),
     /// Not now.
     Paused(Pause),

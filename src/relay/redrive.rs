@@ -11,7 +11,7 @@ use bytestring::ByteString;
 use tokio::sync::oneshot;
 
 use super::books::Order;
-use super::publish::{Ended, Life, Pause, Publisher, Verdict};
+use super::publish::{Ended, Life, Offered, Pause, Publisher};
 use super::topics::Topics;
 use crate::event::{Event, EventId, Rejection, Seq};
 use crate::ledger::{Due, Released, Resolved};
@@ -161,16 +161,15 @@ impl<K: Sink> Publisher<'_, K> {
             let this = Try::Redriven(row.attempts);
             let now_us = (self.now_us)();
             match self.offer_again(life, event, this) {
-                Verdict::HandedOver(topic) => {
+                Offered::HandedOver(topic) => {
                     // Its latency is the operator's, not the relay's.
                     life.in_flight.push_again(event.id, bytes, now_us, topic);
                     life.redrive.took();
                     return Ok(None);
                 }
-                Verdict::Paused(pause) => return Ok(Some(pause)),
-                Verdict::Broken(error) => return Err(Ended::Sink(error)),
-                Verdict::Rejected(rejection) => life.redrive.reject(rejection),
-                Verdict::LeftOut | Verdict::Wait => {}
+                Offered::Paused(pause) => return Ok(Some(pause)),
+                Offered::Broken(error) => return Err(Ended::Sink(error)),
+                Offered::Rejected(rejection) => life.redrive.reject(rejection),
             }
         }
         let seq = life
@@ -182,9 +181,9 @@ impl<K: Sink> Publisher<'_, K> {
     }
 
     /// Without the filter, which it has passed before, and without the order, which its entity waits to keep.
-    fn offer_again(&mut self, life: &mut Life, event: &Event, this: Try) -> Verdict {
+    fn offer_again(&mut self, life: &mut Life, event: &Event, this: Try) -> Offered {
         match self.condemned.get(&(event.id, this)) {
-            Some(rejection) => Verdict::Rejected(rejection.clone()),
+            Some(rejection) => Offered::Rejected(rejection.clone()),
             None => self.offer(life, event),
         }
     }
@@ -225,6 +224,8 @@ impl<K: Sink> Publisher<'_, K> {
         for row in rows {
             self.condemned
                 .remove(&(row.id, Try::Redriven(row.attempts)));
+            // Whatever became of it, it is not tried again now.
+            self.suspects.acquit(row.id);
             match row.fate {
                 Fate::Publish => redriven += 1,
                 Fate::Drop => dropped += 1,
@@ -234,7 +235,6 @@ impl<K: Sink> Publisher<'_, K> {
             if !matches!(row.fate, Fate::Publish | Fate::Drop) {
                 continue;
             }
-            self.suspects.acquit(row.id);
             if row.holds {
                 let (aggregate_type, aggregate_id) = &row.entity;
                 self.waiting.remove(aggregate_type, aggregate_id, 1);

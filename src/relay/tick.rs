@@ -11,8 +11,20 @@ use crate::telemetry::Levels;
 
 /// Without a word of the sink for this long, and with records in flight, the pipeline counts as stalled.
 const STALL: Duration = Duration::from_secs(3);
-/// After so long a silence, and again each time that it has lasted so much longer, the sink is asked whether it will end.
+/// After so long a silence the sink is asked whether it will end, and again when it has lasted twice as long as it had when the
+/// answer came, or this much longer: a question makes a client try to connect all the time.
 const ASK: Duration = Duration::from_secs(5);
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(10);
+
+/// How long the sink has to be silent before it is asked.
+fn ask_after(life: &Life) -> Duration {
+    let asked_at = life.asked_at.duration_since(life.heard_at);
+    if asked_at.is_zero() {
+        ASK
+    } else {
+        asked_at + asked_at.min(ASK_AGAIN_MAX)
+    }
+}
 
 impl<K: Sink> Publisher<'_, K> {
     /// Says why the life has to end. With `asks` it may take some ten seconds, where the sink does not answer.
@@ -37,12 +49,15 @@ impl<K: Sink> Publisher<'_, K> {
                 }),
             };
             self.report(life, state);
-            answer.err()?;
+            if answer.is_ok() {
+                return None;
+            }
         }
-        let silent = life.heard_at.max(life.asked_at).elapsed();
-        if (in_doubt || in_flight) && silent >= ASK {
+        if (in_doubt || in_flight) && life.heard_at.elapsed() >= ask_after(life) {
+            let cut_off = self.sink.is_cut_off().await;
+            // Behind the answer, which takes some seconds: they are not to be followed by the next question.
             life.asked_at = Instant::now();
-            if self.sink.is_cut_off().await {
+            if cut_off {
                 let reason = "the sink answers others, but this client no longer: it begins again";
                 return Some(Ended::Sink(SinkError(reason.to_owned())));
             }

@@ -12,11 +12,11 @@ use crate::telemetry::PipelineMetrics;
 #[derive(Default)]
 pub(super) struct Topics {
     known: Vec<TopicTally>,
+    indexes: HashMap<String, u32>,
     refused: HashMap<String, (Instant, Rejection)>,
 }
 
 struct TopicTally {
-    name: String,
     delivered: u64,
     counter: Counter,
 }
@@ -28,20 +28,16 @@ impl Topics {
     const REFUSAL: Duration = Duration::from_secs(10);
 
     pub(super) fn index_of(&mut self, name: &str, metrics: &PipelineMetrics) -> u32 {
-        let index = self
-            .known
-            .iter()
-            .position(|topic| topic.name == name)
-            .unwrap_or_else(|| {
-                let counter = metrics.delivered(name);
-                self.known.push(TopicTally {
-                    name: name.to_owned(),
-                    delivered: 0,
-                    counter,
-                });
-                self.known.len() - 1
-            });
-        u32::try_from(index).unwrap_or(Self::NONE)
+        if let Some(index) = self.indexes.get(name) {
+            return *index;
+        }
+        let index = u32::try_from(self.known.len()).unwrap_or(Self::NONE);
+        self.indexes.insert(name.to_owned(), index);
+        self.known.push(TopicTally {
+            delivered: 0,
+            counter: metrics.delivered(name),
+        });
+        index
     }
 
     pub(super) fn delivered(&mut self, tag: u32) {

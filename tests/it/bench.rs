@@ -146,6 +146,7 @@ fn report() -> Report {
         machine: "2 cores of a machine, 8 GiB".to_owned(),
         kernel: "6.0.0".to_owned(),
         load_average: 0.5,
+        stolen_percent: Some(1.25),
         postgres: "17.6 (fsync on)".to_owned(),
         kafka: "4.1.0".to_owned(),
         sizes: "2 rounds".to_owned(),
@@ -175,7 +176,7 @@ fn report() -> Report {
 fn the_table_says_it_all() {
     expect![[r#"
         outbox-relay 0.0.0 0123456789ab
-        2 cores of a machine, 8 GiB, Linux 6.0.0, load 0.5
+        2 cores of a machine, 8 GiB, Linux 6.0.0, load 0.5, the host took 1.2 %
         PostgreSQL 17.6 (fsync on); Kafka 4.1.0
         2 rounds
         NOT FIGURES: --quick
@@ -191,7 +192,7 @@ fn the_table_says_it_all() {
     .assert_eq(&report().show(false));
     expect![[r#"
         outbox-relay 0.0.0 0123456789ab
-        2 cores of a machine, 8 GiB, Linux 6.0.0, load 0.5
+        2 cores of a machine, 8 GiB, Linux 6.0.0, load 0.5, the host took 1.2 %
         PostgreSQL 17.6 (fsync on); Kafka 4.1.0
         2 rounds
         NOT FIGURES: --quick

@@ -1,29 +1,28 @@
 //! The loop in situations that are too narrow to wait for: the fakes of the simulation, each time with one turn of events.
 
-use std::pin::pin;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::task::{Context, Waker};
+mod ends;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use outbox_relay::event::{Record, Seq, Shard};
-use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
-};
-use outbox_relay::position::Position;
+use outbox_relay::event::Shard;
+use outbox_relay::ledger::Ledger;
 use outbox_relay::relay::status::{State, Status};
 use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Relay, Settings};
-use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
-use outbox_relay::source::{Page, PageLimits, Source, SourceError};
+use outbox_relay::sink::Sink;
+use outbox_relay::source::{PageLimits, Source, SourceError};
 use tokio::sync::watch;
-use tokio::time::{Instant, advance, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::fake::Shared;
+use self::ends::{Doubted, Meddled, SlowLedger, SlowSource, StoppedAtReceipt, WALL_US};
 use crate::fake::books::FakeLedger;
 use crate::fake::broker::FakeSink;
 use crate::fake::log::{FakeSource, Poison};
+use crate::fake::{Shared, World};
 use crate::oracle::{Bounds, Fact, Rejected, judge};
 use crate::sim::{Rules, become_calm, pipeline};
 
@@ -147,138 +146,6 @@ fn is_well(shared: &Shared) {
     });
 }
 
-/// Answers late, or asks the database late, as often as there is something in the lists.
-struct SlowLedger {
-    ledger: FakeLedger,
-    /// Between the grant and the answer.
-    granted: Vec<Duration>,
-    /// Before a renewal, and between it and its answer; the next one is the last.
-    renewed: Vec<(Duration, Duration)>,
-}
-
-impl Ledger for SlowLedger {
-    async fn acquire(&mut self) -> Result<Acquired, LedgerError> {
-        let acquired = self.ledger.acquire().await;
-        sleep(self.granted.pop().unwrap_or_default()).await;
-        acquired
-    }
-
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        let (before, after) = self.renewed.pop().unwrap_or_default();
-        sleep(before).await;
-        let renewed = self.ledger.renew().await;
-        sleep(after).await;
-        renewed
-    }
-
-    async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
-        self.ledger.acknowledge(position).await
-    }
-
-    async fn park(&mut self, parked: &[Parked]) -> Result<Fenced, LedgerError> {
-        self.ledger.park(parked).await
-    }
-
-    async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
-        self.ledger.due(rows, bytes).await
-    }
-
-    async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
-        self.ledger.resolve(resolved).await
-    }
-
-    async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {
-        self.ledger.release(settled).await
-    }
-}
-
-/// Asks somebody else before every read once the first event is delivered, so that its topic is known.
-struct Meddled<F> {
-    shared: Shared,
-    source: FakeSource,
-    reads: usize,
-    meddle: F,
-}
-
-impl<F> Meddled<F> {
-    fn new(shared: &Shared, meddle: F) -> Self {
-        Self {
-            shared: shared.clone(),
-            source: source(shared),
-            reads: 0,
-            meddle,
-        }
-    }
-}
-
-/// The process is stopped by the system while the first receipts come in.
-struct StoppedAtReceipt {
-    sink: FakeSink,
-    stopped_for: Option<Duration>,
-    /// The whole machine: its monotonic clock stands still, and its wall clock is ahead afterwards.
-    suspended_for: Option<Duration>,
-}
-
-/// The wall clock of a machine that is suspended.
-static WALL_US: AtomicI64 = AtomicI64::new(0);
-
-impl Sink for StoppedAtReceipt {
-    async fn open(&mut self) -> Result<(), SinkError> {
-        self.sink.open().await
-    }
-
-    async fn check(&mut self) -> Result<(), SinkError> {
-        self.sink.check().await
-    }
-
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
-        self.sink.prepare(topic).await
-    }
-
-    fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
-        self.sink.hand_over(seq, record)
-    }
-
-    async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
-        let received = self.sink.receipts(into).await;
-        if let Some(stopped_for) = self.stopped_for.take() {
-            // The clock moves on at the first poll, and nobody else is polled meanwhile.
-            let mut advance = pin!(advance(stopped_for));
-            let polled = advance
-                .as_mut()
-                .poll(&mut Context::from_waker(Waker::noop()));
-            assert!(polled.is_pending());
-        }
-        if let Some(suspended_for) = self.suspended_for.take() {
-            let us = i64::try_from(suspended_for.as_micros()).unwrap();
-            WALL_US.fetch_add(us, Ordering::Relaxed);
-        }
-        received
-    }
-
-    fn trouble(&self) -> Option<String> {
-        self.sink.trouble()
-    }
-}
-
-impl<F: FnMut(usize) -> Result<(), SourceError> + Send> Source for Meddled<F> {
-    fn seek(&mut self, position: Position) {
-        self.source.seek(position);
-    }
-
-    async fn capture(&mut self, limits: PageLimits, at: &Position) -> Result<Page, SourceError> {
-        if self.shared.with(|world| world.books.position.last_id.0 > 0) {
-            self.reads += 1;
-            (self.meddle)(self.reads)?;
-        }
-        self.source.capture(limits, at).await
-    }
-
-    async fn wake(&mut self) {
-        self.source.wake().await;
-    }
-}
-
 fn broken_off() -> Result<(), SourceError> {
     Err(SourceError::Transient(anyhow!("the connection was lost")))
 }
@@ -304,6 +171,79 @@ fn what_is_queued_stays_when_the_lease_is_given_back() {
         });
         run_for(LEASE * 10, relay(meddled, sink(&shared), ledger(&shared))).await;
         is_well(&shared);
+    });
+}
+
+/// Goes down for so long while the first page is read.
+fn goes_down_for(shared: &Shared, time: Duration) {
+    shared.with(|world| world.broker.down_until = Some(Instant::now() + time));
+}
+
+/// Each question makes its client try to connect, over and over.
+#[test]
+fn a_sink_that_is_away_is_not_asked_all_the_time() {
+    const AWAY: Duration = Duration::from_mins(5);
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
+                goes_down_for(&shared, AWAY);
+                commit(&shared, &[("order", "1", None)]);
+            }
+            Ok(())
+        });
+        let asked = Arc::new(AtomicUsize::new(0));
+        let doubted = Doubted {
+            sink: sink(&shared),
+            asked: asked.clone(),
+        };
+        run_for(AWAY + LEASE * 10, relay(meddled, doubted, ledger(&shared))).await;
+        is_well(&shared);
+        let asked = asked.load(Ordering::Relaxed);
+        // Each answer takes 6 s, and after it there are 10.
+        assert!((10..20).contains(&asked), "{asked} times");
+    });
+}
+
+/// What a database keeps for a listener would grow all the time.
+#[test]
+fn a_source_rests_while_its_pages_find_no_room() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let meddled = Meddled::new(&shared, |read| {
+            if read == 1 {
+                goes_down_for(&shared, Duration::from_mins(1));
+                // Those in flight, being handed over and waiting are three pages.
+                commit(&shared, &[("order", "1", None); 50]);
+            }
+            Ok(())
+        });
+        let rests = meddled.rests.clone();
+        let relay = relay(meddled, sink(&shared), ledger(&shared));
+        run_for(Duration::from_secs(30), relay).await;
+        // Once for want of room, and once at the end of the life.
+        assert!(rests.load(Ordering::Relaxed) > 1);
+    });
+}
+
+/// Nobody else would give it back, and the next relay would wait until it has run out.
+#[test]
+fn a_lease_that_comes_with_a_request_to_stop_is_given_back() {
+    story(async |shared| {
+        let late = SlowLedger {
+            ledger: ledger(&shared),
+            granted: vec![Duration::from_millis(500)],
+            renewed: Vec::new(),
+        };
+        let relay = relay(source(&shared), sink(&shared), late);
+        run_for(Duration::from_millis(100), relay).await;
+        let released = |world: &mut World| {
+            let facts = &world.history.facts;
+            facts
+                .iter()
+                .any(|(_, fact)| matches!(fact, Fact::Released { .. }))
+        };
+        assert!(shared.with(released));
     });
 }
 
@@ -525,32 +465,6 @@ fn a_machine_that_was_suspended_past_its_lease_hands_nothing_over() {
             );
         });
     });
-}
-
-/// Takes its time over every page but the first.
-struct SlowSource {
-    source: FakeSource,
-    pages: usize,
-    slow: Duration,
-}
-
-impl Source for SlowSource {
-    fn seek(&mut self, position: Position) {
-        self.source.seek(position);
-    }
-
-    async fn capture(&mut self, limits: PageLimits, at: &Position) -> Result<Page, SourceError> {
-        if self.pages > 0 {
-            sleep(self.slow).await;
-        }
-        let page = self.source.capture(limits, at).await?;
-        self.pages += usize::from(!page.events.is_empty());
-        Ok(page)
-    }
-
-    async fn wake(&mut self) {
-        self.source.wake().await;
-    }
 }
 
 /// A backlog of ten pages, and how many transactions it took by when.
