@@ -9,7 +9,7 @@ use crate::cursors;
 use crate::judge::Expected;
 use crate::process::{Broker, BrokerUsage, Process, Usage};
 use crate::report::median;
-use crate::workload::EVENT_TYPE;
+use crate::workload::{EVENT_TYPE, Workload};
 use crate::world::{Bare, Log, Run, Setup, World};
 
 pub const LOOK: Duration = Duration::from_millis(20);
@@ -17,14 +17,25 @@ pub const LOOK: Duration = Duration::from_millis(20);
 const SILENCE_MAX: Duration = Duration::from_mins(2);
 
 /// What is to be drained.
-#[derive(Clone, Copy)]
 pub struct Backlog<'a> {
     pub log: &'a Log,
-    pub aggregate_types: &'a [String],
+    pub aggregate_types: Vec<String>,
     /// Behind this id.
     pub after: i64,
     /// Rows of the bare loop's selects.
     pub page: i64,
+}
+
+impl<'a> Backlog<'a> {
+    /// All events of a log that has no others.
+    pub fn all(log: &'a Log, workload: Workload) -> Self {
+        Self {
+            log,
+            aggregate_types: workload.aggregate_types(),
+            after: 0,
+            page: workload.page(),
+        }
+    }
 }
 
 /// What was measured of it.
@@ -145,7 +156,7 @@ pub async fn await_records(
 
 /// Drains with a relay, and judges what it has published.
 pub async fn relay(world: &World, backlog: &Backlog<'_>, setup: &Setup) -> Result<Drain, Error> {
-    let run = world.run(setup.pipelines, backlog.aggregate_types).await?;
+    let run = world.run(setup.pipelines, &backlog.aggregate_types).await?;
     relay_as(world, backlog, setup, run).await
 }
 
@@ -186,23 +197,15 @@ pub async fn naked(world: &World, backlog: &Backlog<'_>, setup: &Setup) -> Resul
     bare(world, backlog, setup, false).await
 }
 
-/// Drains with a bare loop whose records have headers.
-pub async fn naked_with_headers(
-    world: &World,
-    backlog: &Backlog<'_>,
-    setup: &Setup,
-) -> Result<Drain, Error> {
-    bare(world, backlog, setup, true).await
-}
-
-async fn bare(
+/// Drains with a bare loop, whose records have headers or not.
+pub async fn bare(
     world: &World,
     backlog: &Backlog<'_>,
     setup: &Setup,
     headers: bool,
 ) -> Result<Drain, Error> {
     let expected = emitted(backlog.log, backlog.after, setup.filtered).await?;
-    let run = world.run(setup.pipelines, backlog.aggregate_types).await?;
+    let run = world.run(setup.pipelines, &backlog.aggregate_types).await?;
     let mut watched = Watched::default();
     let broker = BrokerWatch::begin(world.broker)?;
     let bare = Bare {

@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -10,13 +12,13 @@ use futures_util::future::try_join_all;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
-use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, Producer};
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
-use crate::topics;
+use crate::topics::{COMPRESSION, Cluster};
 use crate::workload::{PAYLOAD_BYTES, Workload};
 use crate::world::Log;
 
@@ -167,27 +169,30 @@ pub async fn emit_one(db: &mut PgConnection, key: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Emits so many events per second until it is enough, all by one writer: a bare loop would lose events of two.
-pub async fn arrive(log: &Log, events_per_second: u32, enough: &Cell<bool>) -> Result<(), Error> {
+/// Emits so many events per second until it is enough, all by one writer: a bare loop would lose events of two. Returns how
+/// many a second it really were.
+pub async fn arrive(log: &Log, events_per_second: u32, enough: &Cell<bool>) -> Result<f64, Error> {
     let mut db = log.connect().await?;
     let row = Workload::of(1).row();
+    let at_once = events_per_second.div_ceil(ARRIVALS);
     let insert = format!(
         "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload) \
-         {row} from generate_series(1, {}) n",
-        events_per_second.div_ceil(ARRIVALS)
+         {row} from generate_series(1, {at_once}) n"
     );
     let mut every = tokio::time::interval(Duration::from_secs(1) / ARRIVALS);
+    let (began, mut emitted) = (Instant::now(), 0.0);
     while !enough.get() {
         every.tick().await;
         db.execute(sqlx::query(AssertSqlSafe(insert.clone())))
             .await?;
+        emitted += f64::from(at_once);
     }
-    Ok(())
+    Ok(emitted / began.elapsed().as_secs_f64())
 }
 
 /// Produces records with the same keys straight to a topic; returns when each was due.
-pub fn produce(brokers: &str, topic: String, pace: Pace) -> Result<Vec<Committed>, Error> {
-    let producer: ThreadedProducer<DefaultProducerContext> = topics::producer(brokers).create()?;
+pub fn produce(cluster: &Cluster, topic: String, pace: Pace) -> Result<Vec<Committed>, Error> {
+    let producer = cluster.producer(COMPRESSION)?;
     // The relay has its connections by now as well.
     producer
         .send(BaseRecord::to(&topic).key("warm").payload("{}"))
@@ -227,19 +232,22 @@ fn payload() -> String {
 }
 
 /// A thread that notes when each key arrives first.
-pub struct Listener(JoinHandle<Result<HashMap<String, Instant>, Error>>);
+pub struct Listener {
+    thread: JoinHandle<Result<HashMap<String, Instant>, Error>>,
+    leaves: Arc<AtomicBool>,
+}
 
 impl Listener {
     /// Waits for so many different keys that begin with `e`; returns when a first record, of the key `warm`, has come.
     ///
     /// `publish_first` publishes one; it is called again and again, as the first ones may come before the consumer is there.
     pub async fn start(
-        brokers: &str,
+        cluster: &Cluster,
         topic: &str,
         events: u32,
         publish_first: impl AsyncFn() -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let consumer = topics::consumer(brokers)?;
+        let consumer = cluster.consumer()?;
         let mut partitions = TopicPartitionList::new();
         let metadata = consumer.fetch_metadata(Some(topic), ARRIVAL_MAX)?;
         let found = metadata.topics().first().context("no such topic")?;
@@ -249,11 +257,13 @@ impl Listener {
         consumer.assign(&partitions)?;
         let (warm, mut is_warm) = oneshot::channel();
         let events = usize::try_from(events)?;
-        let thread = std::thread::spawn(move || collect(&consumer, events, warm));
+        let leaves = Arc::new(AtomicBool::new(false));
+        let left = Arc::clone(&leaves);
+        let thread = std::thread::spawn(move || collect(&consumer, events, warm, &left));
         loop {
             publish_first().await?;
             match tokio::time::timeout(FIRST_EVERY, &mut is_warm).await {
-                Ok(Ok(())) => return Ok(Self(thread)),
+                Ok(Ok(())) => return Ok(Self { thread, leaves }),
                 Ok(Err(_)) => {
                     join(thread)??;
                     return Err(anyhow!("the consumer ended early"));
@@ -265,7 +275,7 @@ impl Listener {
 
     /// When each arrived, in the order of the keys' numbers; none for what came to be lost would be an error.
     pub fn seen(self, events: u32) -> Result<Vec<Instant>, Error> {
-        let seen = join(self.0)??;
+        let seen = join(self.thread)??;
         (0..events)
             .map(|n| {
                 let at = seen.get(&format!("e{n}")).copied();
@@ -273,16 +283,24 @@ impl Listener {
             })
             .collect()
     }
+
+    /// Whatever has come.
+    pub fn leave(self) -> Result<(), Error> {
+        self.leaves.store(true, Ordering::Relaxed);
+        join(self.thread)??;
+        Ok(())
+    }
 }
 
 fn collect(
     consumer: &BaseConsumer,
     events: usize,
     warm: oneshot::Sender<()>,
+    leaves: &AtomicBool,
 ) -> Result<HashMap<String, Instant>, Error> {
     let mut seen = HashMap::with_capacity(events);
     let (mut warm, mut heard) = (Some(warm), Instant::now());
-    while seen.len() < events {
+    while seen.len() < events && !leaves.load(Ordering::Relaxed) {
         let message = match consumer.poll(Duration::from_millis(100)) {
             Some(Ok(message)) => message,
             Some(Err(KafkaError::PartitionEOF(_))) => continue,

@@ -38,6 +38,7 @@ pub async fn header(world: &World, options: &Options) -> Result<Header, Error> {
             "{} rounds, backlogs of {} events, steady load for {} s, {} partitions per topic",
             sizes.rounds, sizes.events, sizes.seconds, options.partitions
         ),
+        stolen_percent: None,
         caveats,
     })
 }
@@ -81,18 +82,46 @@ fn machine() -> String {
 async fn postgres(world: &World) -> Result<String, Error> {
     let row = sqlx::query(
         "select current_setting('server_version'), current_setting('fsync'), \
-                current_setting('synchronous_commit'), current_setting('shared_buffers')",
+                current_setting('synchronous_commit'), current_setting('shared_buffers'), current_setting('wal_level')",
     )
     .fetch_one(&mut world.admin().await?)
     .await?;
     let cell = |n: usize| row.try_get::<String, _>(n);
     Ok(format!(
-        "{} (fsync {}, synchronous_commit {}, shared_buffers {})",
+        "{} (fsync {}, synchronous_commit {}, shared_buffers {}, wal_level {})",
         cell(0)?,
         cell(1)?,
         cell(2)?,
-        cell(3)?
+        cell(3)?,
+        cell(4)?
     ))
+}
+
+/// What the host has taken of the processors so far, and all that there was of them.
+pub struct Stolen {
+    stolen: f64,
+    all: f64,
+}
+
+impl Stolen {
+    /// Zero where the system does not tell.
+    pub fn until_now() -> Self {
+        let line = first_line("/proc/stat");
+        let times: Vec<f64> = line
+            .split_whitespace()
+            .skip(1)
+            .filter_map(|time| time.parse().ok())
+            .collect();
+        Self {
+            stolen: times.get(7).copied().unwrap_or_default(),
+            all: times.iter().take(8).sum(),
+        }
+    }
+
+    /// In percent.
+    pub fn percent_since(&self, before: &Self) -> f64 {
+        100.0 * (self.stolen - before.stolen) / (self.all - before.all).max(1.0)
+    }
 }
 
 fn first_line(file: &str) -> String {

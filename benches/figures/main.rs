@@ -33,6 +33,7 @@ use std::process::ExitCode;
 use anyhow::Error;
 use clap::{Parser, ValueEnum};
 
+use machine::Stolen;
 use options::{Action, Case, Cli, Options};
 use report::Report;
 use world::World;
@@ -71,10 +72,12 @@ async fn measure(options: Options) -> Result<ExitCode, Error> {
     for line in report.header.lines() {
         eprintln!("{line}");
     }
+    let before = Stolen::until_now();
     let interrupted = tokio::select! {
         () = all(&options, &world, &mut report) => false,
         asked = tokio::signal::ctrl_c() => { asked?; true }
     };
+    report.header.stolen_percent = Some(Stolen::until_now().percent_since(&before));
     let cleaned = world.clean().await;
     if interrupted {
         report.failed.push("interrupted".to_owned());
@@ -109,7 +112,7 @@ async fn all(options: &Options, world: &World, report: &mut Report) {
         }
     }
     if report.rows.is_empty() && report.skipped.is_empty() && report.failed.is_empty() {
-        let only = options.only.as_deref().unwrap_or_default();
+        let only = &options.only;
         let failure = format!("nothing was measured: no variant's name contains {only:?}");
         report.failed.push(failure);
     }

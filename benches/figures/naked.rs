@@ -2,7 +2,8 @@
 //! filter or metric; with the headers of the relay's records where asked. A process of its own, so that its CPU and memory
 //! are measured as the relay's are.
 //!
-//! It goes on looking every 200 ms, as the relay does, until SIGTERM; then it waits for what it has handed over.
+//! It goes on looking every 200 ms, as the relay does, or when it is notified, until SIGTERM; then it waits for what it has
+//! handed over.
 
 use std::io::Write;
 use std::pin::pin;
@@ -13,22 +14,23 @@ use futures_util::future::try_join_all;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::types::RDKafkaErrorCode;
-use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Row};
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
 use crate::options::Naked;
-use crate::topics;
+use crate::topics::Cluster;
 
 const LOOK: Duration = Duration::from_millis(200);
 const FLUSH_MAX: Duration = Duration::from_mins(1);
 
 pub async fn run(naked: Naked) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate())?;
+    let cluster = Cluster::new(naked.brokers.clone(), naked.kafka_config.as_deref())?;
     let producers: Vec<ThreadedProducer<DefaultProducerContext>> = (0..naked.loops)
-        .map(|_| topics::producer(&naked.brokers).create())
+        .map(|_| cluster.producer(&naked.compression))
         .collect::<Result<_, _>>()?;
     let loops = producers
         .iter()
@@ -58,6 +60,12 @@ async fn publish(
          from outbox.events where id > $1 order by id limit $2"
     );
     let mut last = naked.after;
+    let mut listener = None;
+    if naked.listen {
+        let mut listening = PgListener::connect(&naked.url).await?;
+        listening.listen("outbox_events").await?;
+        listener = Some(listening);
+    }
     loop {
         let rows = sqlx::query(AssertSqlSafe(&*page))
             .bind(last)
@@ -65,7 +73,10 @@ async fn publish(
             .fetch_all(&mut db)
             .await?;
         let Some(tail) = rows.last() else {
-            tokio::time::sleep(LOOK).await;
+            match &mut listener {
+                Some(listener) => drop(listener.recv().await?),
+                None => tokio::time::sleep(LOOK).await,
+            }
             continue;
         };
         last = tail.try_get(0)?;

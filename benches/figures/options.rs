@@ -77,9 +77,9 @@ pub struct Options {
     /// What to measure [default: everything].
     #[arg(value_enum)]
     pub cases: Vec<Case>,
-    /// Only variants whose name contains this text.
+    /// Only variants whose name contains this text, or one of several.
     #[arg(long, value_name = "TEXT")]
-    pub only: Option<String>,
+    pub only: Vec<String>,
     /// Small sizes and two rounds: shows that everything works. These are not figures.
     #[arg(long)]
     pub quick: bool,
@@ -125,6 +125,9 @@ pub struct Options {
     /// Where Kafka is; the bench creates topics, and deletes them.
     #[arg(long, value_name = "HOST:PORT,…", env = "KAFKA_BROKERS")]
     pub kafka_brokers: Option<String>,
+    /// Properties of librdkafka, a NAME=VALUE a line: encryption and login, for the bench and for the relay.
+    #[arg(long, value_name = "FILE")]
+    pub kafka_config: Option<PathBuf>,
     /// Which Kafka that is, for the header: brokers do not tell.
     #[arg(long, value_name = "VERSION", env = "KAFKA_VERSION")]
     pub kafka_version: Option<String>,
@@ -182,6 +185,10 @@ pub struct Naked {
     pub url: String,
     #[arg(long)]
     pub brokers: String,
+    #[arg(long)]
+    pub kafka_config: Option<PathBuf>,
+    #[arg(long)]
+    pub compression: String,
     /// Topics are PREFIX.LOOP.AGGREGATE_TYPE.
     #[arg(long)]
     pub prefix: String,
@@ -200,4 +207,7 @@ pub struct Naked {
     /// Publish records with the headers that the relay's have.
     #[arg(long)]
     pub headers: bool,
+    /// Look when a notification comes, and not every 200 ms.
+    #[arg(long)]
+    pub listen: bool,
 }

@@ -27,6 +27,9 @@ pub struct Header {
     pub kernel: String,
     /// Before the bench began: others on the machine are noise.
     pub load_average: f64,
+    /// What the host took of the processors while it ran.
+    #[serde(default)]
+    pub stolen_percent: Option<f64>,
     pub postgres: String,
     pub kafka: String,
     pub sizes: String,
@@ -194,10 +197,13 @@ impl Report {
 
 impl Header {
     pub fn lines(&self) -> Vec<String> {
+        let stolen = self.stolen_percent.map_or(String::new(), |percent| {
+            format!(", the host took {percent:.1} %")
+        });
         let mut lines = vec![
             format!("outbox-relay {} {}", self.relay, self.commit),
             format!(
-                "{}, Linux {}, load {}",
+                "{}, Linux {}, load {}{stolen}",
                 self.machine, self.kernel, self.load_average
             ),
             format!("PostgreSQL {}; Kafka {}", self.postgres, self.kafka),

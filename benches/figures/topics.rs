@@ -1,9 +1,11 @@
 //! The topics of one measurement: made, watched, read to the end, deleted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, bail, ensure};
+use outbox_relay::config::{Config, Sink};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -18,57 +20,110 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// A consumer that is given nothing for so long will not get it.
 const SILENCE_MAX: Duration = Duration::from_mins(1);
 
+/// That of relay.toml.
+pub const COMPRESSION: &str = "lz4";
+
 /// What a record of 1 MiB needs.
 pub const RECORD_BYTES_MAX: &str = "4194304";
+
+/// A Kafka cluster, and how it is reached. Its properties may be secrets.
+#[derive(Clone)]
+pub struct Cluster {
+    pub brokers: String,
+    /// Of librdkafka.
+    pub properties: BTreeMap<String, String>,
+}
+
+impl Cluster {
+    /// With the properties of a file, a `NAME=VALUE` a line.
+    pub fn new(brokers: String, file: Option<&Path>) -> Result<Self, Error> {
+        let mut properties = BTreeMap::new();
+        let text = match file {
+            Some(file) => std::fs::read_to_string(file)
+                .with_context(|| format!("read --kafka-config {}", file.display()))?,
+            None => String::new(),
+        };
+        for line in text.lines().map(str::trim) {
+            if !line.is_empty() && !line.starts_with('#') {
+                let property = line.split_once('=');
+                let (name, value) =
+                    property.context("--kafka-config has a line that is no NAME=VALUE")?;
+                properties.insert(name.trim().to_owned(), value.trim().to_owned());
+            }
+        }
+        Ok(Self {
+            brokers,
+            properties,
+        })
+    }
+
+    fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.brokers);
+        for (name, value) in &self.properties {
+            config.set(name, value);
+        }
+        config
+    }
+
+    fn admin(&self) -> Result<AdminClient<DefaultClientContext>, Error> {
+        self.client().create().context("make an admin client")
+    }
+
+    /// Reads what is committed, tells the ends of partitions, and has no part in a group.
+    pub fn consumer(&self) -> Result<BaseConsumer, Error> {
+        self.client()
+            // A broker that was away leads in a new epoch, and what is known of the old one is refused.
+            .set("metadata.max.age.ms", "2000")
+            .set("group.id", "figures")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("isolation.level", "read_committed")
+            .set("enable.partition.eof", "true")
+            .set("queued.max.messages.kbytes", "32768")
+            .create()
+            .context("make a consumer")
+    }
+
+    /// The producer of the bare loop: a relay's, to the last property.
+    pub fn producer(
+        &self,
+        compression: &str,
+    ) -> Result<ThreadedProducer<DefaultProducerContext>, Error> {
+        let settings = [
+            // Is never connected to.
+            ("RELAY_SOURCE__POSTGRES__URL", "postgres://nobody@nowhere/"),
+            ("RELAY_SINK__KAFKA__BROKERS", &self.brokers),
+            ("RELAY_SINK__KAFKA__COMPRESSION", compression),
+        ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let Sink::Kafka(mut settings) = Config::load(None, settings)?.sink else {
+            bail!("relay.toml is made for another sink");
+        };
+        settings.properties.clone_from(&self.properties);
+        settings
+            .default_producer()
+            .create()
+            .context("make a producer")
+    }
+}
 
 /// Deleted by [`Topics::delete`] only: a run that fails leaves that to the end of the bench.
 pub struct Topics {
     pub names: Vec<String>,
     partitions: i32,
-    brokers: String,
+    cluster: Cluster,
     watch: BaseConsumer,
-}
-
-pub fn client(brokers: &str) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", brokers);
-    config
-}
-
-/// Reads what is committed, tells the ends of partitions, and has no part in a group.
-pub fn consumer(brokers: &str) -> Result<BaseConsumer, Error> {
-    client(brokers)
-        // A broker that was away leads in a new epoch, and what is known of the old one is refused.
-        .set("metadata.max.age.ms", "2000")
-        .set("group.id", "figures")
-        .set("enable.auto.commit", "false")
-        .set("enable.auto.offset.store", "false")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("queued.max.messages.kbytes", "32768")
-        .create()
-        .context("make a consumer")
-}
-
-/// The producer of the bare loop: the relay's settings.
-pub fn producer(brokers: &str) -> ClientConfig {
-    let mut config = client(brokers);
-    config
-        .set("acks", "all")
-        .set("enable.idempotence", "true")
-        .set("compression.type", "lz4")
-        .set("linger.ms", "0")
-        .set("batch.num.messages", "10000")
-        .set("message.max.bytes", RECORD_BYTES_MAX)
-        .set("queue.buffering.max.messages", "20000")
-        .set("queue.buffering.max.kbytes", "32768");
-    config
 }
 
 impl Topics {
     /// Creates them, with the broker's clock as the time of a record.
-    pub async fn create(brokers: &str, names: Vec<String>, partitions: i32) -> Result<Self, Error> {
-        let admin: AdminClient<DefaultClientContext> = client(brokers).create()?;
+    pub async fn create(
+        cluster: &Cluster,
+        names: Vec<String>,
+        partitions: i32,
+    ) -> Result<Self, Error> {
+        let admin = cluster.admin()?;
         let new: Vec<NewTopic<'_>> = names
             .iter()
             .map(|name| {
@@ -86,8 +141,8 @@ impl Topics {
         let topics = Self {
             names,
             partitions,
-            brokers: brokers.to_owned(),
-            watch: consumer(brokers)?,
+            cluster: cluster.clone(),
+            watch: cluster.consumer()?,
         };
         topics.await_leaders().await?;
         Ok(topics)
@@ -100,8 +155,8 @@ impl Topics {
         Ok(Self {
             names: names.cloned().collect(),
             partitions: self.partitions,
-            brokers: self.brokers.clone(),
-            watch: consumer(&self.brokers)?,
+            cluster: self.cluster.clone(),
+            watch: self.cluster.consumer()?,
         })
     }
 
@@ -118,7 +173,7 @@ impl Topics {
     }
 
     pub async fn delete(self) -> Result<(), Error> {
-        delete(&self.brokers, &self.names).await
+        delete(&self.cluster, &self.names).await
     }
 
     fn list(&self, offset: Offset) -> Result<TopicPartitionList, KafkaError> {
@@ -153,7 +208,7 @@ impl Topics {
         &self,
         mut each: impl FnMut(&BorrowedMessage<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let consumer = consumer(&self.brokers)?;
+        let consumer = self.cluster.consumer()?;
         consumer.assign(&self.list(Offset::Beginning)?)?;
         let partitions = usize::try_from(self.partitions)?;
         let (mut ended, mut heard) = (0, Instant::now());
@@ -193,8 +248,8 @@ impl Topics {
     }
 }
 
-pub async fn delete(brokers: &str, names: &[String]) -> Result<(), Error> {
-    let admin: AdminClient<DefaultClientContext> = client(brokers).create()?;
+pub async fn delete(cluster: &Cluster, names: &[String]) -> Result<(), Error> {
+    let admin = cluster.admin()?;
     let existing: BTreeSet<String> = admin
         .inner()
         .fetch_metadata(None, ANSWER_MAX)?
@@ -225,8 +280,8 @@ fn sequence(message: &BorrowedMessage<'_>) -> Result<i64, Error> {
 }
 
 /// Produces one record and waits for it.
-pub fn produce_one(brokers: &str, topic: &str, key: &str) -> Result<(), Error> {
-    let producer: ThreadedProducer<DefaultProducerContext> = producer(brokers).create()?;
+pub fn produce_one(cluster: &Cluster, topic: &str, key: &str) -> Result<(), Error> {
+    let producer = cluster.producer(COMPRESSION)?;
     producer
         .send(BaseRecord::to(topic).key(key).payload("{}"))
         .map_err(|(error, _)| error)?;

@@ -96,6 +96,25 @@ impl Workload {
     }
 }
 
+/// Makes partitions from the first id on, of an empty log: those that the migration has made are for five million events.
+pub async fn make_partitions(
+    db: &mut PgConnection,
+    partitions: i32,
+    events: i64,
+) -> Result<(), Error> {
+    db.execute(AssertSqlSafe(format!(
+        "do $$ declare name text; begin
+           for name in select inhrelid::regclass::text from pg_inherits
+                        where inhparent = 'outbox.events'::regclass and inhrelid <> 'outbox.events_default'::regclass
+           loop execute 'drop table ' || name; end loop;
+         end $$;
+         select outbox.make_partitions({partitions}, {events})"
+    )))
+    .await
+    .context("make partitions")?;
+    Ok(())
+}
+
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(

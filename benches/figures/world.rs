@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Executor};
 
 use crate::options::{Options, Sizes};
 use crate::process::{Broker, Process};
-use crate::topics::{self, Topics};
+use crate::topics::{self, COMPRESSION, Cluster, Topics};
 use crate::workload::{EVENT_TYPE, Workload};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,7 @@ impl Default for Setup {
         Self {
             capture: Capture::Poll,
             exactly_once: false,
-            compression: "lz4",
+            compression: COMPRESSION,
             pipelines: 1,
             shards: 1,
             latest: false,
@@ -118,9 +119,10 @@ impl Run {
 
 pub struct World {
     pub sizes: Sizes,
-    pub brokers: String,
+    pub cluster: Cluster,
     pub broker: Option<Broker>,
-    only: Option<String>,
+    kafka_config: Option<PathBuf>,
+    only: Vec<String>,
     partitions: i32,
     server: PgConnectOptions,
     /// Begins the names of everything.
@@ -139,7 +141,11 @@ impl World {
         let brokers = options.kafka_brokers.clone();
         Ok(Self {
             sizes: options.sizes(),
-            brokers: brokers.with_context(|| format!("KAFKA_BROKERS {say}"))?,
+            cluster: Cluster::new(
+                brokers.with_context(|| format!("KAFKA_BROKERS {say}"))?,
+                options.kafka_config.as_deref(),
+            )?,
+            kafka_config: options.kafka_config.clone(),
             broker: options.broker_pid.map(Broker::of).transpose()?,
             only: options.only.clone(),
             partitions: options.partitions,
@@ -154,8 +160,7 @@ impl World {
 
     /// Whether a variant was asked for.
     pub fn wants(&self, variant: &str) -> bool {
-        let only = self.only.as_deref();
-        only.is_none_or(|only| variant.contains(only))
+        self.only.is_empty() || self.only.iter().any(|only| variant.contains(only))
     }
 
     pub async fn admin(&self) -> Result<PgConnection, Error> {
@@ -225,7 +230,7 @@ impl World {
                     .map(move |aggregate| format!("{name}.{number}.{aggregate}"))
             })
             .collect();
-        let topics = Topics::create(&self.brokers, names, self.partitions).await?;
+        let topics = Topics::create(&self.cluster, names, self.partitions).await?;
         Ok(Run {
             name,
             pipelines,
@@ -268,11 +273,15 @@ impl World {
              [admin]\nenabled = false\n[log]\nlevel = \"warn\"\n",
             log.options.to_url_lossy().as_str(),
             setup.capture.name(),
-            self.brokers,
+            self.cluster.brokers,
             setup.compression,
             setup.shards,
             setup.lease.as_millis(),
         );
+        text += "[sink.kafka.properties]\n";
+        for (name, value) in &self.cluster.properties {
+            writeln!(text, "{name:?} = {value:?}")?;
+        }
         if let Some((keep, events)) = setup.retention {
             let (keep_ms, interval_ms) = (keep.as_millis(), (keep.as_millis() / 5).max(1000));
             write!(
@@ -302,15 +311,22 @@ impl World {
         naked
             .arg("naked")
             .args(["--url", log.options.to_url_lossy().as_str()])
-            .args(["--brokers", &self.brokers, "--prefix", &run.name])
+            .args(["--brokers", &self.cluster.brokers, "--prefix", &run.name])
+            .args(["--compression", setup.compression])
             .args(["--loops", &setup.pipelines.to_string()])
             .args(["--page", &bare.page.to_string()])
             .args(["--after", &bare.after.to_string()]);
         if setup.filtered {
             naked.args(["--event-type", EVENT_TYPE]);
         }
+        if let Some(file) = &self.kafka_config {
+            naked.arg("--kafka-config").arg(file);
+        }
         if bare.headers {
             naked.arg("--headers");
+        }
+        if setup.capture == Capture::Listen {
+            naked.arg("--listen");
         }
         Process::start("bare loop", &mut naked)
     }
@@ -322,6 +338,6 @@ impl World {
             let drop = format!("drop database if exists {name} with (force)");
             admin.execute(AssertSqlSafe(drop)).await?;
         }
-        topics::delete(&self.brokers, &[format!("{}-", self.prefix)]).await
+        topics::delete(&self.cluster, &[format!("{}-", self.prefix)]).await
     }
 }

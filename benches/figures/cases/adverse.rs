@@ -5,8 +5,8 @@ use anyhow::{Error, ensure};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
-use super::{NAKED, add};
-use crate::drain::{self, Backlog, Drain, Watched, await_records, emitted, now_ms};
+use super::{NAKED, add, in_turn};
+use crate::drain::{self, Backlog, Drain, Watched, await_records, emitted};
 use crate::report::{Place, Report};
 use crate::workload::Workload;
 use crate::world::{Log, Run, Setup, World};
@@ -42,14 +42,14 @@ const TROUBLES: [(&str, Trouble); 7] = [
 const LATE: &str = "late bulk transaction";
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         let mut untroubled = None;
         for (variant, trouble) in TROUBLES {
             // The others are measured beside the first.
             if trouble != Trouble::None && !world.wants(variant) {
                 continue;
             }
-            let (relay, naked) = trouble.drain(world).await?;
+            let (relay, naked) = trouble.drain(world, round).await?;
             let mut place = Place {
                 case: CASE,
                 variant,
@@ -77,11 +77,10 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
 
 impl Trouble {
     /// Makes it, drains in it, and ends it: an open transaction would be in everybody's snapshots.
-    async fn drain(self, world: &World) -> Result<(Drain, Drain), Error> {
+    async fn drain(self, world: &World, round: u32) -> Result<(Drain, Drain), Error> {
         let log = world.log().await?;
         let workload = Workload::of(world.sizes.events);
-        let aggregate_types = workload.aggregate_types();
-        let run = world.run(1, &aggregate_types).await?;
+        let run = world.run(1, &workload.aggregate_types()).await?;
         let mut db = log.connect().await?;
         let session = self.begin(world, &log).await?;
         let mut after = 0;
@@ -92,19 +91,23 @@ impl Trouble {
         if self != Self::StaleStatistics {
             db.execute("vacuum analyze outbox.events").await?;
         }
+        // Whoever reads a row first writes down that it is committed: that is to be over, and on the disk.
+        db.execute("select count(*) from outbox.events").await?;
         db.execute("checkpoint").await?;
         let backlog = Backlog {
-            log: &log,
-            aggregate_types: &aggregate_types,
             after,
-            page: workload.page(),
+            ..Backlog::all(&log, workload)
         };
         let setup = Setup::default();
-        let relay = drain::relay_as(world, &backlog, &setup, run).await?;
-        let naked = drain::naked(world, &backlog, &setup).await?;
+        let measured = in_turn(
+            round,
+            drain::relay_as(world, &backlog, &setup, run),
+            drain::naked(world, &backlog, &setup),
+        )
+        .await?;
         drop(session);
         world.forget(&log).await?;
-        Ok((relay, naked))
+        Ok(measured)
     }
 
     /// What was there before the backlog; the trouble lasts as long as the session.
@@ -175,8 +178,8 @@ async fn without_autovacuum(db: &mut PgConnection) -> Result<(), Error> {
     Ok(())
 }
 
-/// A transaction of many events commits after as many others, with higher ids, have been published; counted from its
-/// commit. The bare loop would lose all of them: its limit is a drain of both, one behind the other.
+/// A transaction of many events commits after as many others, with higher ids, have been published. The bare loop would lose
+/// all of them: its limit is a drain of both, one behind the other.
 async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
     let log = world.log().await?;
     let workload = Workload::of(world.sizes.events);
@@ -197,7 +200,7 @@ async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
     let mut watched = Watched::default();
     let mut relay = world.relay(&log, &run, &setup)?;
     await_records(&run, workload.events, &mut relay, &mut watched).await?;
-    let (before, committed_ms) = (watched.look(&mut relay)?, now_ms()?);
+    let before = watched.look(&mut relay)?;
     bulk.execute("commit").await?;
     await_records(&run, workload.events * 2, &mut relay, &mut watched).await?;
     let mut usage = watched.look(&mut relay)?;
@@ -212,14 +215,14 @@ async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
         found.records,
         workload.events
     );
-    let took_ms = found.last_ms()? - committed_ms;
-    let relay = Drain::of(workload.events, took_ms, (usage, None), &watched);
+    let usage = (usage, None);
+    let relay = Drain::of(workload.events, found.milliseconds()?, usage, &watched);
     run.topics.delete().await?;
+    // As in the other troubles, nobody is the first to read them.
+    db.execute("checkpoint").await?;
     let backlog = Backlog {
-        log: &log,
-        aggregate_types: &aggregate_types,
-        after: 0,
-        page: workload.page(),
+        aggregate_types: aggregate_types.into(),
+        ..Backlog::all(&log, workload)
     };
     let naked = drain::naked(world, &backlog, &setup).await?;
     world.forget(&log).await?;

@@ -17,6 +17,8 @@ use crate::world::{Bare, Log, Run, Setup, World};
 const CASE: &str = "catch-up";
 /// Between two looks at the lag: long enough for a batch to be on its way.
 const LOOK: Duration = Duration::from_millis(500);
+/// Fewer of what was asked would be another case: the lag shrinks when nothing arrives.
+const ARRIVED_MIN: f64 = 0.9;
 const GIVE_UP: Duration = Duration::from_hours(1);
 
 /// How the backlog went.
@@ -25,6 +27,8 @@ struct CaughtUp {
     seconds: f64,
     /// The most that the lag grew from one look to the next, in events.
     growth: i64,
+    /// Of those that arrived.
+    events_per_second: f64,
     memory: Memory,
 }
 
@@ -68,6 +72,8 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         report.add(&place, "seconds", relay.seconds, naked.seconds);
         let (growth, least) = (to_f64(relay.growth), to_f64(naked.growth));
         report.add(&place, "growth of lag, events", growth, least);
+        let (arrived, limit) = (relay.events_per_second, naked.events_per_second);
+        report.add(&place, "arrivals/s", arrived, limit);
         add_memory(report, &place, &relay.memory, &naked.memory);
         place.limit = PRODUCE;
         latency::add(
@@ -123,7 +129,12 @@ async fn catch_up(
             tokio::time::sleep(LOOK).await;
         }
     };
-    let (took, ()) = tokio::try_join!(looking, live::arrive(log, world.sizes.arrivals, &enough))?;
+    let (took, events_per_second) =
+        tokio::try_join!(looking, live::arrive(log, world.sizes.arrivals, &enough))?;
+    ensure!(
+        events_per_second >= ARRIVED_MIN * f64::from(world.sizes.arrivals),
+        "only {events_per_second:.0} events/s arrived: this machine has no room for more"
+    );
     let all = emitted(log, 0, false).await?;
     await_records(run, all.events, process, &mut watched).await?;
     let usage = watched.look(process)?;
@@ -131,6 +142,7 @@ async fn catch_up(
     Ok(CaughtUp {
         seconds: took.as_secs_f64(),
         growth: growth.unwrap_or_default().max(0),
+        events_per_second,
         memory: watched.memory(usage),
     })
 }

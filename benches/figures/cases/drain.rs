@@ -2,7 +2,7 @@
 
 use anyhow::Error;
 
-use super::{NAKED, NAKED_WITH_HEADERS, add};
+use super::{NAKED, NAKED_WITH_HEADERS, add, in_turn};
 use crate::drain::{self, Backlog, Drain, to_f64};
 use crate::report::{Place, Report};
 use crate::workload::{Keys, PAYLOAD_BYTES, Workload};
@@ -26,10 +26,10 @@ struct Variant {
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     let variants = variants(world.sizes.events, world.sizes.large);
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         let mut relays: Vec<(&str, Drain)> = Vec::new();
         for variant in variants.iter().filter(|variant| world.wants(variant.name)) {
-            let relay = measure(world, variant, report).await?;
+            let relay = measure(world, variant, round, report).await?;
             let other = relays
                 .iter()
                 .find(|(name, _)| Some(*name) == variant.beside);
@@ -47,16 +47,20 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     world.forget_backlogs().await
 }
 
-async fn measure(world: &World, variant: &Variant, report: &mut Report) -> Result<Drain, Error> {
+async fn measure(
+    world: &World,
+    variant: &Variant,
+    round: u32,
+    report: &mut Report,
+) -> Result<Drain, Error> {
     let log = world.backlog(variant.workload).await?;
-    let backlog = Backlog {
-        log: &log,
-        aggregate_types: &variant.workload.aggregate_types(),
-        after: 0,
-        page: variant.workload.page(),
-    };
-    let relay = drain::relay(world, &backlog, &variant.setup).await?;
-    let naked = drain::naked(world, &backlog, &variant.setup).await?;
+    let backlog = Backlog::all(&log, variant.workload);
+    let (relay, naked) = in_turn(
+        round,
+        drain::relay(world, &backlog, &variant.setup),
+        drain::naked(world, &backlog, &variant.setup),
+    )
+    .await?;
     let place = Place {
         case: CASE,
         variant: variant.name,
@@ -64,7 +68,7 @@ async fn measure(world: &World, variant: &Variant, report: &mut Report) -> Resul
     };
     add(report, &place, &relay, &naked);
     if variant.like_for_like {
-        let naked = drain::naked_with_headers(world, &backlog, &variant.setup).await?;
+        let naked = drain::bare(world, &backlog, &variant.setup, true).await?;
         let limit = NAKED_WITH_HEADERS;
         add(report, &Place { limit, ..place }, &relay, &naked);
     }
@@ -164,14 +168,16 @@ fn setups(base: Workload) -> Vec<Variant> {
         ..plain(name, base)
     };
     let default = Setup::default();
-    let mut eight = with(
-        "8 pipelines",
-        Setup {
-            pipelines: 8,
-            ..default
-        },
-    );
-    eight.axes = vec![("pipelines", 8.0)];
+    let piped = |name, pipelines: u32| Variant {
+        axes: vec![("pipelines", f64::from(pipelines))],
+        ..with(
+            name,
+            Setup {
+                pipelines: pipelines as usize,
+                ..default
+            },
+        )
+    };
     let sharded = |name, shards| Variant {
         axes: vec![("shards", f64::from(shards))],
         ..with(name, Setup { shards, ..default })
@@ -196,7 +202,9 @@ fn setups(base: Workload) -> Vec<Variant> {
                 },
             )
         },
-        eight,
+        piped("2 pipelines", 2),
+        piped("4 pipelines", 4),
+        piped("8 pipelines", 8),
         compressed("233 B, not compressed", "none"),
         compressed("233 B, zstd", "zstd"),
         sharded("2 shards", 2),

@@ -5,21 +5,27 @@ use std::time::Instant;
 use anyhow::{Context, Error};
 use sqlx::{AssertSqlSafe, Executor};
 
+use super::in_turn;
 use crate::drain::{Watched, await_records, emitted};
 use crate::live::{self, Committed, Listener, Pace};
 use crate::process::Process;
 use crate::recorder::{PERCENTILES, Recorder};
 use crate::report::{Place, Report, number};
 use crate::topics;
-use crate::world::{Capture, Log, Run, Setup, World};
+use crate::workload::make_partitions;
+use crate::world::{Bare, Capture, Log, Run, Setup, World};
 
 const CASE: &str = "latency";
-const RATES: [u32; 3] = [10, 1_000, 10_000];
+const RATES: [u32; 4] = [10, 500, 1_000, 10_000];
 /// At this rate six days of events are 100 partitions.
 const RETAINING_RATE: u32 = 1_000;
 const RETAINED_PARTITIONS: i32 = 100;
+/// Rows of the bare listener's selects.
+const PAGE: i64 = 5000;
 /// What the limit is.
 pub const PRODUCE: &str = "produce and consume";
+/// What the limit of the CPU is: a bare loop that looks when a notification comes.
+const BARE_LISTENER: &str = "bare listener";
 
 /// Times of one measurement.
 pub struct Live {
@@ -31,11 +37,13 @@ pub struct Live {
     writer: Recorder,
     /// Events per second that were really committed.
     rate: f64,
+    /// Of a core.
     cpu: f64,
+    peak_mib: f64,
 }
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         for rate in RATES {
             let pace = Pace::of(rate, world.sizes.seconds);
             let mut variants = Vec::from([Capture::Listen, Capture::Poll].map(|capture| {
@@ -49,14 +57,23 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
             }
             for (variant, capture, retained) in variants {
                 if world.wants(&variant) {
-                    let live = relay(world, capture, pace, retained).await?;
-                    let naked = naked(world, pace).await?;
-                    let place = Place {
+                    let (live, naked) = in_turn(
+                        round,
+                        relay(world, capture, pace, retained),
+                        naked(world, pace),
+                    )
+                    .await?;
+                    let mut place = Place {
                         case: CASE,
                         variant: &variant,
                         limit: PRODUCE,
                     };
                     add(report, &place, pace, (&live, &naked));
+                    if capture == Capture::Listen {
+                        place.limit = BARE_LISTENER;
+                        let least = bare_listener(world, pace).await?;
+                        report.add(&place, "% of a core", live.cpu * 100.0, least * 100.0);
+                    }
                 }
             }
         }
@@ -82,6 +99,7 @@ pub fn add(report: &mut Report, place: &Place<'_>, pace: Pace, of: (&Live, &Reco
         }
     }
     report.add(place, "% of a core", live.cpu * 100.0, None);
+    report.add(place, "peak MiB", live.peak_mib, None);
     let asked = f64::from(pace.events_per_second);
     report.add(place, "events/s, asked", live.rate, asked);
     let Place {
@@ -123,19 +141,12 @@ async fn relay(world: &World, capture: Capture, pace: Pace, retained: i32) -> Re
 async fn retain(log: &Log, partitions: i32) -> Result<(), Error> {
     const ROWS: i64 = 1_000_000;
     let mut db = log.connect().await?;
-    db.execute(
-        "do $$ declare name text; begin
-           for name in select inhrelid::regclass::text from pg_inherits
-                        where inhparent = 'outbox.events'::regclass and inhrelid <> 'outbox.events_default'::regclass
-           loop execute 'drop table ' || name; end loop;
-         end $$",
-    )
-    .await?;
-    db.execute(AssertSqlSafe(format!(
-        "select outbox.make_partitions({partitions}, {ROWS}); select setval('outbox.events_id_seq', {})",
+    make_partitions(&mut db, partitions, ROWS).await?;
+    let skip = format!(
+        "select setval('outbox.events_id_seq', {})",
         i64::from(partitions) * ROWS
-    )))
-    .await?;
+    );
+    db.execute(AssertSqlSafe(skip)).await?;
     Ok(())
 }
 
@@ -148,16 +159,11 @@ pub async fn flow(
     relay: &mut Process,
 ) -> Result<Live, Error> {
     let topic = &run.topics.names[0];
-    let listener = Listener::start(&world.brokers, topic, pace.events(), async || {
+    let listener = Listener::start(&world.cluster, topic, pace.events(), async || {
         live::emit_one(&mut log.connect().await?, "warm").await
     })
     .await?;
-    let warm = async {
-        tokio::time::sleep(pace.warm_up()).await;
-        Ok((relay.usage()?, Instant::now()))
-    };
-    let (committed, (before, began)) = tokio::try_join!(live::emit(log, pace), warm)?;
-    let (after, took) = (relay.usage()?, began.elapsed());
+    let (committed, cpu) = emit(log, pace, relay).await?;
     let seen = listener.seen(pace.events())?;
     // With those that found out whether everything runs.
     let all = emitted(log, 0, false).await?;
@@ -167,7 +173,8 @@ pub async fn flow(
         commit: Recorder::new()?,
         writer: Recorder::new()?,
         rate: rate(pace, &committed)?,
-        cpu: after.cpu.saturating_sub(before.cpu).as_secs_f64() / took.as_secs_f64(),
+        cpu,
+        peak_mib: relay.usage()?.peak_mib,
     };
     for (event, Committed { due, at }) in events(pace, &committed) {
         live.due.record(due, seen[event])?;
@@ -175,6 +182,49 @@ pub async fn flow(
         live.writer.record(due, at)?;
     }
     Ok(live)
+}
+
+/// Emits at the pace; the transactions, and what part of a core the process takes behind the warm-up.
+async fn emit(
+    log: &Log,
+    pace: Pace,
+    process: &mut Process,
+) -> Result<(Vec<Committed>, f64), Error> {
+    let warm = async {
+        tokio::time::sleep(pace.warm_up()).await;
+        Ok((process.usage()?, Instant::now()))
+    };
+    let (committed, (before, began)) = tokio::try_join!(live::emit(log, pace), warm)?;
+    let (after, took) = (process.usage()?, began.elapsed());
+    let cpu = after.cpu.saturating_sub(before.cpu);
+    Ok((committed, cpu.as_secs_f64() / took.as_secs_f64()))
+}
+
+/// What part of a core a bare loop takes that is notified. It loses events of transactions that commit late.
+async fn bare_listener(world: &World, pace: Pace) -> Result<f64, Error> {
+    let log = world.log().await?;
+    let run = world.run(1, &["event0".to_owned()]).await?;
+    let setup = Setup {
+        capture: Capture::Listen,
+        ..Setup::default()
+    };
+    let bare = Bare {
+        headers: true,
+        ..Bare::of(PAGE)
+    };
+    let mut process = world.naked(&log, &run, &setup, bare)?;
+    let topic = &run.topics.names[0];
+    // Somebody consumes, as beside the relay.
+    let listener = Listener::start(&world.cluster, topic, pace.events(), async || {
+        live::emit_one(&mut log.connect().await?, "warm").await
+    })
+    .await?;
+    let (_, cpu) = emit(&log, pace, &mut process).await?;
+    listener.leave()?;
+    process.stop().await?;
+    run.topics.delete().await?;
+    world.forget(&log).await?;
+    Ok(cpu)
 }
 
 /// Events per second behind the warm-up.
@@ -189,11 +239,11 @@ fn rate(pace: Pace, committed: &[Committed]) -> Result<f64, Error> {
 pub async fn naked(world: &World, pace: Pace) -> Result<Recorder, Error> {
     let run = world.run(1, &["event0".to_owned()]).await?;
     let topic = &run.topics.names[0];
-    let listener = Listener::start(&world.brokers, topic, pace.events(), async || {
-        topics::produce_one(&world.brokers, topic, "warm")
+    let listener = Listener::start(&world.cluster, topic, pace.events(), async || {
+        topics::produce_one(&world.cluster, topic, "warm")
     })
     .await?;
-    let produced = live::produce(&world.brokers, topic.clone(), pace)?;
+    let produced = live::produce(&world.cluster, topic.clone(), pace)?;
     let seen = listener.seen(pace.events())?;
     let mut recorder = Recorder::new()?;
     for (event, Committed { due, .. }) in events(pace, &produced) {

@@ -2,7 +2,7 @@
 
 use anyhow::Error;
 
-use super::{NAKED, add};
+use super::{NAKED, add, in_turn};
 use crate::drain::{self, Backlog};
 use crate::report::{Place, Report};
 use crate::workload::Workload;
@@ -34,20 +34,19 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         ("1 MiB, exactly-once", once),
         ("1 MiB, 8 pipelines", eight),
     ];
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         for (variant, setup) in &variants {
             if !world.wants(variant) {
                 continue;
             }
             let log = world.backlog(workload).await?;
-            let backlog = Backlog {
-                log: &log,
-                aggregate_types: &workload.aggregate_types(),
-                after: 0,
-                page: workload.page(),
-            };
-            let relay = drain::relay(world, &backlog, setup).await?;
-            let naked = drain::naked(world, &backlog, setup).await?;
+            let backlog = Backlog::all(&log, workload);
+            let (relay, naked) = in_turn(
+                round,
+                drain::relay(world, &backlog, setup),
+                drain::naked(world, &backlog, setup),
+            )
+            .await?;
             let place = Place {
                 case: CASE,
                 variant,

@@ -1,4 +1,4 @@
-//! The cases. Each repeats its measurements in rounds, with the limit right behind the relay.
+//! The cases. Each repeats its measurements in rounds, with relay and limit one behind the other.
 
 mod adverse;
 mod catch_up;
@@ -12,13 +12,17 @@ mod stall;
 mod start_stop;
 mod takeover;
 
-use anyhow::Error;
+use std::future::Future;
 
-use crate::drain::{Drain, Memory};
+use anyhow::Error;
+use futures_util::future::LocalBoxFuture;
+
+use crate::drain::{Backlog, Drain, Memory, naked, relay};
 use crate::live::Pace;
 use crate::options::Case;
 use crate::report::{Place, Report, number};
-use crate::world::World;
+use crate::workload::Workload;
+use crate::world::{Setup, World};
 
 /// The usual limit.
 pub const NAKED: &str = "bare loop";
@@ -27,13 +31,38 @@ pub const NAKED_WITH_HEADERS: &str = "bare loop with headers";
 
 /// At most so long, behind the warm-up that every steady load has.
 const BROKER_WARM_UP_SECONDS: u32 = 12;
+/// At most so many, by a bare loop and by a relay.
+const BROKER_WARM_UP_EVENTS: i64 = 200_000;
 
-/// A broker that has just been started compiles itself, which would make the first measurement a different one.
+/// A broker that has just been started compiles itself, and does so again when it is given a backlog for the first time: the
+/// first measurement would be a different one.
 pub async fn warm_up(world: &World) -> Result<(), Error> {
     eprintln!("warm-up of the broker");
     let seconds = world.sizes.seconds.min(BROKER_WARM_UP_SECONDS);
     latency::naked(world, Pace::of(1_000, seconds)).await?;
-    Ok(())
+    let workload = Workload::of(world.sizes.events.min(BROKER_WARM_UP_EVENTS));
+    let log = world.backlog(workload).await?;
+    let backlog = Backlog::all(&log, workload);
+    naked(world, &backlog, &Setup::default()).await?;
+    relay(world, &backlog, &Setup::default()).await?;
+    world.forget_backlogs().await
+}
+
+/// A relay and its limit, of one round. Who comes second finds a warmer machine: they take turns at that.
+fn in_turn<'a, R: 'a, L: 'a>(
+    round: u32,
+    relay: impl Future<Output = Result<R, Error>> + 'a,
+    limit: impl Future<Output = Result<L, Error>> + 'a,
+) -> LocalBoxFuture<'a, Result<(R, L), Error>> {
+    Box::pin(async move {
+        if round.is_multiple_of(2) {
+            let relay = relay.await?;
+            Ok((relay, limit.await?))
+        } else {
+            let limit = limit.await?;
+            Ok((relay.await?, limit))
+        }
+    })
 }
 
 /// Runs one case.

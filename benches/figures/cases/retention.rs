@@ -5,14 +5,15 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use anyhow::Error;
+use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
-use sqlx::{AssertSqlSafe, Executor};
 
 use crate::drain::{Watched, await_records};
 use crate::judge::Expected;
 use crate::live;
 use crate::process::Process;
 use crate::report::{Place, Report, number};
+use crate::workload::make_partitions;
 use crate::world::{Log, Setup, World};
 
 const CASE: &str = "retention";
@@ -25,6 +26,8 @@ const MIB: f64 = 1024.0 * 1024.0;
 struct Sizes {
     highest: f64,
     end: f64,
+    /// Of these at the end.
+    indexes: f64,
     /// Cursors, leases and what else the relay writes.
     books: f64,
 }
@@ -40,7 +43,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     // A partition is as long as events are kept.
     let events = i64::try_from(u128::from(rate) * keep.as_millis() / 1000)?.max(100);
     let mut db = log.connect().await?;
-    short_partitions(&mut db, events).await?;
+    make_partitions(&mut db, 8, events).await?;
     let setup = Setup {
         retention: Some((keep, events)),
         ..Setup::default()
@@ -48,7 +51,7 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
     let mut relay = world.relay(&log, &run, &setup)?;
     let enough = Cell::new(false);
     let looking = look(world, &log, &mut relay, &enough);
-    let (sizes, ()) = tokio::try_join!(looking, live::arrive(&log, rate, &enough))?;
+    let (sizes, arrived) = tokio::try_join!(looking, live::arrive(&log, rate, &enough))?;
     let row_bytes: f64 = sqlx::query_scalar(
         "select avg(pg_column_size(e))::float8 from (select * from outbox.events order by id desc limit 1000) e",
     )
@@ -69,31 +72,16 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         variant: &variant,
         limit: "rows to be kept",
     };
+    report.add(&place, "arrivals/s", arrived, f64::from(rate));
     report.add(&place, "highest MiB", sizes.highest, rows);
     report.add(&place, "MiB at the end", sizes.end, rows);
+    report.add(&place, "of these indexes", sizes.indexes, None);
     report.add(&place, "books MiB at the end", sizes.books, None);
     let (highest, rows) = (number(sizes.highest), number(rows));
     eprintln!(
         "  {CASE}, {variant}: at most {highest} MiB, {} {rows}",
         place.limit
     );
-    Ok(())
-}
-
-/// Those that the migration has made are for five million events.
-async fn short_partitions(db: &mut PgConnection, events: i64) -> Result<(), Error> {
-    let partitions: Vec<String> = sqlx::query_scalar(
-        "select inhrelid::regclass::text from pg_inherits \
-          where inhparent = 'outbox.events'::regclass and inhrelid <> 'outbox.events_default'::regclass",
-    )
-    .fetch_all(&mut *db)
-    .await?;
-    for partition in partitions {
-        db.execute(AssertSqlSafe(format!("drop table {partition}")))
-            .await?;
-    }
-    let make = format!("select outbox.make_partitions(8, {events})");
-    db.execute(AssertSqlSafe(make)).await?;
     Ok(())
 }
 
@@ -106,22 +94,21 @@ async fn look(
 ) -> Result<Sizes, Error> {
     let mut db = log.connect().await?;
     let (began, every): (Instant, Duration) = (Instant::now(), world.sizes.retention / LOOKS);
+    let of_log =
+        |size| format!("select sum({size}(relid)) from pg_partition_tree('outbox.events')");
     let mut highest = 0.0;
     loop {
-        let end = mib(
-            &mut db,
-            "select sum(pg_total_relation_size(relid)) from pg_partition_tree('outbox.events')",
-        )
-        .await?;
+        let end = mib(&mut db, &of_log("pg_total_relation_size")).await?;
         highest = f64::max(highest, end);
         relay.usage()?;
         if began.elapsed() >= world.sizes.retention {
             enough.set(true);
-            let books = "select pg_total_relation_size('outbox.cursors') + pg_total_relation_size('outbox.leases') \
-                              + pg_total_relation_size('outbox.parked') + pg_total_relation_size('outbox.acts')";
+            let books = "select sum(pg_total_relation_size(oid)) from pg_class \
+                          where relnamespace = 'outbox'::regnamespace and relkind = 'r' and not relispartition";
             return Ok(Sizes {
                 highest,
                 end,
+                indexes: mib(&mut db, &of_log("pg_indexes_size")).await?,
                 books: mib(&mut db, books).await?,
             });
         }

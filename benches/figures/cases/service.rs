@@ -8,6 +8,7 @@ use futures_util::future::try_join_all;
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
+use super::in_turn;
 use crate::drain::{Watched, await_records, emitted, to_f64};
 use crate::live::{self, Pace};
 use crate::report::{Place, Report, number};
@@ -20,6 +21,7 @@ const LOADS: [Load; 4] = [
     Load::Writers(32),
     Load::Steady,
 ];
+const WARM_UP: Duration = Duration::from_secs(1);
 /// Events per second of the steady load.
 const STEADY: u32 = 1000;
 
@@ -48,7 +50,7 @@ struct Paid {
 }
 
 pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         for load in LOADS {
             for (name, beside) in [
                 ("off", Beside::Notifications),
@@ -60,8 +62,12 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
                     Load::Steady => format!("{STEADY}/s, {name}"),
                 };
                 if world.wants(&variant) {
-                    let paid = measure(world, load, beside).await?;
-                    let limit = measure(world, load, Beside::Nothing).await?;
+                    let (paid, limit) = in_turn(
+                        round,
+                        measure(world, load, beside),
+                        measure(world, load, Beside::Nothing),
+                    )
+                    .await?;
                     add(report, &variant, load, (&paid, &limit));
                 }
             }
@@ -120,42 +126,47 @@ async fn measure(world: &World, load: Load, beside: Beside) -> Result<Paid, Erro
     // Else the first changes of each page are written in full for some and not for others.
     db.execute("checkpoint").await?;
     let (before, known) = (wal(&mut db).await?, emitted(&log, 0, false).await?.events);
-    let began = Instant::now();
-    match load {
+    let commits_per_second = match load {
         Load::Writers(writers) => write(world, &log, writers).await?,
-        Load::Steady => drop(live::emit(&log, Pace::of(STEADY, world.sizes.seconds)).await?),
-    }
-    let took = began.elapsed();
+        Load::Steady => {
+            live::emit(&log, Pace::of(STEADY, world.sizes.seconds)).await?;
+            f64::from(STEADY)
+        }
+    };
     let all = emitted(&log, 0, false).await?;
-    if let Some(mut relay) = relay {
-        await_records(&run, all.events, &mut relay, &mut Watched::default()).await?;
+    if let Some(relay) = &mut relay {
+        await_records(&run, all.events, relay, &mut Watched::default()).await?;
+    }
+    let written = wal(&mut db).await? - before;
+    if let Some(relay) = relay {
         relay.stop().await?;
         all.judge(&run.topics.found()?, 1, false)?;
     }
-    let committed = to_f64(all.events - known);
     let paid = Paid {
-        commits_per_second: committed / took.as_secs_f64(),
-        wal_bytes: (wal(&mut db).await? - before) / committed,
+        commits_per_second,
+        wal_bytes: written / to_f64(all.events - known),
     };
     run.topics.delete().await?;
     world.forget(&log).await?;
     Ok(paid)
 }
 
-/// Commits as fast as so many writers can.
-async fn write(world: &World, log: &Log, writers: usize) -> Result<(), Error> {
+/// Commits as fast as so many writers can, for a second that does not count and the time that does; commits per second.
+async fn write(world: &World, log: &Log, writers: usize) -> Result<f64, Error> {
     let connected = (0..writers).map(|_| log.connect());
     let connected = try_join_all(connected).await?;
-    let until = Instant::now() + Duration::from_secs(world.sizes.seconds.into());
+    let (from, counted) = (Instant::now() + WARM_UP, world.sizes.seconds);
+    let until = from + Duration::from_secs(counted.into());
     let writers = (0..).zip(connected).map(async |(n, mut db): (i32, _)| {
-        let key = n.to_string();
+        let (key, mut commits) = (n.to_string(), 0);
         while Instant::now() < until {
             live::emit_one(&mut db, &key).await?;
+            commits += u32::from((from..until).contains(&Instant::now()));
         }
-        Ok::<_, Error>(())
+        Ok::<_, Error>(commits)
     });
-    try_join_all(writers).await?;
-    Ok(())
+    let commits: u32 = try_join_all(writers).await?.into_iter().sum();
+    Ok(f64::from(commits) / f64::from(counted))
 }
 
 /// Bytes that the server has ever written to its log.

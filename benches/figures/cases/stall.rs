@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Error, ensure};
 
-use super::{NAKED, add_memory};
+use super::{NAKED, add_memory, in_turn};
 use crate::drain::{Memory, Watched, await_records, emitted, now_ms, to_f64};
 use crate::process::Broker;
 use crate::report::{Place, Report, number};
@@ -15,7 +15,7 @@ const CASE: &str = "stall";
 
 /// What a process did around the time in which its broker was frozen.
 struct Stalled {
-    /// From the broker's return to the end of the drain, for what was left then.
+    /// From the broker's return to the end of the drain, for what came then.
     rate: f64,
     memory: Memory,
 }
@@ -36,14 +36,18 @@ pub async fn run(world: &World, report: &mut Report) -> Result<(), Error> {
         ("233 B", Workload::of(world.sizes.events)),
         ("1 MiB", large),
     ];
-    for _ in 0..world.sizes.rounds {
+    for round in 0..world.sizes.rounds {
         for (payload, workload) in variants {
             let variant = format!("{payload}, {seconds} s");
             if !world.wants(&variant) {
                 continue;
             }
-            let relay = measure(world, workload, broker, Who::Relay).await?;
-            let naked = measure(world, workload, broker, Who::Naked).await?;
+            let (relay, naked) = in_turn(
+                round,
+                measure(world, workload, broker, Who::Relay),
+                measure(world, workload, broker, Who::Naked),
+            )
+            .await?;
             let place = Place {
                 case: CASE,
                 variant: &variant,
@@ -82,7 +86,7 @@ async fn measure(
         Who::Relay => world.relay(&log, &run, &setup)?,
         Who::Naked => world.naked(&log, &run, &setup, Bare::of(workload.page()))?,
     };
-    await_records(&run, 1, &mut process, &mut watched).await?;
+    await_records(&run, expected.events / 4, &mut process, &mut watched).await?;
     let there = run.topics.records()?;
     let frozen = broker.freeze()?;
     let began = Instant::now();

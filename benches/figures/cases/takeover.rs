@@ -42,7 +42,7 @@ async fn measure(world: &World, capture: Capture) -> Result<f64, Error> {
     };
     let mut owner = world.relay(&log, &run, &setup)?;
     let mut db = log.connect().await?;
-    let listener = Listener::start(&world.brokers, &run.topics.names[0], 1, async || {
+    let listener = Listener::start(&world.cluster, &run.topics.names[0], 1, async || {
         live::emit_one(&mut log.connect().await?, "warm").await
     })
     .await?;
