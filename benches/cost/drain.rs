@@ -126,6 +126,10 @@ impl Sink for Prompt {
         Ok(())
     }
 
+    async fn close(&mut self) {
+        *self = Self::default();
+    }
+
     async fn check(&mut self) -> Result<(), SinkError> {
         Ok(())
     }

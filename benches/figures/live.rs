@@ -12,7 +12,7 @@ use futures_util::future::try_join_all;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
-use rdkafka::producer::{BaseRecord, Producer};
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
@@ -192,7 +192,7 @@ pub async fn arrive(log: &Log, events_per_second: u32, enough: &Cell<bool>) -> R
 
 /// Produces records with the same keys straight to a topic; returns when each was due.
 pub fn produce(cluster: &Cluster, topic: String, pace: Pace) -> Result<Vec<Committed>, Error> {
-    let producer = cluster.producer(COMPRESSION)?;
+    let producer: ThreadedProducer<DefaultProducerContext> = cluster.producer(COMPRESSION)?;
     // The relay has its connections by now as well.
     producer
         .send(BaseRecord::to(&topic).key("warm").payload("{}"))

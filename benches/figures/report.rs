@@ -165,27 +165,11 @@ impl Report {
     }
 
     fn table(&self, (case, limit): (&str, &str), markdown: bool) -> String {
-        let head = ["", "figure", "relay", "limit", "ratio"].map(str::to_owned);
-        let mut variant = "";
-        let mut rows = vec![head];
-        for row in &self.rows {
-            if (&row.case[..], &row.limit[..]) == (case, limit) {
-                // Said once for all figures of a variant.
-                let name = if row.variant == variant && !markdown {
-                    ""
-                } else {
-                    &row.variant
-                };
-                variant = &row.variant;
-                rows.push([
-                    name.to_owned(),
-                    row.figure.clone(),
-                    row.relay().to_string(),
-                    row.limits().to_string(),
-                    row.ratios().to_string(),
-                ]);
-            }
-        }
+        let rows: Vec<&Row> = self
+            .rows
+            .iter()
+            .filter(|row| (&row.case[..], &row.limit[..]) == (case, limit))
+            .collect();
         let title = format!("{case}, beside: {limit}");
         if markdown {
             format!("\n### {title}\n\n{}", as_markdown(&rows))
@@ -225,6 +209,17 @@ impl Row {
         Spread::of(self.rounds.iter().filter_map(|round| round.limit).collect())
     }
 
+    /// The relay's median / the limit's (their ratios), or what there is of it.
+    fn cell(&self) -> String {
+        let (relay, limits) = (self.relay(), self.limits());
+        if limits.median.is_finite() {
+            let [relay, limit] = [relay, limits].map(|spread| number(spread.median));
+            format!("{relay} / {limit} ({})", self.ratios().range())
+        } else {
+            relay.to_string()
+        }
+    }
+
     /// Of the ratios of each round, not the ratio of the medians: both of a round saw the same machine.
     pub fn ratios(&self) -> Spread {
         Spread::of(
@@ -237,6 +232,15 @@ impl Row {
 }
 
 impl Spread {
+    /// Without the median.
+    fn range(&self) -> String {
+        if self.low < self.high {
+            format!("{}..{}", number(self.low), number(self.high))
+        } else {
+            number(self.median)
+        }
+    }
+
     pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         Self {
@@ -288,13 +292,33 @@ pub fn number(value: f64) -> String {
     format!("{scaled:.digits$}{letter}")
 }
 
-fn as_text(rows: &[[String; 5]]) -> String {
+/// A line for each figure.
+fn as_text(rows: &[&Row]) -> String {
+    let mut lines = vec![["", "figure", "relay", "limit", "ratio"].map(str::to_owned)];
+    let mut variant = "";
+    for row in rows {
+        // Said once for all figures of a variant.
+        let name = if row.variant == variant {
+            ""
+        } else {
+            &row.variant
+        };
+        variant = &row.variant;
+        lines.push([
+            name.to_owned(),
+            row.figure.clone(),
+            row.relay().to_string(),
+            row.limits().to_string(),
+            row.ratios().to_string(),
+        ]);
+    }
     let width = |column: usize| {
-        let cells = rows.iter().map(|row| row[column].chars().count());
+        let cells = lines.iter().map(|line| line[column].chars().count());
         cells.max().unwrap_or_default()
     };
     let widths = [0, 1, 2, 3].map(width);
-    rows.iter()
+    lines
+        .iter()
         .map(|[variant, figure, relay, limit, ratio]| {
             let [a, b, c, d] = widths;
             let line = format!("{variant:<a$}  {figure:<b$}  {relay:<c$}  {limit:<d$}  {ratio}");
@@ -303,11 +327,30 @@ fn as_text(rows: &[[String; 5]]) -> String {
         .collect()
 }
 
-fn as_markdown(rows: &[[String; 5]]) -> String {
-    let mut lines: Vec<String> = rows
-        .iter()
-        .map(|row| format!("| {} |\n", row.join(" | ")))
-        .collect();
-    lines.insert(1, "|---|---|---|---|---|\n".to_owned());
-    lines.concat()
+/// A line for each variant, a column for each figure.
+fn as_markdown(rows: &[&Row]) -> String {
+    let (mut figures, mut lines): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
+    for row in rows {
+        if !figures.contains(&&row.figure[..]) {
+            figures.push(&row.figure);
+        }
+        if !lines.contains(&&row.variant[..]) {
+            lines.push(&row.variant);
+        }
+    }
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let head = std::iter::once("").chain(figures.iter().copied());
+    let mut text = line(head.map(str::to_owned).collect());
+    text += &line(vec!["---".to_owned(); figures.len() + 1]).replace(' ', "");
+    for variant in lines {
+        let cell = |figure: &&str| {
+            let found = rows
+                .iter()
+                .find(|row| (&row.variant[..], &row.figure[..]) == (variant, *figure));
+            found.map_or_else(|| "-".to_owned(), |row| row.cell())
+        };
+        let cells = std::iter::once(variant.to_owned()).chain(figures.iter().map(cell));
+        text += &line(cells.collect());
+    }
+    text
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Error, bail, ensure};
 use outbox_relay::config::{Config, Sink};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
+use rdkafka::config::FromClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers, Message};
@@ -86,10 +87,7 @@ impl Cluster {
     }
 
     /// The producer of the bare loop: a relay's, to the last property.
-    pub fn producer(
-        &self,
-        compression: &str,
-    ) -> Result<ThreadedProducer<DefaultProducerContext>, Error> {
+    pub fn producer<P: FromClientConfig>(&self, compression: &str) -> Result<P, Error> {
         let settings = [
             // Is never connected to.
             ("RELAY_SOURCE__POSTGRES__URL", "postgres://nobody@nowhere/"),
@@ -281,7 +279,7 @@ fn sequence(message: &BorrowedMessage<'_>) -> Result<i64, Error> {
 
 /// Produces one record and waits for it.
 pub fn produce_one(cluster: &Cluster, topic: &str, key: &str) -> Result<(), Error> {
-    let producer = cluster.producer(COMPRESSION)?;
+    let producer: ThreadedProducer<DefaultProducerContext> = cluster.producer(COMPRESSION)?;
     producer
         .send(BaseRecord::to(topic).key(key).payload("{}"))
         .map_err(|(error, _)| error)?;

@@ -25,7 +25,7 @@ use crate::telemetry::PipelineMetrics;
 /// A cursor moves at least this often when there are new ids, also if none of them is its own.
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// When a page has found no room for this long, the sink is in trouble, and the source rests until that is over.
+/// A source that nobody has waited at for so long rests, be it that its pages find no room, or that there is always another one.
 const RESTLESS: Duration = Duration::from_secs(3);
 
 /// The lives of one tenure, one after the other.
@@ -108,6 +108,9 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
 
     /// One life: reads from the last settled position and publishes, until something ends it.
     async fn live(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Ended {
+        if stop.is_cancelled() {
+            return Ended::Stopped;
+        }
         if let Err(error) = self.sink.open().await {
             return Ended::Sink(error);
         }
@@ -228,6 +231,7 @@ impl Reader<'_> {
         let (mut passed, mut passed_at) = (self.durable.borrow().window.ceiling, Instant::now());
         // Whoever was told that there is more is also told when there is not.
         let mut promised = false;
+        let mut woke_at = Instant::now();
         while !stop.is_cancelled() {
             let acknowledged = self.durable.borrow().clone();
             let began = Instant::now();
@@ -253,6 +257,10 @@ impl Reader<'_> {
             }
             if !more {
                 source.wake().await;
+                woke_at = Instant::now();
+            } else if woke_at.elapsed() >= RESTLESS {
+                source.rest();
+                woke_at = Instant::now();
             }
         }
         std::future::pending().await

@@ -126,7 +126,7 @@ pub struct Changes {
 }
 
 /// How long a stop waits for a lease that was asked for just before.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A lease that is held by somebody else is looked at this often, so that a clean stop is followed at once.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
@@ -277,7 +277,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         }
     }
 
-    /// False when asked to stop.
+    /// False when asked to stop. Borrowed for itself alone, as all that wait here: a source need not be shared by threads.
     async fn linger(&mut self, time: Duration, stop: &CancellationToken) -> bool {
         tokio::select! {
             biased;
@@ -304,6 +304,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let drained = matches!(over, Over::Stopped) && self.status.borrow().in_flight_events == 0;
         // What is queued must not leave any more: from here on somebody else may publish.
         self.sink.close().await;
+        // Also when the lease was lost in the middle of a life.
+        self.source.rest();
         if !books_open {
             return over;
         }

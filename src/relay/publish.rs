@@ -210,6 +210,7 @@ impl<K: Sink> Publisher<'_, K> {
                 }
                 match more {
                     Some(Ok(())) if awaited => life.heard_at = Instant::now(),
+                    Some(Err(error)) => return Ended::Sink(error),
                     _ => return ended,
                 }
             }
@@ -488,6 +489,7 @@ pub(super) enum Offered {
 
 impl Life {
     fn new(settings: &Settings, end: Position) -> Self {
+        let now = Instant::now();
         Self {
             in_flight: InFlight::new(settings.in_flight_rows, settings.in_flight_bytes),
             changes: None,
@@ -500,8 +502,8 @@ impl Life {
             topics: Topics::default(),
             latencies: LatencyTally::default(),
             filtered: 0,
-            heard_at: Instant::now(),
-            asked_at: Instant::now(),
+            heard_at: now,
+            asked_at: now,
             batch: Batch::new(),
             more: false,
             on_trial: None,

@@ -61,10 +61,8 @@ pub trait Sink: Send {
     /// When the settings can't work.
     fn open(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
-    /// Ends the life: what is queued is not sent any more. The next one begins with [`open`](Sink::open).
-    fn close(&mut self) -> impl Future<Output = ()> + Send {
-        ready(())
-    }
+    /// Ends the life, if there is one: what is queued is not sent any more. The next one begins with [`open`](Sink::open).
+    fn close(&mut self) -> impl Future<Output = ()> + Send;
 
     /// Takes over from whoever published under this name before, and reads which position was last
     /// [committed](Sink::commit) in this log, if the sink commits positions. Once in a life, before the first record.

@@ -77,16 +77,23 @@ impl Default for StdoutSink {
 
 impl Sink for StdoutSink {
     async fn open(&mut self) -> Result<(), SinkError> {
-        if let Some(Writing { ended, .. }) = &mut self.writing {
-            // It can't be taken back, and must not come after what follows.
-            let ended = timeout(OLD_LINES_MAX, ended).await;
-            drop(ended.map_err(|_| SinkError("nobody reads the standard output".to_owned()))?);
-            self.writing = None;
+        self.close().await;
+        match self.writing {
+            Some(_) => Err(SinkError("nobody reads the standard output".to_owned())),
+            None => Ok(()),
         }
+    }
+
+    async fn close(&mut self) {
         self.buffer.clear();
         self.handed_over.clear();
         self.prepared.clear();
-        Ok(())
+        if let Some(Writing { ended, .. }) = &mut self.writing
+            // It can't be taken back, and must not come after what follows.
+            && timeout(OLD_LINES_MAX, ended).await.is_ok()
+        {
+            self.writing = None;
+        }
     }
 
     async fn check(&mut self) -> Result<(), SinkError> {

@@ -218,7 +218,7 @@ async fn late_bulk(world: &World) -> Result<(Drain, Drain), Error> {
     let usage = (usage, None);
     let relay = Drain::of(workload.events, found.milliseconds()?, usage, &watched);
     run.topics.delete().await?;
-    // As in the other troubles, nobody is the first to read them.
+    // What the relay, the first to read the late ones, has written down about them.
     db.execute("checkpoint").await?;
     let backlog = Backlog {
         aggregate_types: aggregate_types.into(),

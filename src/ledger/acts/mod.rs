@@ -349,7 +349,7 @@ impl Wish {
     }
 }
 
-/// Quotes a text; see [`crate::source::postgres`] for the one setting that would matter.
+/// Quotes a text for SQL; the source has the same, and an end knows no other.
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

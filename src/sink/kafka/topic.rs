@@ -22,8 +22,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again,
 /// at first and then.
 const ASKS_MAX: usize = 40;
-/// The same of one that was not made here: everybody waits for the answer.
-const ASKS_OF_OTHERS_MAX: usize = 8;
+/// The same where none is made: everybody waits for the answer, half a second with this many.
+const ASKS_OF_OTHERS_MAX: usize = 12;
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(5);
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(50);
 

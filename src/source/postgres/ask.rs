@@ -91,8 +91,8 @@ async fn ask(
     row.try_get_unchecked(0).context("decode the answer")
 }
 
-/// Quotes a text for SQL, as SQLite does, and PostgreSQL with `standard_conforming_strings` on, its only setting since 9.1
-/// that anyone uses; names of pipelines and holders have no backslash, so the setting does not matter.
+/// Quotes a text for SQL as SQLite wants it, and PostgreSQL with `standard_conforming_strings` on, which it is since 9.1 unless
+/// somebody changes that: then a backslash would mean something.
 pub(crate) fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

@@ -12,6 +12,7 @@ use futures_util::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::connect;
 use super::pace::Pace;
 use crate::event::EventId;
 
@@ -82,7 +83,10 @@ impl Hints {
 
     /// Nobody waits for a while.
     pub(super) fn rest(&mut self) {
-        self.ear = Ear::Closed(Instant::now());
+        // A pause after an attempt that failed goes on.
+        if !matches!(self.ear, Ear::Closed(_)) {
+            self.ear = Ear::Closed(Instant::now());
+        }
     }
 
     /// # Cancel safety
@@ -105,11 +109,9 @@ impl Hints {
             },
             () = sleep_until(due) => {}
         }
-        // One look answers all the notifications that came before it.
+        // One look answers all the notifications that came before it. What is not at hand wakes the next wait.
         while let Some(heard) = self.ear.hear().now_or_never() {
-            if !self.note(heard) {
-                break;
-            }
+            self.note(heard);
         }
     }
 
@@ -161,10 +163,11 @@ impl Ear {
 }
 
 async fn listen(options: PgConnectOptions) -> Result<PgListener, anyhow::Error> {
+    // Says why it fails: a pool asks again and again, and in the end only that there was no time left.
+    drop(connect(&options).await?);
     let listening = async {
         let pool = PgPoolOptions::new()
             .max_connections(1)
-            .acquire_timeout(CONNECT_MAX)
             .connect_with(options)
             .await?;
         let mut listener = PgListener::connect_with(&pool).await?;

@@ -207,6 +207,10 @@ async fn a_new_life_forgets_the_old_one(bench: &impl Bench) {
             }
         }
     }
+    sink.close().await;
+    // Also where there is no life to end.
+    sink.close().await;
+    assert_eq!(sink.trouble(), None);
     open(&mut sink, &[&topic]).await;
     let mut receipts = Vec::new();
     for seq in 0..10 {

@@ -226,6 +226,29 @@ fn a_source_rests_while_its_pages_find_no_room() {
     });
 }
 
+/// Also when the books close in the middle of a life.
+#[test]
+fn a_source_rests_when_the_lease_is_lost() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let meddled = Meddled::new(&shared, |_| Ok(()));
+        let rests = meddled.rests.clone();
+        let slow = SlowLedger {
+            ledger: ledger(&shared),
+            granted: Vec::new(),
+            renewed: vec![(LEASE * 2, Duration::ZERO)],
+        };
+        let rested = async {
+            sleep(LEASE * 2).await;
+            rests.load(Ordering::Relaxed)
+        };
+        let relay = relay(meddled, sink(&shared), slow);
+        let ((), rested) = tokio::join!(run_for(LEASE * 10, relay), rested);
+        assert!(rested > 0);
+        is_well(&shared);
+    });
+}
+
 /// Nobody else would give it back, and the next relay would wait until it has run out.
 #[test]
 fn a_lease_that_comes_with_a_request_to_stop_is_given_back() {
