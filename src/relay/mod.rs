@@ -125,6 +125,9 @@ pub struct Changes {
     pub redrive_rate: usize,
 }
 
+/// So many ids behind what is settled the cursor is written sooner, also where more may be in flight.
+const BEHIND_MAX: usize = 20_000;
+
 /// How long a stop waits for a lease that was asked for just before.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -343,7 +346,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let pace = Pace {
             lease_ttl: self.settings.lease_ttl,
             acknowledge_interval: self.settings.acknowledge_interval,
-            behind_max: self.settings.in_flight_rows,
+            behind_max: self.settings.in_flight_rows.min(BEHIND_MAX),
             page_rows: self.settings.page.rows,
             due_bytes: self.settings.page.bytes,
             redrive_rate: self.settings.redrive_rate,
