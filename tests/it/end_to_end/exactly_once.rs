@@ -223,8 +223,9 @@ async fn a_transaction_over_a_slow_link_is_no_stall() {
     setup.kafka(&kafka);
     setup.set("SINK__KAFKA__BROKERS", listen);
     setup.set("SINK__KAFKA__COMPRESSION", "none");
-    // All events in one page, and so in one transaction.
+    // All events in one page, and so in one transaction, and all of them handed over at once.
     setup.set("RELAY__PAGE_BYTES", "16MiB");
+    setup.set("SINK__KAFKA__QUEUE_BYTES", "16MiB");
     let mut line = Line {
         database,
         kafka,
