@@ -1,5 +1,6 @@
 //! The topics of one measurement: made, watched, read to the end, deleted.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -111,7 +112,7 @@ pub struct Topics {
     pub names: Vec<String>,
     partitions: i32,
     cluster: Cluster,
-    watch: BaseConsumer,
+    watch: RefCell<BaseConsumer>,
 }
 
 impl Topics {
@@ -140,7 +141,7 @@ impl Topics {
             names,
             partitions,
             cluster: cluster.clone(),
-            watch: cluster.consumer()?,
+            watch: RefCell::new(cluster.consumer()?),
         };
         topics.await_leaders().await?;
         Ok(topics)
@@ -154,7 +155,7 @@ impl Topics {
             names: names.cloned().collect(),
             partitions: self.partitions,
             cluster: self.cluster.clone(),
-            watch: self.cluster.consumer()?,
+            watch: RefCell::new(self.cluster.consumer()?),
         })
     }
 
@@ -186,10 +187,13 @@ impl Topics {
 
     /// How many records have been appended, marks of transactions included: one question to each broker.
     pub fn records(&self) -> Result<i64, Error> {
-        let ends = self
-            .watch
-            .offsets_for_times(self.list(Offset::End)?, ANSWER_MAX)
-            .context("ask for the ends of partitions")?;
+        let list = self.list(Offset::End)?;
+        let asked = self.watch.borrow().offsets_for_times(list, ANSWER_MAX);
+        if asked.is_err() {
+            // One that was told of a cluster without brokers never answers again (confluentinc/librdkafka#5301).
+            self.watch.replace(self.cluster.consumer()?);
+        }
+        let ends = asked.context("ask for the ends of partitions")?;
         let mut records = 0;
         for end in ends.elements() {
             end.error()?;
