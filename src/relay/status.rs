@@ -47,7 +47,8 @@ pub struct Status {
     /// What it is doing, and why if it is not moving.
     #[serde(flatten)]
     pub state: State,
-    /// The last id up to which everything is delivered or parked.
+    /// The last id up to which everything is delivered, parked or left out, but for transactions that were in progress when
+    /// the log was read: theirs come behind it all the same.
     pub last_id: i64,
     /// The newest id that the log had handed out when it was last read.
     pub newest_id: i64,

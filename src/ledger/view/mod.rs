@@ -40,7 +40,8 @@ pub struct PipelineBooks {
     pub shard: i32,
     /// How many it has.
     pub shards: i32,
-    /// The last id up to which everything is delivered or parked; none before the first cursor.
+    /// The last id up to which everything is delivered, parked or left out, but for transactions that were in progress when the
+    /// log was read; none before the first cursor.
     pub last_id: Option<i64>,
     /// Ids between that and the newest: events that wait, and gaps.
     pub backlog_ids: Option<i64>,

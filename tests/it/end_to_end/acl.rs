@@ -7,10 +7,10 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 use super::kafka::Kafka;
-use super::process::{Process, Setup};
+use super::process::Setup;
 use super::services::Own;
 use super::verify::verify;
-use super::{PATIENCE, eventually, number, run};
+use super::{number, run, settled};
 use crate::harness::postgres::TestDatabase;
 
 /// What the README grants for each mode, in its order.
@@ -118,14 +118,6 @@ impl Guarded {
         .await;
     }
 
-    async fn settled(&self, relay: &Process) {
-        let newest = number(&self.database.pool, "select max(id) from outbox.events").await;
-        eventually("everything settled", PATIENCE, async || {
-            (relay.pipeline("main")?["last_id"].as_i64()? >= newest).then_some(())
-        })
-        .await;
-    }
-
     /// Why events of this aggregate type were rejected.
     async fn errors(&self, kind: &str) -> Vec<String> {
         sqlx::query_scalar(
@@ -181,7 +173,7 @@ async fn the_rights_in_the_readme_suffice_and_a_topic_without_them_stands_alone(
         .not_ready(&["lacks the right Write on every topic"])
         .await;
     guarded.grant(Grants::AtLeastOnce).await;
-    guarded.settled(&relay).await;
+    settled(&guarded.database.pool).await;
     let published = guarded.kafka.read(&["order", "customer"]).await;
     assert_eq!(published.len(), 60);
     assert_eq!(guarded.doctor("shop.new").await, []);
@@ -202,7 +194,7 @@ async fn the_rights_in_the_readme_suffice_and_a_topic_without_them_stands_alone(
     guarded.deny("DescribeConfigs", "shop.order").await;
     guarded.deny("Create", "shop.absent").await;
     guarded.emit("order,invoice,hidden,absent").await;
-    guarded.settled(&relay).await;
+    settled(&guarded.database.pool).await;
     // Nobody waits while a thousand entities of that topic are refused.
     run(
         &guarded.database.pool,
@@ -210,7 +202,7 @@ async fn the_rights_in_the_readme_suffice_and_a_topic_without_them_stands_alone(
     )
     .await;
     guarded.emit("order").await;
-    guarded.settled(&relay).await;
+    settled(&guarded.database.pool).await;
     // A refusal ends a life, so that others may come twice.
     let orders = guarded.kafka.read(&["order"]).await;
     let distinct: HashSet<_> = orders.iter().map(|order| order.header("id")).collect();
@@ -284,7 +276,7 @@ async fn exactly_once_stalls_until_its_rights_are_granted() {
     assert_eq!(relay.state(), "stalled");
     // It goes on by itself.
     guarded.acls(vec![ids.clone()]).await;
-    guarded.settled(&relay).await;
+    settled(&guarded.database.pool).await;
     let topics = ["order", "customer"].map(|kind| guarded.kafka.topic(kind));
     let mut reader = guarded.kafka.reader(&topics);
     assert_eq!(reader.read_on(60).await.len(), 60);
@@ -298,7 +290,7 @@ async fn exactly_once_stalls_until_its_rights_are_granted() {
     guarded.kafka.create(&["invoice"]).await;
     guarded.deny("Write", "shop.invoice").await;
     guarded.emit("order,invoice").await;
-    guarded.settled(&relay).await;
+    settled(&guarded.database.pool).await;
     assert_eq!(reader.read_on(30).await.len(), 30);
     let errors = guarded.errors("invoice").await;
     assert_eq!(errors.len(), 3);

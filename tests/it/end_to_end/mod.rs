@@ -120,6 +120,19 @@ async fn number(pool: &PgPool, query: &'static str) -> i64 {
     sqlx::query_scalar(query).fetch_one(pool).await.unwrap()
 }
 
+/// Waits until everything that is committed is behind the position that was written down: delivered, parked or left out.
+/// An id by itself does not say so, as that of a transaction which was in progress may be behind it already.
+async fn settled(pool: &PgPool) {
+    const AHEAD: &str = "select count(*) from outbox.events e where not exists (
+        select from outbox.cursors c
+         where pg_visible_in_snapshot(e.xid, c.prev)
+            or pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id)";
+    eventually("everything settled", PATIENCE, async || {
+        (number(pool, AHEAD).await == 0).then_some(())
+    })
+    .await;
+}
+
 /// Waits until a consumer has read everything that the load committed, and judges it.
 async fn complete(load: &Load, kafka: &Kafka) -> Seen {
     let committed = load.committed().await;

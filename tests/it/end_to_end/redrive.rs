@@ -7,8 +7,7 @@ use serde_json::Value;
 use sqlx::PgPool;
 
 use super::kafka::Received;
-use super::process::Process;
-use super::{Line, PATIENCE, eventually, number, run};
+use super::{Line, PATIENCE, eventually, number, run, settled};
 
 const PARKED: &str = "select count(*) from outbox.parked";
 
@@ -62,14 +61,6 @@ pub(super) async fn parked_are(pool: &PgPool, count: i64) {
     .await;
 }
 
-async fn settled(relay: &Process, pool: &PgPool) {
-    let newest = number(pool, "select max(id) from outbox.events").await;
-    eventually("everything settled", PATIENCE, async || {
-        (relay.pipeline("main")?["last_id"].as_i64()? >= newest).then_some(())
-    })
-    .await;
-}
-
 /// First deliveries of each entity, in their order; all of them ascend.
 fn first_deliveries(records: &[Received]) -> BTreeMap<String, Vec<i64>> {
     let mut seen: BTreeMap<String, Vec<i64>> = BTreeMap::new();
@@ -105,7 +96,7 @@ async fn a_redriven_entity_arrives_complete_and_in_order_across_a_kill() {
     emit(pool, "2", 1, 5).await;
     let relay = line.ready().await;
     parked_are(pool, 115).await;
-    settled(&relay, pool).await;
+    settled(pool).await;
 
     // Neither the cause is mended nor the order kept by asking for the wrong one.
     let bad = number(pool, "select id from outbox.parked where error is not null").await;
@@ -151,7 +142,7 @@ async fn a_redriven_entity_arrives_complete_and_in_order_across_a_kill() {
     // The entity is free: nothing is parked any more on its way.
     let before = relay.metric("outbox_parked_events_total{pipeline=\"main\",shard=\"0\"}");
     emit(pool, "1", 181, 200).await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     assert_eq!(
         relay.metric("outbox_parked_events_total{pipeline=\"main\",shard=\"0\"}"),
         before
@@ -178,7 +169,7 @@ async fn a_dropped_event_lets_the_others_go() {
     emit(pool, "1", 2, 10).await;
     let relay = line.ready().await;
     parked_are(pool, 10).await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     let nothing = command(
         &line,
         &[
@@ -235,7 +226,7 @@ async fn a_dead_letter_is_stored_and_copied_and_its_entity_goes_on() {
     .await;
     emit(pool, "1", 3, 10).await;
     let relay = line.ready().await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     assert_eq!(line.kafka.read(&["order"]).await.len(), 8);
     parked_are(pool, 2).await;
     let copies = line.kafka.read(&["dead"]).await;
@@ -290,7 +281,7 @@ async fn what_is_dropped_by_policy_is_counted_and_logged() {
     emit_bad(pool, "entity-1", "1").await;
     emit(pool, "entity-1", 2, 10).await;
     let relay = line.ready().await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     assert_eq!(line.kafka.read(&["order"]).await.len(), 9);
     assert_eq!(number(pool, PARKED).await, 0);
     let dropped = relay.metric("outbox_dropped_events_total{pipeline=\"main\",shard=\"0\"}");
@@ -338,7 +329,7 @@ async fn a_pipeline_halts_at_its_limits_and_goes_on_when_there_is_room() {
         &["parked", "drop", "--all", "--reason", "make room"],
         0,
     );
-    settled(&relay, pool).await;
+    settled(pool).await;
     relay.ready().await;
     parked_are(pool, 0).await;
 
@@ -363,7 +354,7 @@ async fn a_pipeline_halts_at_its_limits_and_goes_on_when_there_is_room() {
             .then_some(())
     })
     .await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     relay.stop().await;
     let seen = first_deliveries(&line.kafka.read(&["order"]).await);
     assert_eq!(seen.values().map(Vec::len).sum::<usize>(), 7 + 5 + 10);
@@ -382,7 +373,7 @@ async fn one_bad_event_among_100_000_delays_nobody() {
     run(pool, many).await;
     emit(pool, "bad", 1, 3).await;
     let relay = line.ready().await;
-    settled(&relay, pool).await;
+    settled(pool).await;
     // Nothing was read twice and nothing began again: whoever came after it did not wait for it.
     assert_eq!(
         relay.metric("outbox_captured_events_total{pipeline=\"main\",shard=\"0\"}"),

@@ -3,8 +3,7 @@
 use sqlx::PgPool;
 
 use super::kafka::Received;
-use super::process::Process;
-use super::{Line, PATIENCE, eventually, number, run};
+use super::{Line, PATIENCE, eventually, number, run, settled};
 
 const BAD: [(&str, &str, &str); 5] = [
     (
@@ -50,15 +49,6 @@ async fn others(pool: &PgPool, from: u32) {
     .await;
 }
 
-async fn wait_for(relay: &Process, pool: &PgPool, newest: &'static str) {
-    let newest = number(pool, newest).await;
-    eventually("everything settled", PATIENCE, async || {
-        let cursor = relay.pipeline("main")?["last_id"].as_i64()?;
-        (cursor >= newest).then_some(())
-    })
-    .await;
-}
-
 fn judge(records: &[Received], total: usize) {
     let mut newest = std::collections::HashMap::new();
     let mut good = std::collections::HashSet::new();
@@ -87,7 +77,6 @@ fn judge(records: &[Received], total: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rejected_events_are_parked_and_nobody_else_waits() {
-    const NEWEST: &str = "select max(id) from outbox.events";
     let Some(line) = Line::create("rejected_events_are_parked_and_nobody_else_waits").await else {
         return;
     };
@@ -102,7 +91,7 @@ async fn rejected_events_are_parked_and_nobody_else_waits() {
     run(pool, later).await;
     others(pool, 5001).await;
     let relay = line.ready().await;
-    wait_for(&relay, pool, NEWEST).await;
+    settled(pool).await;
     relay.ready().await;
     let parked: Vec<(String, String, Option<String>)> =
         sqlx::query_as("select aggregate_id, event_type, error from outbox.parked order by id")
@@ -131,7 +120,7 @@ async fn rejected_events_are_parked_and_nobody_else_waits() {
     let relay = line.ready().await;
     run(pool, later).await;
     run(pool, "select outbox.emit('order', '1', 'good', '10001')").await;
-    wait_for(&relay, pool, NEWEST).await;
+    settled(pool).await;
     assert_eq!(
         number(
             pool,
@@ -207,7 +196,6 @@ async fn a_halted_pipeline_halts_alone() {
 /// The relay lets clocks differ by a day, the broker does not: it refuses the whole batch after the hand-over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_a_refused_batch_only_the_bad_event_is_parked() {
-    const NEWEST: &str = "select max(id) from outbox.events";
     let Some(line) = Line::create("of_a_refused_batch_only_the_bad_event_is_parked").await else {
         return;
     };
@@ -232,7 +220,7 @@ async fn of_a_refused_batch_only_the_bad_event_is_parked() {
     others(pool, 10_001).await;
     let relay = line.setup.start();
     let began = tokio::time::Instant::now();
-    wait_for(&relay, pool, NEWEST).await;
+    settled(pool).await;
     eprintln!("two bad events found in {:?}", began.elapsed());
     let parked: Vec<(String, bool)> =
         sqlx::query_as("select event_type, error is not null from outbox.parked order by id")
