@@ -95,14 +95,17 @@ pub(super) fn page(
 
 /// Rows in a range of ids, of transactions, in id order.
 ///
-/// Compared and ordered by the pair, which is what only the index on `(xid, id)` can serve: with `xid = …` and `order by id`
-/// stale statistics make the planner walk whole partitions along the primary key. The bounds of the id alone are for leaving
-/// out the partitions below and above.
+/// Ordered by the pair, which is what only the index on `(xid, id)` can serve: with `xid = …` and `order by id` stale
+/// statistics make the planner walk whole partitions along the primary key. The bounds of the id alone are for leaving out
+/// the partitions below and above; without statistics, or with those of an empty table, the planner thinks them as good as
+/// the comparisons of the pair, and would walk along the primary key after all and sort. The bounds of the xid tell it that
+/// only one transaction is wanted (page of a million late rows: 0.5 s to 1.4 ms).
 fn late_rows(ended: &str, condition: &str, (after, floor): (i64, i64), rows_max: usize) -> String {
     format!(
         "select e.* from unnest('{{{ended}}}'::xid8[]) as late (xid) cross join lateral (\
             select {COLUMNS} from outbox.events e \
-             where (e.xid, e.id) > (late.xid, {after}) and (e.xid, e.id) <= (late.xid, {floor}) \
+             where e.xid >= late.xid and e.xid <= late.xid \
+               and (e.xid, e.id) > (late.xid, {after}) and (e.xid, e.id) <= (late.xid, {floor}) \
                and e.id > {after} and e.id <= {floor} {condition} \
              order by e.xid, e.id limit {rows_max}) e \
          order by e.id limit {rows_max}"

@@ -19,6 +19,8 @@ use super::schedules::{Relay, small_partitions};
 const RETAINED: u32 = 1_000_000;
 const PAGE_ROWS: usize = 500;
 const BUFFERS_MAX: u64 = 500;
+/// Along the primary key these are far more buffers.
+const LATE_BULK: u32 = 60_000;
 /// What lies in the range of one statement.
 const SORTED_MAX: u64 = 2_000;
 
@@ -301,6 +303,28 @@ async fn in_state(
     assert_eq!(ran.rows, 105);
     ran.check(&format!("{state}: next page with late rows"), populated);
     ran.check_buffers(&format!("{state}: next page with late rows"));
+
+    // One that is left behind with many rows, of which each page looks at its own only.
+    settle(&mut relay).await;
+    sql(&mut late, &format!("begin; {}", fill(1, LATE_BULK))).await;
+    for _ in 0..3 {
+        sql(connection, &fill(1, 1_000)).await;
+        settle(&mut relay).await;
+    }
+    sql(&mut late, "commit").await;
+    let ran = open(connection, &mut relay.source).await;
+    ran.check(&format!("{state}: late bulk"), populated);
+    ran.check_buffers(&format!("{state}: late bulk"));
+    let page = relay.page(5).await;
+    let middle = page.events[0].id.0 + i64::from(LATE_BULK) / 2;
+    relay.source.seek(Position {
+        last_id: EventId(middle),
+        ..page.end
+    });
+    let ran = explain(connection, &relay.source).await;
+    assert_eq!(ran.rows, PAGE_ROWS as u64);
+    ran.check(&format!("{state}: late bulk, next page"), populated);
+    ran.check_buffers(&format!("{state}: late bulk, next page"));
 
     // A backlog: its pages, and the window after it.
     sql(connection, "truncate outbox.cursors, outbox.leases").await;
