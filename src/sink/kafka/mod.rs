@@ -22,7 +22,7 @@ use self::life::Life;
 use self::partition::Partitions;
 pub use self::partition::partition_of;
 pub use self::settings::{Delivery, Sasl, Settings, Tls, Topics};
-use self::topic::{MESSAGE_BYTES_DEFAULT, Topic};
+use self::topic::{ASKS_MAX, ASKS_OF_ABSENT_MAX, MESSAGE_BYTES_DEFAULT, Topic};
 pub use self::transaction::positions_topic;
 use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Rejection, Seq};
@@ -39,6 +39,8 @@ pub struct KafkaSink {
     /// Topics that a life before was not allowed to write to. That shows only when a record is refused, which ends a life
     /// and takes other records along.
     denied: BTreeSet<String>,
+    /// Topics that were not there when they were last asked for.
+    absent: BTreeSet<String>,
     /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
     batch_bytes: usize,
 }
@@ -61,6 +63,7 @@ impl KafkaSink {
             topics: HashMap::new(),
             familiar: None,
             denied: BTreeSet::new(),
+            absent: BTreeSet::new(),
             batch_bytes: MESSAGE_BYTES_DEFAULT,
         }
     }
@@ -130,12 +133,21 @@ impl Sink for KafkaSink {
         }
         let life = self.life.as_mut().ok_or_else(not_open);
         let life = life.map_err(NotPrepared::Unknown)?;
-        let found = topic::find_or_create(&self.settings, name).await;
+        // A broker that has not heard of it yet must not get its events parked; that it is still not there is believed sooner.
+        let asks_max = if self.absent.remove(name) && !self.settings.topics.create {
+            ASKS_OF_ABSENT_MAX
+        } else {
+            ASKS_MAX
+        };
+        let found = topic::find_or_create(&self.settings, name, asks_max).await;
         let topic = found.map_err(|error| match error {
             NotPrepared::Unknown(SinkError(why)) => {
                 NotPrepared::Unknown(SinkError(life.with_trouble(why)))
             }
-            rejected @ NotPrepared::Rejected(_) => rejected,
+            rejected @ NotPrepared::Rejected(_) => {
+                self.absent.insert(name.to_owned());
+                rejected
+            }
         })?;
         if topic.message_bytes_max < self.batch_bytes {
             self.batch_bytes = topic.message_bytes_max;

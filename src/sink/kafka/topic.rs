@@ -20,10 +20,10 @@ pub(super) const MESSAGE_BYTES_DEFAULT: usize = 1_048_588;
 /// For one question to a broker about a topic.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Brokers hear of a topic one after the other: how often they are asked before "unknown" is believed, and how soon again,
-/// at first and then.
-const ASKS_MAX: usize = 40;
-/// The same where none is made: everybody waits for the answer, half a second with this many.
-const ASKS_OF_OTHERS_MAX: usize = 12;
+/// at first and then. This is about two seconds.
+pub(super) const ASKS_MAX: usize = 40;
+/// The same for one that was not there before and is not made: everybody waits for the answer, half a second with this many.
+pub(super) const ASKS_OF_ABSENT_MAX: usize = 12;
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(5);
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -92,8 +92,12 @@ fn now_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Makes sure that a topic exists, and says what it takes.
-pub(super) async fn find_or_create(settings: &Settings, name: &str) -> Result<Topic, NotPrepared> {
+/// Makes sure that a topic exists, and says what it takes. A topic that is unknown is asked about so many times.
+pub(super) async fn find_or_create(
+    settings: &Settings,
+    name: &str,
+    asks_max: usize,
+) -> Result<Topic, NotPrepared> {
     let (settings, name) = (settings.clone(), name.to_owned());
     let runtime = Handle::current();
     // librdkafka waits in its calls. The client does not outlive them: nobody would collect what it has to say.
@@ -103,7 +107,7 @@ pub(super) async fn find_or_create(settings: &Settings, name: &str) -> Result<To
             .create_with_context(AdminContext)
             .map_err(|error| NotPrepared::Unknown(not_set_up(error)))?;
         let admin = Admin { client, runtime };
-        let topic = admin.find_or_create(&settings.topics, &name)?;
+        let topic = admin.find_or_create(&settings.topics, &name, asks_max)?;
         Ok((topic, admin))
     });
     let (topic, admin) = asked.await.map_err(|error| unknown(error.to_string()))??;
@@ -125,15 +129,16 @@ struct Admin {
 }
 
 impl Admin {
-    fn find_or_create(&self, topics: &Topics, name: &str) -> Result<Topic, NotPrepared> {
+    fn find_or_create(
+        &self,
+        topics: &Topics,
+        name: &str,
+        asks_max: usize,
+    ) -> Result<Topic, NotPrepared> {
         let pauses = ExponentialBuilder::default()
             .with_min_delay(ASK_AGAIN_MIN)
             .with_max_delay(ASK_AGAIN_MAX)
-            .with_max_times(if topics.create {
-                ASKS_MAX
-            } else {
-                ASKS_OF_OTHERS_MAX
-            })
+            .with_max_times(asks_max)
             .build();
         for (asked, pause) in pauses.enumerate() {
             if let Some(found) = self.find(name)? {

@@ -246,7 +246,7 @@ pub(super) async fn resume(
             .collect::<BTreeMap<_, _>>(),
         ..of_topic.topics
     };
-    match topic::find_or_create(&of_topic, &topic).await {
+    match topic::find_or_create(&of_topic, &topic, topic::ASKS_MAX).await {
         Ok(_) => {}
         Err(NotPrepared::Unknown(error)) => return Err(error),
         Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),

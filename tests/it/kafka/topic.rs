@@ -67,7 +67,8 @@ async fn a_missing_topic_is_rejected_when_topics_are_not_created() {
     settings.topics.create = false;
     let mut sink = KafkaSink::new(settings);
     sink.open().await.expect("open");
-    // Everybody waits for the answer. The quickest: the machine may hold up any of them.
+    // A broker may hear of a topic late. After that everybody waits for the answer: the quickest counts, because the machine may
+    // hold up any of them.
     let mut took = Vec::new();
     let mut refused = None;
     for _ in 0..3 {
@@ -78,8 +79,9 @@ async fn a_missing_topic_is_rejected_when_topics_are_not_created() {
         took.push(began.elapsed());
         refused = Some(rejection);
     }
+    let second = Duration::from_secs(1);
     assert!(
-        took.iter().min() < Some(&Duration::from_secs(1)),
+        took[0] > second && took.iter().min() < Some(&second),
         "{took:?}"
     );
     let rejection = refused.expect("three times");
