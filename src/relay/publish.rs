@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
@@ -31,6 +31,9 @@ use crate::telemetry::{LatencyTally, PipelineMetrics};
 
 /// Events handed over before receipts are looked at again.
 const HAND_OVER_AT_ONCE: usize = 512;
+
+/// How soon a sink that was full with nothing in flight is tried again.
+const FULL_AGAIN: Duration = Duration::from_millis(5);
 
 /// How a life ended.
 #[derive(Debug)]
@@ -174,6 +177,8 @@ impl<K: Sink> Publisher<'_, K> {
                 () = until(drain_until) => return Ended::Stopped,
                 () = until(life.batch.until()) => {}
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
+                // A queue may count what it has just told about, and has no more to tell.
+                () = sleep(FULL_AGAIN), if matches!(pause, Pause::Full) && life.in_flight.rows() == 0 => {}
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
                     life.begin_batch(due);
                 }

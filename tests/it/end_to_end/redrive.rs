@@ -205,6 +205,63 @@ async fn a_dropped_event_lets_the_others_go() {
     relay.stop().await;
 }
 
+/// A hundred are refused with the bad one and stay parked behind it. Were they suspected for ever, little would be in flight
+/// from then on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_refused_with_a_redriven_event_is_not_suspected_any_more() {
+    let test = "who_was_refused_with_a_redriven_event_is_not_suspected_any_more";
+    let Some(mut line) = Line::create(test).await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    // The relay lets clocks differ by a day, the broker does not.
+    line.kafka
+        .alter("order", "message.timestamp.before.max.ms", "3600000")
+        .await;
+    // All of a batch leave together.
+    line.setup.set("SINK__KAFKA__LINGER", "100ms");
+    let pool = &line.database.pool;
+    let old = async |entity: &str| {
+        let old = format!(
+            "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+             values ('order', '{entity}', 'bad', '1', clock_timestamp() - interval '2 hours')"
+        );
+        run(pool, old).await;
+    };
+    old("1").await;
+    emit(pool, "1", 1, 100).await;
+    let relay = line.ready().await;
+    parked_are(pool, 101).await;
+    let refused = || {
+        let log = relay.log();
+        let lines = log
+            .lines()
+            .filter(|line| line.contains("the broker refused a batch"));
+        let suspected = |line: &str| {
+            let (_, after) = line.split_once(" events=")?;
+            let (events, _) = after.split_once(' ')?;
+            events.parse::<u32>().ok()
+        };
+        lines
+            .map(|line| suspected(line).unwrap())
+            .collect::<Vec<_>>()
+    };
+    // Behind the first delivery of each partition many may be under way.
+    let others =
+        "select outbox.emit('order', 'other ' || n, 'good', '1') from generate_series(1, 30) n";
+    run(pool, others).await;
+    settled(pool).await;
+    let before = refused().len();
+    command(&line, &["parked", "redrive", "--all"], 0);
+    relay.says("redriven=0 dropped=0 rejected=1").await;
+    let redriven = refused().split_off(before);
+    assert_eq!(redriven.first(), Some(&101), "{redriven:?}");
+    old("2").await;
+    parked_are(pool, 102).await;
+    assert_eq!(refused().last(), Some(&1), "{}", relay.log());
+    relay.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_letter_is_stored_and_copied_and_its_entity_goes_on() {
     let test = "a_dead_letter_is_stored_and_copied_and_its_entity_goes_on";

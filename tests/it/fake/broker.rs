@@ -71,6 +71,8 @@ pub struct Broker {
     reject_next: Option<i64>,
     /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
     pub last_words: Option<bool>,
+    /// The next record finds the queue full, whatever is in it.
+    pub full_once: bool,
 }
 
 impl Broker {
@@ -90,6 +92,7 @@ impl Broker {
             opened: 0,
             reject_next: None,
             last_words: [None, Some(false), Some(true)][rng.usize(0..3)],
+            full_once: false,
         }
     }
 
@@ -210,6 +213,9 @@ impl World {
             return Ok(id);
         }
         let idle = producer.queue.is_empty();
+        if std::mem::take(&mut broker.full_once) {
+            return Err(Refused::Full);
+        }
         if producer.queue.len() < broker.queue_records {
             producer.queue.push_back(carried);
         } else if reorder {

@@ -130,18 +130,42 @@ impl Sink for Doubted {
     }
 }
 
-/// The process is stopped by the system while the first receipts come in.
-pub(super) struct StoppedAtReceipt {
-    pub(super) sink: FakeSink,
-    pub(super) stopped_for: Option<Duration>,
-    /// The whole machine: its monotonic clock stands still, and its wall clock is ahead afterwards.
-    pub(super) suspended_for: Option<Duration>,
+/// Asks somebody else whenever receipts have come in, who may have lost the sink with them.
+pub(super) struct AtReceipts<F> {
+    sink: FakeSink,
+    times: usize,
+    meddle: F,
+}
+
+impl<F> AtReceipts<F> {
+    pub(super) fn new(sink: FakeSink, meddle: F) -> Self {
+        Self {
+            sink,
+            times: 0,
+            meddle,
+        }
+    }
+}
+
+/// The process is stopped by the system: the clock moves on at the first poll, and nobody else is polled meanwhile.
+pub(super) fn stop_the_process(time: Duration) {
+    let mut advance = pin!(advance(time));
+    let polled = advance
+        .as_mut()
+        .poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_pending());
 }
 
 /// The wall clock of a machine that is suspended.
 pub(super) static WALL_US: AtomicI64 = AtomicI64::new(0);
 
-impl Sink for StoppedAtReceipt {
+/// The whole machine: its monotonic clock stands still, and its wall clock is ahead afterwards.
+pub(super) fn suspend_the_machine(time: Duration) {
+    let us = i64::try_from(time.as_micros()).unwrap();
+    WALL_US.fetch_add(us, Ordering::Relaxed);
+}
+
+impl<F: FnMut(usize) -> Result<(), SinkError> + Send> Sink for AtReceipts<F> {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.sink.open().await
     }
@@ -163,20 +187,9 @@ impl Sink for StoppedAtReceipt {
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
-        let received = self.sink.receipts(into).await;
-        if let Some(stopped_for) = self.stopped_for.take() {
-            // The clock moves on at the first poll, and nobody else is polled meanwhile.
-            let mut advance = pin!(advance(stopped_for));
-            let polled = advance
-                .as_mut()
-                .poll(&mut Context::from_waker(Waker::noop()));
-            assert!(polled.is_pending());
-        }
-        if let Some(suspended_for) = self.suspended_for.take() {
-            let us = i64::try_from(suspended_for.as_micros()).unwrap();
-            WALL_US.fetch_add(us, Ordering::Relaxed);
-        }
-        received
+        self.sink.receipts(into).await?;
+        self.times += 1;
+        (self.meddle)(self.times)
     }
 
     fn trouble(&self) -> Option<String> {

@@ -2,8 +2,8 @@
 
 mod ends;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -12,13 +12,16 @@ use outbox_relay::ledger::Ledger;
 use outbox_relay::relay::status::{State, Status};
 use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Relay, Settings};
-use outbox_relay::sink::Sink;
+use outbox_relay::sink::{Sink, SinkError};
 use outbox_relay::source::{PageLimits, Source, SourceError};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::ends::{Doubted, Meddled, SlowLedger, SlowSource, StoppedAtReceipt, WALL_US};
+use self::ends::{
+    AtReceipts, Doubted, Meddled, SlowLedger, SlowSource, WALL_US, stop_the_process,
+    suspend_the_machine,
+};
 use crate::fake::books::FakeLedger;
 use crate::fake::broker::FakeSink;
 use crate::fake::log::{FakeSource, Poison};
@@ -220,9 +223,65 @@ fn a_source_rests_while_its_pages_find_no_room() {
         });
         let rests = meddled.rests.clone();
         let relay = relay(meddled, sink(&shared), ledger(&shared));
-        run_for(Duration::from_secs(30), relay).await;
-        // Once for want of room, and once at the end of the life.
-        assert!(rests.load(Ordering::Relaxed) > 1);
+        rests_within(Duration::from_secs(30), relay, &rests).await;
+    });
+}
+
+/// Nor is a listener read while there is always another page.
+#[test]
+fn a_source_rests_in_a_long_backlog() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None); 200]);
+        let meddled = Meddled::new(&shared, |_| {
+            stop_the_process(LEASE / 8);
+            Ok(())
+        });
+        let rests = meddled.rests.clone();
+        let relay = relay(meddled, sink(&shared), ledger(&shared));
+        rests_within(Duration::from_secs(30), relay, &rests).await;
+        is_well(&shared);
+    });
+}
+
+/// The end of a life, which is a rest as well, does not count.
+async fn rests_within<S: Source>(
+    time: Duration,
+    relay: Relay<S, FakeSink, FakeLedger>,
+    rests: &AtomicUsize,
+) {
+    let before_the_end = async {
+        sleep(time - Duration::from_secs(1)).await;
+        rests.load(Ordering::Relaxed)
+    };
+    let ((), rested) = tokio::join!(run_for(time, relay), before_the_end);
+    assert!(rested > 0);
+}
+
+/// As a queue that counts what it has just told about: nothing else would wake the loop.
+#[test]
+fn a_queue_that_is_full_with_nothing_in_flight_is_tried_again_at_once() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let emitted_at = OnceLock::new();
+        let meddled = Meddled::new(&shared, |read| {
+            // Long after the first, between two ticks.
+            if read == 10 {
+                shared.with(|world| world.broker.full_once = true);
+                commit(&shared, &[("order", "1", None)]);
+                emitted_at.get_or_init(Instant::now);
+            }
+            Ok(())
+        });
+        let relay = relay(meddled, sink(&shared), ledger(&shared));
+        let delivered = async {
+            while shared.with(|world| world.broker.appended.len()) < 2 {
+                sleep(Duration::from_millis(1)).await;
+            }
+            emitted_at.get().expect("it was emitted").elapsed()
+        };
+        let ((), took) = tokio::join!(run_for(LEASE * 2, relay), delivered);
+        assert!(took < Duration::from_millis(100), "{took:?}");
+        is_well(&shared);
     });
 }
 
@@ -336,6 +395,26 @@ fn a_rejection_counts_although_the_sink_is_lost_with_it() {
     });
 }
 
+/// What has arrived is not published a second time.
+#[test]
+fn a_delivery_counts_although_the_sink_is_lost_with_it() {
+    story(async |shared| {
+        commit(&shared, &[("order", "1", None)]);
+        let lost = AtReceipts::new(sink(&shared), |nth| match nth {
+            1 => Err(SinkError("the producer is dead".to_owned())),
+            _ => Ok(()),
+        });
+        let relay = relay(source(&shared), lost, ledger(&shared));
+        run_for(LEASE * 10, relay).await;
+        is_well(&shared);
+        shared.with(|world| {
+            let facts = world.history.facts.iter();
+            let handed_over = facts.filter(|(_, fact)| matches!(fact, Fact::HandedOver { .. }));
+            assert_eq!((world.broker.lives(), handed_over.count()), (2, 1));
+        });
+    });
+}
+
 #[test]
 fn what_is_set_aside_keeps_its_reason_when_the_life_ends_in_the_same_turn() {
     story(async |shared| {
@@ -442,11 +521,12 @@ fn a_standby_takes_over_within_its_next_look() {
 fn a_process_that_was_stopped_past_its_lease_hands_nothing_over() {
     story(async |shared| {
         commit(&shared, &[("order", "1", None), ("order", "1", None)]);
-        let stopped = StoppedAtReceipt {
-            sink: sink(&shared),
-            stopped_for: Some(LEASE * 2),
-            suspended_for: None,
-        };
+        let stopped = AtReceipts::new(sink(&shared), |nth| {
+            if nth == 1 {
+                stop_the_process(LEASE * 2);
+            }
+            Ok(())
+        });
         let mut relay = relay(source(&shared), stopped, ledger(&shared));
         // The second event waits for the receipt of the first.
         relay.settings.in_flight_rows = 1;
@@ -459,11 +539,12 @@ fn a_process_that_was_stopped_past_its_lease_hands_nothing_over() {
 fn a_machine_that_was_suspended_past_its_lease_hands_nothing_over() {
     story(async |shared| {
         commit(&shared, &[("order", "1", None), ("order", "1", None)]);
-        let suspended = StoppedAtReceipt {
-            sink: sink(&shared),
-            stopped_for: None,
-            suspended_for: Some(LEASE * 2),
-        };
+        let suspended = AtReceipts::new(sink(&shared), |nth| {
+            if nth == 1 {
+                suspend_the_machine(LEASE * 2);
+            }
+            Ok(())
+        });
         let mut relay = relay(source(&shared), suspended, ledger(&shared));
         relay.now_us = || WALL_US.load(Ordering::Relaxed);
         // The second event waits for the receipt of the first.
