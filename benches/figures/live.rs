@@ -13,6 +13,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
@@ -208,10 +209,17 @@ pub fn produce(cluster: &Cluster, topic: String, pace: Pace) -> Result<Vec<Commi
         for (transaction, due) in received {
             for n in 0..pace.per_transaction {
                 let key = format!("e{}", transaction * pace.per_transaction + n);
-                producer
-                    .send(BaseRecord::to(&topic).key(&key).payload(&payload()))
-                    .map_err(|(error, _)| error)
-                    .context("produce")?;
+                let payload = payload();
+                let mut record = BaseRecord::to(&topic).key(&key).payload(&payload);
+                // Behind a pause of the broker the queue is full: what is late by it counts from when it was due.
+                while let Err((error, refused)) = producer.send(record) {
+                    ensure!(
+                        error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull),
+                        "produce: {error}"
+                    );
+                    std::thread::sleep(Duration::from_millis(1));
+                    record = refused;
+                }
             }
             produced.push(Committed { due, at: due });
         }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Error, ensure};
+use futures_util::FutureExt;
 use futures_util::future::try_join_all;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
@@ -71,6 +72,7 @@ async fn publish(naked: &Naked, number: usize, producer: &Polled) -> Result<(), 
         "select id, aggregate_type, aggregate_id, event_type, payload::text{event_id} \
          from outbox.events where id > $1 order by id limit $2"
     );
+    let page_rows = usize::try_from(naked.page)?;
     let mut last = naked.after;
     let mut listener = None;
     if naked.listen {
@@ -84,20 +86,22 @@ async fn publish(naked: &Naked, number: usize, producer: &Polled) -> Result<(), 
             .bind(naked.page)
             .fetch_all(&mut db)
             .await?;
-        let Some(tail) = rows.last() else {
-            match &mut listener {
-                Some(listener) => {
-                    listener.recv().await?;
-                    // One look answers them all.
-                    while listener.next_buffered().is_some() {}
-                }
-                None => tokio::time::sleep(LOOK).await,
-            }
-            continue;
-        };
-        last = tail.try_get(0)?;
+        if let Some(tail) = rows.last() {
+            last = tail.try_get(0)?;
+        }
         for row in &rows {
             hand_over(naked, number, producer, row).await?;
+        }
+        match &mut listener {
+            Some(listener) if rows.len() < page_rows => {
+                listener.recv().await?;
+                // One look answers them all.
+                while let Some(more) = listener.recv().now_or_never() {
+                    more?;
+                }
+            }
+            None if rows.is_empty() => tokio::time::sleep(LOOK).await,
+            _ => {}
         }
     }
 }
