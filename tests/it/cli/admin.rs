@@ -67,7 +67,7 @@ impl Shop {
             ("RELAY_SOURCE__KIND", "sqlite"),
             ("RELAY_SOURCE__SQLITE__PATH", path),
             ("RELAY_SINK__KIND", "stdout"),
-            ("RELAY_RELAY__LEASE_TTL", "1s"),
+            ("RELAY_RELAY__LEASE_TTL", "5s"),
             ("RELAY_ADMIN__LISTEN", &self.address),
         ];
         env.extend_from_slice(extra);

@@ -77,14 +77,16 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
             run(&mut writer, EMIT).await;
             let shown = until(&env, |seen| {
                 let pipeline = &seen["books"]["pipelines"][0];
-                pipeline["last_id"] == 3 && pipeline["parked_events"] == 2
+                // The id of a transaction in progress may be reached before its events are published.
+                pipeline["last_id"] == 3
+                    && pipeline["parked_events"] == 2
+                    && pipeline["oldest_unpublished_seconds"].is_null()
             })
             .await;
             let pipeline = &shown["books"]["pipelines"][0];
             assert_eq!(pipeline["backlog_ids"], 0);
             assert_eq!(pipeline["parked_entities"], 1);
             assert_eq!(pipeline["owner"]["holder"], shown["daemon"]["holder"]);
-            assert_eq!(pipeline["oldest_unpublished_seconds"], Value::Null);
             let Ran { out, .. } = relay(&["status"], &env).await.ends_with(0);
             assert!(out.contains("main      running"), "{out}");
             assert!(out.contains("2 of 1 entities"), "{out}");
@@ -152,9 +154,12 @@ async fn an_event_of_a_transaction_that_commits_late_is_the_oldest() {
                 "select outbox.emit('order', '2', 'placed', '{}')",
             )
             .await;
-            let shown = until(&env, |seen| seen["books"]["pipelines"][0]["last_id"] == 2).await;
             // In progress: nobody waits for it, and it is shown.
-            assert!(shown["books"]["pipelines"][0]["oldest_unpublished_seconds"].is_null());
+            let shown = until(&env, |seen| {
+                let pipeline = &seen["books"]["pipelines"][0];
+                pipeline["last_id"] == 2 && pipeline["oldest_unpublished_seconds"].is_null()
+            })
+            .await;
             assert!(shown["books"]["server"]["oldest_transaction"]["seconds"].as_f64() > Some(0.0));
             drop(daemon);
             run(&mut late, "commit").await;

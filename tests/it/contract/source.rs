@@ -182,17 +182,17 @@ async fn an_event_appears_after_a_wake<L: Log>(mut log: L) {
 
 async fn a_wake_is_bounded<L: Log>(log: L) {
     let mut source = log.source();
+    let mut slept = Vec::new();
     for _ in 0..12 {
         capture(&mut source, ROOMY, &Position::beginning()).await;
         let began = Instant::now();
-        source.wake().await;
-        let slept = began.elapsed();
-        // Half a second for a busy machine.
-        assert!(
-            slept <= log.wake_max() + Duration::from_millis(500),
-            "slept {slept:?}"
-        );
+        timeout(PATIENCE, source.wake()).await.expect("it wakes");
+        slept.push(began.elapsed());
     }
+    // The machine may hold up one or another; who sleeps too long does so each time.
+    slept.sort_unstable();
+    let bound = log.wake_max() + Duration::from_millis(500);
+    assert!(slept[9] <= bound, "slept {slept:?}");
 }
 
 async fn one_look_answers_all_hints_before_it<L: Log>(mut log: L) {
@@ -201,8 +201,13 @@ async fn one_look_answers_all_hints_before_it<L: Log>(mut log: L) {
     const CALM: Duration = Duration::from_millis(50);
     let mut reader = Reader::new(&log);
     reader.drain(&mut log, ROOMY).await;
-    // Whoever listens does so from here on.
     reader.source.wake().await;
+    let told = async {
+        while !log.tells().await {
+            reader.source.wake().await;
+        }
+    };
+    timeout(PATIENCE, told).await.expect("it listens");
     for _ in 0..COMMITS {
         log.emit(vec![event("e")]).await;
     }

@@ -110,13 +110,13 @@ async fn polling_goes_through_a_pooler() {
     line.setup
         .set("SOURCE__POSTGRES__URL", &format!("{server}/{name}"));
     line.setup.set("SOURCE__POSTGRES__CAPTURE", "poll");
-    line.setup.set("RELAY__LEASE_TTL", "2s");
+    line.setup.set("RELAY__LEASE_TTL", "4s");
     let writing = load.start(2);
     for _ in 0..2 {
         let relay = line.ready().await;
         writing.commits(100).await;
         // Longer than the lease, which has to be renewed through the pooler.
-        sleep(Duration::from_millis(2500)).await;
+        sleep(Duration::from_millis(4500)).await;
         assert!(relay.owns(), "{}", relay.log());
         relay.stop().await;
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::fenced::ready_again;
 use super::kafka::{Kafka, Received};
 use super::load::{Load, Seen};
 use super::process::Setup;
@@ -173,7 +174,7 @@ async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
     writing.commits(50).await;
     sleep(Duration::from_secs(5)).await;
     own.signal("CONT");
-    relay.ready().await;
+    ready_again(&relay).await;
     writing.commits(100).await;
     own.signal("KILL");
     writing.commits(50).await;
@@ -182,7 +183,7 @@ async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
         .await;
     eprintln!("{reason}");
     own.start();
-    relay.ready().await;
+    ready_again(&relay).await;
     writing.commits(50).await;
     writing.stop().await;
     let seen = everything(&load, &kafka).await;
@@ -268,6 +269,8 @@ async fn delivery_can_be_switched_and_switched_back() {
     let Some(mut line) = line("delivery_can_be_switched_and_switched_back").await else {
         return;
     };
+    // Who loses the lease publishes again what the cursor does not cover yet, unless exactly once.
+    line.setup.set("RELAY__LEASE_TTL", "10s");
     for (round, delivery) in ["at-least-once", "exactly-once"]
         .into_iter()
         .cycle()
@@ -282,6 +285,7 @@ async fn delivery_can_be_switched_and_switched_back() {
     }
     let records = read(&line, 1500).await;
     assert_eq!(duplicates(&records, 1500), 0);
+    line.setup.set("RELAY__LEASE_TTL", "1s");
     // Without a clean stop, events come again where that is what was asked for, and are never lost.
     for (round, delivery) in ["exactly-once", "at-least-once"]
         .into_iter()
@@ -295,7 +299,9 @@ async fn delivery_can_be_switched_and_switched_back() {
         emit(&line, 1500 + round * 300, 300).await;
         // Not until the position is written down, which would say what the topic has to.
         eventually("300 deliveries", PATIENCE, async || {
-            (relay.pipeline("main")?["delivered_events"].as_i64()? >= 300).then_some(())
+            let delivered = relay.pipeline("main")?["delivered_events"].as_i64()?;
+            // What was delivered just before a lease is lost is not counted.
+            (delivered >= 300 || relay.log().contains("lost the lease")).then_some(())
         })
         .await;
         relay.kill().await;

@@ -82,7 +82,7 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
 }
 
 /// To be sure of a client's end takes ten seconds, and on a busy machine more than one try.
-async fn ready_again(relay: &Process) {
+pub(super) async fn ready_again(relay: &Process) {
     eventually("ready", PATIENCE * 3, async || {
         matches!(relay.get("/readyz"), Some((200, _))).then_some(())
     })

@@ -121,7 +121,8 @@ async fn number(pool: &PgPool, query: &'static str) -> i64 {
 }
 
 /// Waits until everything that is committed is behind the position that was written down: delivered, parked or left out.
-/// An id by itself does not say so, as that of a transaction which was in progress may be behind it already.
+/// An id by itself does not say so, as that of a transaction which was in progress may be behind it already. For one pipeline
+/// with one shard.
 async fn settled(pool: &PgPool) {
     const AHEAD: &str = "select count(*) from outbox.events e where not exists (
         select from outbox.cursors c

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -142,12 +143,13 @@ impl Setup {
     }
 }
 
-/// Below the ports of outgoing connections and above those of the services.
+/// Below the ports of outgoing connections and above those of the services. None is handed out twice: whoever has one may not
+/// have bound it yet.
 fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const PORTS: u16 = 1_700;
+    static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(fastrand::u16(..PORTS)));
     loop {
-        let offset = NEXT.fetch_add(1, Ordering::Relaxed) + fastrand::u16(..1000);
-        let port = 31_000 + offset % 1_700;
+        let port = 31_000 + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;
         }

@@ -204,7 +204,7 @@ async fn a_pipe_that_nobody_reads_keeps_nothing_else_waiting() {
     };
     let mut setup = Setup::new(&database.url);
     setup.set("SINK__KIND", "stdout");
-    setup.set("RELAY__LEASE_TTL", "2s");
+    setup.set("RELAY__LEASE_TTL", "4s");
     setup.set("RELAY__DRAIN_TIMEOUT", "1s");
     // More than a pipe holds.
     run(
@@ -215,7 +215,7 @@ async fn a_pipe_that_nobody_reads_keeps_nothing_else_waiting() {
     .await;
     let mut relay = setup.start_unread();
     relay
-        .not_ready(&["has confirmed nothing for 3 s and more"])
+        .not_ready(&["has confirmed nothing for 6 s and more"])
         .await;
     assert!(relay.owns(), "the lease is kept");
     relay.signal("TERM");

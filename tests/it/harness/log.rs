@@ -37,6 +37,11 @@ pub trait Log: Sized {
     /// Completes a write, as writing down a cursor does.
     async fn write(&mut self);
 
+    /// Whether a source that has been waited at is told of what is emitted from here on, if it is told at all.
+    async fn tells(&mut self) -> bool {
+        true
+    }
+
     /// The longest that a source may sleep.
     fn wake_max(&self) -> Duration {
         POLL_INTERVAL
@@ -279,6 +284,17 @@ impl HeardPostgres {
     pub async fn begin_late(&mut self, events: Vec<Event>) -> Late {
         self.0.begin_late(events).await
     }
+
+    /// Connections of this database that wait for notifications.
+    pub async fn listeners(&mut self) -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+              where datname = current_database() and query ilike 'listen %'",
+        )
+        .fetch_one(self.writer())
+        .await
+        .unwrap()
+    }
 }
 
 impl Log for HeardPostgres {
@@ -303,6 +319,10 @@ impl Log for HeardPostgres {
 
     async fn write(&mut self) {
         self.0.write().await;
+    }
+
+    async fn tells(&mut self) -> bool {
+        self.listeners().await > 0
     }
 
     fn wake_max(&self) -> Duration {

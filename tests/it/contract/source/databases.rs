@@ -149,8 +149,7 @@ async fn a_commit_without_a_notification_is_looked_for() {
         return;
     };
     let mut reader = Reader::new(&log);
-    reader.drain(&mut log, ROOMY).await;
-    reader.source.wake().await;
+    listens(&mut reader, &mut log, ROOMY).await;
     let idle = log.wake_max() / 2;
     let mut looked_after = Vec::new();
     for round in 0..5 {
@@ -236,7 +235,7 @@ async fn who_cannot_listen_polls() {
 /// Waits until it does.
 async fn listens(reader: &mut Reader<PostgresSource>, log: &mut HeardPostgres, limits: PageLimits) {
     let listening = async {
-        while listeners(log).await == 0 {
+        while log.listeners().await == 0 {
             reader.drain(log, limits).await;
             reader.source.wake().await;
         }
@@ -246,17 +245,6 @@ async fn listens(reader: &mut Reader<PostgresSource>, log: &mut HeardPostgres, l
 }
 
 async fn listens_no_more(log: &mut HeardPostgres) {
-    let deaf = async { while listeners(log).await > 0 {} };
+    let deaf = async { while log.listeners().await > 0 {} };
     timeout(PATIENCE, deaf).await.expect("it listens no more");
-}
-
-/// Connections of this database that wait for notifications.
-async fn listeners(log: &mut HeardPostgres) -> i64 {
-    sqlx::query_scalar(
-        "select count(*) from pg_stat_activity
-          where datname = current_database() and query ilike 'listen %'",
-    )
-    .fetch_one(log.writer())
-    .await
-    .unwrap()
 }

@@ -237,8 +237,10 @@ async fn a_backlog_is_drained_through_kills() {
         let relay = line.setup.start();
         let passed = "select coalesce(max(last_id), 0) from outbox.cursors";
         let before = number(pool, passed).await;
+        // All of it may be out when the machine holds this test up, and not the relay.
         eventually("progress", PATIENCE, async || {
-            (number(pool, passed).await > before).then_some(())
+            let now = number(pool, passed).await;
+            (now > before || now == EVENTS.cast_signed()).then_some(())
         })
         .await;
         relay.kill().await;
