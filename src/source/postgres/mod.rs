@@ -48,7 +48,7 @@ const IDS_MIN: i64 = 2_000;
 const IDS_MAX: i64 = 1_000_000;
 
 /// An idle log is read this often all the same: what is wrong with the table is to show before an event is there.
-const READ_INTERVAL: Duration = Duration::from_secs(1);
+const READ_INTERVAL: Duration = Duration::from_secs(5);
 
 /// When the floor of the next window would lie this far below the newest id, it is raised before the window opens.
 const FLOOR_LAG_MAX: i64 = 100_000;
