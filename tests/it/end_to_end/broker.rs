@@ -8,7 +8,6 @@ use rdkafka::admin::AdminClient;
 use rdkafka::client::DefaultClientContext;
 use tokio::time::{Instant, sleep};
 
-use super::fenced::ready_again;
 use super::kafka::Kafka;
 use super::load::Load;
 use super::process::{Process, Setup};
@@ -61,7 +60,7 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
         "frozen: {} duplicates of {} records",
         seen.duplicates, seen.records
     );
-    ready_again(&relay).await;
+    relay.ready_again().await;
 
     // Whoever does not want to wait for the confirmations asks again.
     own.signal("STOP");
@@ -92,7 +91,7 @@ async fn a_broker_that_freezes_or_dies_loses_nothing() {
     assert!(relay.is_alive());
     own.start();
     let back = Instant::now();
-    ready_again(&relay).await;
+    relay.ready_again().await;
     eprintln!("ready {:?} after the broker", back.elapsed());
     let seen = complete(&load, &kafka).await;
     eprintln!(

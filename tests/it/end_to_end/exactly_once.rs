@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::fenced::ready_again;
 use super::kafka::{Kafka, Received};
 use super::load::{Load, Seen};
 use super::process::Setup;
@@ -174,7 +173,7 @@ async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
     writing.commits(50).await;
     sleep(Duration::from_secs(5)).await;
     own.signal("CONT");
-    ready_again(&relay).await;
+    relay.ready_again().await;
     writing.commits(100).await;
     own.signal("KILL");
     writing.commits(50).await;
@@ -183,7 +182,7 @@ async fn a_broker_that_freezes_or_dies_makes_nothing_come_twice() {
         .await;
     eprintln!("{reason}");
     own.start();
-    ready_again(&relay).await;
+    relay.ready_again().await;
     writing.commits(50).await;
     writing.stop().await;
     let seen = everything(&load, &kafka).await;

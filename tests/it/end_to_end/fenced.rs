@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::broker::in_flight;
 use super::kafka::Kafka;
 use super::load::Load;
-use super::process::{Process, Setup};
+use super::process::Setup;
 use super::services::Own;
 use super::{Line, PATIENCE, complete, eventually};
 use crate::harness::postgres::TestDatabase;
@@ -57,7 +57,7 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     eprintln!("{reason}");
     assert!(!relay.log().contains("begins again"), "{}", relay.log());
     fence.lower();
-    ready_again(&relay).await;
+    relay.ready_again().await;
     load.write(20).await;
     complete(&load, &line.kafka).await;
 
@@ -71,7 +71,7 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
     relay.not_ready(&["confirmed", "broker"]).await;
     fence.lower();
     let lowered = Instant::now();
-    ready_again(&relay).await;
+    relay.ready_again().await;
     let took = lowered.elapsed();
     let seen = complete(&load, &line.kafka).await;
     eprintln!(
@@ -79,14 +79,6 @@ async fn a_relay_that_was_told_of_no_brokers_goes_on() {
         seen.duplicates, seen.records
     );
     relay.stop().await;
-}
-
-/// To be sure of a client's end takes ten seconds, and on a busy machine more than one try.
-pub(super) async fn ready_again(relay: &Process) {
-    eventually("ready", PATIENCE * 3, async || {
-        matches!(relay.get("/readyz"), Some((200, _))).then_some(())
-    })
-    .await;
 }
 
 /// The answer to whether the client is cut off waits behind the acknowledgement: nobody must take that for an answer.

@@ -228,7 +228,17 @@ impl Process {
     }
 
     pub(super) async fn ready(&self) {
-        eventually("ready", PATIENCE, async || {
+        self.ready_within(PATIENCE).await;
+    }
+
+    /// The same when its client may have been told of no brokers: to be sure of its end takes ten seconds, and on a busy machine
+    /// more than one try.
+    pub(super) async fn ready_again(&self) {
+        self.ready_within(PATIENCE * 3).await;
+    }
+
+    async fn ready_within(&self, patience: Duration) {
+        eventually("ready", patience, async || {
             matches!(self.get("/readyz"), Some((200, _))).then_some(())
         })
         .await;
