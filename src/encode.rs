@@ -91,8 +91,12 @@ pub fn encode<'a>(
     route: &'a Route,
     encoding: &'a Encoding,
 ) -> Result<Record<'a>, Rejection> {
-    if matches!(event.payload, Payload::Ambiguous(..)) {
-        return Err(Rejection::new("payload and payload_bytes are both set"));
+    match &event.payload {
+        Payload::Ambiguous(..) => {
+            return Err(Rejection::new("payload and payload_bytes are both set"));
+        }
+        Payload::Unread(rejection) => return Err(rejection.clone()),
+        Payload::Tombstone | Payload::Json(_) | Payload::Encoded(_) => {}
     }
     // CloudEvents 1.0: "type" must be a non-empty string.
     if event.event_type.is_empty() && encoding.format != Format::Plain {
@@ -253,7 +257,7 @@ fn cloudevents_json(
     encoding: &Encoding,
 ) -> Result<Option<Vec<u8>>, Rejection> {
     let (data, data_base64) = match &event.payload {
-        Payload::Tombstone | Payload::Ambiguous(..) => return Ok(None),
+        Payload::Tombstone | Payload::Ambiguous(..) | Payload::Unread(_) => return Ok(None),
         Payload::Json(json) => {
             let raw = serde_json::from_slice(json)
                 .map_err(|error| Rejection::new(format!("the payload is not JSON: {error}")))?;
@@ -283,7 +287,7 @@ fn content_type(event: &Event) -> Option<&str> {
         (Some(content_type), _) => Some(content_type),
         (None, Payload::Json(_)) => Some("application/json"),
         (None, Payload::Encoded(_)) => Some("application/octet-stream"),
-        (None, Payload::Tombstone | Payload::Ambiguous(..)) => None,
+        (None, Payload::Tombstone | Payload::Ambiguous(..) | Payload::Unread(_)) => None,
     }
 }
 

@@ -75,6 +75,8 @@ pub enum Payload {
     Encoded(Bytes),
     /// Both columns are set. The table's constraint forbids it; a table without the constraint can hold it.
     Ambiguous(Bytes, Bytes),
+    /// The content was left in the log, for this reason: the event is rejected.
+    Unread(Rejection),
 }
 
 impl Payload {
@@ -83,7 +85,7 @@ impl Payload {
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Json(bytes) | Self::Encoded(bytes) => Some(bytes),
-            Self::Tombstone | Self::Ambiguous(..) => None,
+            Self::Tombstone | Self::Ambiguous(..) | Self::Unread(_) => None,
         }
     }
 }

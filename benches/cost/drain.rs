@@ -1,13 +1,12 @@
 //! The real loop over a recorded page, which a source replays again and again.
 //!
-//! What servers do is left out, for it is no cost of the relay's: the messages of the database are in memory, and so is the
+//! What servers do is left out, for it is no cost of the relay's: the rows of the database are in memory, and so is the
 //! cursor. A drain is over when the cursor has passed the last event.
 
 use std::future::pending;
 use std::sync::Arc;
 
 use anyhow::{Error, ensure};
-use bytes::Bytes;
 use outbox_relay::event::{EventId, Record, Seq, Shard};
 use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved, Tenure,
@@ -21,6 +20,7 @@ use outbox_relay::source::{Page, PageLimits, Source, SourceError};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::recording::RecordedRow;
 use crate::rules::decode;
 
 /// Drains the events of a recorded page so many times over, as one log.
@@ -28,7 +28,7 @@ use crate::rules::decode;
 /// # Errors
 /// When the loop stops before the end.
 pub async fn drain(
-    page: Vec<Bytes>,
+    page: Vec<RecordedRow>,
     (pipeline, settings): (Pipeline, Settings),
     sink: impl Sink,
     rounds: usize,
@@ -61,16 +61,15 @@ pub async fn drain(
 
 /// A log of one window: the events of the page, once per round, with ids that go on.
 struct Replay {
-    page: Vec<Bytes>,
-    /// Without the end mark.
+    page: Vec<RecordedRow>,
     events: i64,
     window: Arc<Window>,
     at: EventId,
 }
 
 impl Replay {
-    fn new(page: Vec<Bytes>, rounds: usize) -> Result<Self, Error> {
-        let events = i64::try_from(page.len())? - 1;
+    fn new(page: Vec<RecordedRow>, rounds: usize) -> Result<Self, Error> {
+        let events = i64::try_from(page.len())?;
         let window = Window {
             ceiling: EventId(events * i64::try_from(rounds)?),
             ..Window::beginning()

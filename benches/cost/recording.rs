@@ -1,13 +1,13 @@
 //! A page of the outbox as PostgreSQL sends it, the same in every run.
 //!
-//! Nothing of it is stored: the rows are written by the documented format, and a test holds them against what a server
-//! sends (`tests/it/bench.rs`).
+//! Nothing of it is stored: the rows are written as the page's columns are sent, and a test holds them against what a server
+//! sends (`tests/it/cost.rs`).
 
 use std::fmt::Write;
 
-use bytes::{BufMut, Bytes, BytesMut};
 use fastrand::Rng;
 use outbox_relay::event::{Event, EventId, Payload};
+use outbox_relay::source::postgres::row::{FIELDS, Fields};
 use uuid::{Builder, Uuid};
 
 /// Of all events, and the name of their topic.
@@ -23,9 +23,9 @@ pub const PAYLOAD_BYTES: usize = 233;
 /// Headers such as services give their events.
 pub const HEADERS: &str = r#"{"tenant":"acme","user":"7f3a90d2","traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}"#;
 
-const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
-const FIELDS: i16 = 10;
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+/// Of the transaction that wrote all of them.
+const XID: &str = "1000000";
 const EMITTED_US: i64 = 1_760_000_000_000_000;
 
 /// Events 1 to `count`, in the shape of the figures: no headers of their own, and no content type.
@@ -64,56 +64,47 @@ fn payload(n: i64, rng: &mut Rng) -> String {
     json + r#""}"#
 }
 
-/// The messages of one answer: a tuple each, and the end mark. They share a buffer, as they do when they are read.
-pub fn messages(events: &[Event]) -> Vec<Bytes> {
-    let mut buffer = BytesMut::new();
-    buffer.put_slice(SIGNATURE);
-    // Flags, and the length of an extension.
-    buffer.put_u64(0);
-    let mut ends = Vec::with_capacity(events.len() + 1);
-    for event in events {
-        put_row(&mut buffer, event);
-        ends.push(buffer.len());
+/// A row as its fields are sent; none for null.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedRow(pub [Option<Vec<u8>>; FIELDS]);
+
+impl RecordedRow {
+    /// As they are decoded.
+    pub fn fields(&self) -> Fields<'_> {
+        self.0.each_ref().map(Option::as_deref)
     }
-    buffer.put_i16(-1);
-    ends.push(buffer.len());
-    let mut begin = 0;
-    ends.into_iter()
-        .map(|end| {
-            buffer
-                .split_to(end - std::mem::replace(&mut begin, end))
-                .freeze()
-        })
-        .collect()
 }
 
-fn put_row(buffer: &mut BytesMut, event: &Event) {
-    buffer.put_i16(FIELDS);
-    put_field(buffer, Some(&event.id.0.to_be_bytes()));
-    put_field(buffer, Some(event.event_id.as_bytes()));
-    put_field(buffer, Some(event.aggregate_type.as_bytes()));
-    put_field(buffer, Some(event.aggregate_id.as_bytes()));
-    put_field(buffer, Some(event.event_type.as_bytes()));
+/// The rows of one answer.
+pub fn rows(events: &[Event]) -> Vec<RecordedRow> {
+    events.iter().map(row).collect()
+}
+
+fn row(event: &Event) -> RecordedRow {
     let (json, encoded) = match &event.payload {
-        Payload::Tombstone => (None, None),
+        Payload::Tombstone | Payload::Unread(_) => (None, None),
         Payload::Json(json) => (Some(&json[..]), None),
         Payload::Encoded(encoded) => (None, Some(&encoded[..])),
         Payload::Ambiguous(json, encoded) => (Some(&json[..]), Some(&encoded[..])),
     };
-    put_field(buffer, json);
-    put_field(buffer, encoded);
-    put_field(buffer, event.content_type.as_deref().map(str::as_bytes));
-    put_field(buffer, event.headers.as_deref().map(str::as_bytes));
-    let occurred_at = event.occurred_at_us - POSTGRES_EPOCH_US;
-    put_field(buffer, Some(&occurred_at.to_be_bytes()));
+    let text = |text: &str| Some(text.as_bytes().to_vec());
+    let occurred_at = (event.occurred_at_us - POSTGRES_EPOCH_US).cast_unsigned();
+    RecordedRow([
+        text(&event.id.0.to_string()),
+        text(&event.event_id.to_string()),
+        text(&event.aggregate_type),
+        text(&event.aggregate_id),
+        text(&event.event_type),
+        json.map(<[u8]>::to_vec),
+        encoded.map(|bytes| digits(bytes).into_bytes()),
+        event.content_type.as_deref().and_then(text),
+        event.headers.as_deref().and_then(text),
+        text(&format!("{occurred_at:016x}")),
+        None,
+        text(XID),
+    ])
 }
 
-fn put_field(buffer: &mut BytesMut, field: Option<&[u8]>) {
-    match field {
-        Some(field) => {
-            buffer.put_i32(i32::try_from(field.len()).expect("fields are small"));
-            buffer.put_slice(field);
-        }
-        None => buffer.put_i32(-1),
-    }
+fn digits(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -2,14 +2,16 @@
 
 use std::hint::black_box;
 
-use anyhow::{Context, Error, ensure};
-use bytes::Bytes;
+use anyhow::{Context, Error, bail, ensure};
 use outbox_relay::encode::{Texts, encode};
 use outbox_relay::event::{Event, EventId, Seq};
 use outbox_relay::order::{InFlight, Waiting};
 use outbox_relay::position::Position;
 use outbox_relay::relay::{Pipeline, Settings};
-use outbox_relay::source::postgres::copy::Decoder;
+use outbox_relay::source::EVENT_BYTES_MAX;
+use outbox_relay::source::postgres::row::{Decoder, Row};
+
+use crate::recording::RecordedRow;
 
 /// As many events as the loop hands over before it looks at receipts.
 const AT_ONCE: usize = 512;
@@ -18,19 +20,22 @@ const AT_ONCE: usize = 512;
 ///
 /// # Errors
 /// When something else is in it.
-pub fn decode(messages: &[Bytes]) -> Result<Vec<Event>, Error> {
-    let mut decoder = Decoder::new();
-    let mut events = Vec::new();
-    for message in messages {
-        events.extend(decoder.decode(message.clone())?);
+pub fn decode(rows: &[RecordedRow]) -> Result<Vec<Event>, Error> {
+    let mut decoder = Decoder::new(EVENT_BYTES_MAX);
+    let mut events = Vec::with_capacity(rows.len());
+    for row in rows {
+        match decoder.decode(&row.fields())? {
+            Row::Event(event) => events.push(event),
+            row @ Row::LongNames(_) => bail!("{row:?}"),
+        }
     }
     Ok(events)
 }
 
-pub fn decode_all(messages: &[Bytes], rounds: usize) -> Result<(), Error> {
+pub fn decode_all(rows: &[RecordedRow], rounds: usize) -> Result<(), Error> {
     for _ in 0..rounds {
-        let events = decode(black_box(messages))?;
-        ensure!(events.len() + 1 == messages.len(), "rows are missing");
+        let events = decode(black_box(rows))?;
+        ensure!(events.len() == rows.len(), "rows are missing");
         black_box(events);
     }
     Ok(())

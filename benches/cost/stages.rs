@@ -10,7 +10,7 @@ use rdkafka::mocking::MockCluster;
 
 use crate::bounds::Stage;
 use crate::drain::{Prompt, drain};
-use crate::recording::{AGGREGATE_TYPE, EVENT_TYPE, HEADERS, events, messages};
+use crate::recording::{AGGREGATE_TYPE, EVENT_TYPE, HEADERS, events, rows};
 use crate::rules;
 
 /// Events of the page.
@@ -33,7 +33,7 @@ pub fn run(stage: Stage, rounds: usize) -> Result<(), Error> {
     let mut pipeline = pipelines.remove(0).pipeline;
     let mut events = events(PAGE);
     match stage {
-        Stage::Decode => return rules::decode_all(&messages(&events), rounds),
+        Stage::Decode => return rules::decode_all(&rows(&events), rounds),
         Stage::Order => return rules::order(&events, &settings, rounds),
         Stage::Route => return rules::route(&events, &pipeline, rounds),
         Stage::Encode => return rules::encode_all(&events, &pipeline, rounds),
@@ -49,7 +49,7 @@ pub fn run(stage: Stage, rounds: usize) -> Result<(), Error> {
         Stage::DrainFiltered => pipeline.filter.event_types = vec![EVENT_TYPE.to_owned()],
     }
     let relay = (pipeline, settings);
-    let page = messages(&events);
+    let page = rows(&events);
     if stage == Stage::DrainKafka {
         let cluster = MockCluster::new(1).context("start a broker in this process")?;
         cluster

@@ -394,6 +394,57 @@ create table outbox.replays (
     updated_at timestamptz not null default clock_timestamp()
 );
 
+-- When ids began anew, and how far the sequence was set up for it. A reader that finds another newest row here looks at the
+-- whole log once.
+create table outbox.resets (
+    id      bigint      generated always as identity primary key,
+    at      timestamptz not null default clock_timestamp(),
+    -- Where the sequence stood, and where it continues.
+    stood   bigint      not null,
+    set_to  bigint      not null
+);
+
+-- Sets the sequence of the ids above every id that was ever handed out, as far as rows and books tell, so that none comes
+-- a second time: after truncate … restart identity, setval, or a copy of the rows without their sequence. Returns the newest
+-- id then. Changes nothing where the sequence is ahead of all of them.
+create function outbox.repair_sequence()
+returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    stood bigint;
+    highest bigint;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'outbox.repair_sequence has to be called under read committed, not %',
+            current_setting('transaction_isolation')
+            using errcode = 'active_sql_transaction',
+                  hint = 'begin isolation level read committed; select outbox.repair_sequence(); commit';
+    end if;
+    -- One at a time; only relays and this function use this table.
+    lock table outbox.resets in share row exclusive mode;
+    select greatest(
+        (select max(e.id) from outbox.events e),
+        (select max(greatest(c.ceiling, c.next_floor, c.last_id)) from outbox.cursors c),
+        (select max(f.last_id) from outbox.former_cursors f),
+        (select max(p.id) from outbox.parked p),
+        (select max(d.id) from outbox.dropped d),
+        (select max(r.until_id) from outbox.replays r),
+        (select max(r.set_to) from outbox.resets r),
+        0) into highest;
+    select case when s.is_called then s.last_value else 0 end into stood from outbox.events_id_seq s;
+    if stood < highest then
+        -- Writers go on meanwhile: the thousand keeps what they draw between the look and the setting below it.
+        perform setval('outbox.events_id_seq', highest + 1000);
+        insert into outbox.resets (stood, set_to) values (stood, highest + 1000);
+        return highest + 1000;
+    end if;
+    return stood;
+end
+$$;
+
 -- Gives the space of the oldest partition back, when every event in it is old enough and published by every pipeline;
 -- returns what it did, or no row when there is nothing to do. One partition per call: each is a transaction of its own.
 --
@@ -541,6 +592,7 @@ as $$
 declare
     seen pg_snapshot;
     known bigint;
+    newest bigint;
     first bigint;
     again bigint;
 begin
@@ -556,11 +608,14 @@ begin
     end if;
     seen := pg_current_snapshot();
     -- No event above a window's ceiling belongs to it. What writers have emitted here since the restore is above all of
-    -- them, because a dump has the sequence's value from after its rows.
+    -- them where the copy brought the sequence along, because a dump has its value from after the rows. Where it did not, the
+    -- sequence began anew here, and what it has handed out since lies up to its value.
     select coalesce(min(ceiling), 0) into known from outbox.cursors where prev is not null;
+    select case when s.is_called then s.last_value else 0 end into newest from outbox.events_id_seq s;
     update outbox.events e
        set xid = pg_current_xact_id()
      where e.id > known
+        or (newest < known and e.id <= newest)
         or exists (
             select from outbox.cursors c
              where c.prev is not null
@@ -583,8 +638,9 @@ begin
      where prev is not null;
     -- Their snapshots mean nothing here, and what they had passed lies before every cursor now.
     delete from outbox.former_cursors;
-    -- Ends the tenure of whoever still works with what it read elsewhere.
+    -- Ends the lease of a relay that still works with what it read elsewhere.
     delete from outbox.incarnation;
+    perform outbox.repair_sequence();
     return again;
 end
 $$;
@@ -601,6 +657,7 @@ grant select, insert, update on outbox.pipelines to outbox_relay;
 grant select, insert, delete on outbox.former_cursors to outbox_relay;
 grant select, insert on outbox.incarnation, outbox.dropped to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
+grant select on outbox.resets to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.
 grant select, insert (who, action, pipeline, selector, events, reason) on outbox.acts to outbox_relay;
 
@@ -608,7 +665,7 @@ revoke all on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
     outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
     outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt(),
-    outbox.shard_of(text, text, integer)
+    outbox.repair_sequence(), outbox.shard_of(text, text, integer)
     from public;
 grant execute on function
     outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
@@ -616,5 +673,5 @@ grant execute on function
     to outbox_writer;
 grant execute on function
     outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),
-    outbox.is_restored(), outbox.adopt(), outbox.shard_of(text, text, integer)
+    outbox.is_restored(), outbox.adopt(), outbox.repair_sequence(), outbox.shard_of(text, text, integer)
     to outbox_relay;

@@ -17,6 +17,8 @@ use crate::position::Position;
 const IDS_AT_ONCE: i64 = 50_000;
 /// One page of them holds about this many bytes; a single larger event is taken alone.
 const PAGE_BYTES: usize = 4 << 20;
+/// The content of an event with more bytes is not read, where nothing else is said.
+pub const EVENT_BYTES_MAX: usize = 8 << 20;
 
 /// How much one page may hold.
 #[derive(Clone, Copy, Debug)]

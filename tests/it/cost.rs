@@ -2,14 +2,15 @@
 
 #![allow(dead_code, reason = "the guard uses more of these files")]
 
-use bytes::Bytes;
 use clap::ValueEnum;
 use expect_test::expect;
-use futures_util::StreamExt;
 use outbox_relay::event::Event;
-use outbox_relay::source::postgres::copy::Decoder;
+use outbox_relay::source::postgres::row::{Decoder, Row};
+use outbox_relay::source::postgres::{CaptureMode, PostgresSource, Settings};
+use outbox_relay::source::{EVENT_BYTES_MAX, PageLimits};
 use sqlx::AssertSqlSafe;
-use sqlx::postgres::PgPoolCopyExt;
+use sqlx::postgres::PgRow;
+use sqlx::{Executor, Row as _, ValueRef};
 
 use crate::bench::workload::{self, Workload};
 use crate::harness::postgres::TestDatabase;
@@ -23,7 +24,7 @@ mod recording;
 
 use bounds::{BOUNDS, Bound, Cost, Stage, Verdict};
 use callgrind::Count;
-use recording::{events, messages};
+use recording::{RecordedRow, events, rows};
 
 /// As callgrind 3.19 writes it: names in full once, positions and costs in between.
 const PROFILE: &str = "\
@@ -178,19 +179,20 @@ fn the_documentation_has_the_table_of_what_was_measured() {
     assert!(text.contains(&table), "docs/performance.md lacks:\n{table}");
 }
 
-fn decoded(messages: impl IntoIterator<Item = Bytes>) -> Vec<Event> {
-    let mut decoder = Decoder::new();
-    messages
-        .into_iter()
-        .filter_map(|message| decoder.decode(message).unwrap())
-        .collect()
+fn decoded(rows: &[RecordedRow]) -> Vec<Event> {
+    let mut decoder = Decoder::new(EVENT_BYTES_MAX);
+    let decode = |row: &RecordedRow| match decoder.decode(&row.fields()) {
+        Ok(Row::Event(event)) => event,
+        other => panic!("{other:?}"),
+    };
+    rows.iter().map(decode).collect()
 }
 
 #[test]
 fn a_recording_is_the_same_every_time_and_has_its_shape() {
     let recorded = events(2_000);
     assert_eq!(recorded, events(2_000));
-    assert_eq!(decoded(messages(&recorded)), recorded);
+    assert_eq!(decoded(&rows(&recorded)), recorded);
     let payload = |event: &Event| event.payload.bytes().map(<[u8]>::len);
     assert!(
         recorded
@@ -228,19 +230,40 @@ async fn a_recording_is_what_postgresql_sends() {
         .execute(&database.pool)
         .await
         .unwrap();
+    let mut source = PostgresSource::new(Settings {
+        options: database.options.clone(),
+        direct_options: database.options.clone(),
+        mode: CaptureMode::Poll,
+        poll_interval: std::time::Duration::from_millis(200),
+    });
+    source.open().await.unwrap();
+    let limits = PageLimits {
+        rows: 100,
+        bytes: usize::MAX,
+    };
+    let statement = source.statement(limits);
     let answer = database
         .pool
-        .copy_out_raw(
-            "copy (select id, event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, \
-                          content_type, headers, occurred_at \
-                     from outbox.events order by id) to stdout (format binary)",
-        )
+        .fetch_all(sqlx::raw_sql(AssertSqlSafe(statement)))
         .await
         .unwrap();
-    let sent: Vec<Bytes> = answer.map(Result::unwrap).collect().await;
-    let events = decoded(sent.clone());
+    let field = |row: &PgRow, index| {
+        let value = row.try_get_raw(index).unwrap();
+        (!value.is_null()).then(|| value.as_bytes().unwrap().to_vec())
+    };
+    let sent: Vec<RecordedRow> = answer
+        .iter()
+        .map(|row| RecordedRow(std::array::from_fn(|index| field(row, index))))
+        .collect();
+    let events = decoded(&sent);
     assert_eq!(events.len(), 100);
-    assert_eq!(messages(&events), sent);
+    // Which transaction wrote them is the server's affair.
+    let without_xid = |rows: Vec<RecordedRow>| -> Vec<Vec<Option<Vec<u8>>>> {
+        rows.into_iter()
+            .map(|RecordedRow(fields)| fields[..fields.len() - 1].to_vec())
+            .collect()
+    };
+    assert_eq!(without_xid(rows(&events)), without_xid(sent));
     // And what the guard makes up looks like it.
     let sizes = |events: &[Event]| {
         let size = |event: &Event| {

@@ -109,7 +109,7 @@ async fn park_one(
         Payload::Json(json) => (Some(String::from_utf8_lossy(json)), None),
         Payload::Encoded(bytes) => (None, Some(&bytes[..])),
         Payload::Ambiguous(json, bytes) => (Some(String::from_utf8_lossy(json)), Some(&bytes[..])),
-        Payload::Tombstone => (None, None),
+        Payload::Tombstone | Payload::Unread(_) => (None, None),
     };
     sqlx::query(AssertSqlSafe(format!(
         "insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \

@@ -108,7 +108,7 @@ async fn park_one(
         Payload::Json(json) => (Some(&json[..]), None),
         Payload::Encoded(encoded) => (None, Some(&encoded[..])),
         Payload::Ambiguous(json, encoded) => (Some(&json[..]), Some(&encoded[..])),
-        Payload::Tombstone => (None, None),
+        Payload::Tombstone | Payload::Unread(_) => (None, None),
     };
     // The cast makes a text of the bytes without a look at them: they stay what the writer wrote.
     sqlx::query(

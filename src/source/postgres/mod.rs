@@ -4,12 +4,13 @@
 //! through a transaction-mode pooler), and never writes; behind a backlog it ends an empty transaction to raise its floor.
 
 pub(crate) mod ask;
-#[doc(hidden)]
-pub mod copy;
 mod hint;
 mod history;
 mod late;
 mod pace;
+mod resets;
+#[doc(hidden)]
+pub mod row;
 mod shard;
 mod statement;
 mod unseen;
@@ -21,19 +22,22 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use futures_util::{FutureExt, StreamExt};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row as _, ValueRef};
 use tokio::time::{Instant, timeout};
 
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
 pub(crate) use self::history::History;
 use self::late::Late;
+use self::resets::{Answer, Resets, Verdict};
+use self::row::{Decoder, FIELDS, Fields, Row};
 use self::shard::Share;
 pub(crate) use self::statement::NEWEST_ID;
-use super::{Page, PageLimits, Source, SourceError};
-use crate::event::{Event, EventId, PipelineName, Shard};
-use crate::position::{Position, Window};
+use self::statement::{Belief, NAME_BYTES_MAX, Pick, Tried};
+use super::{EVENT_BYTES_MAX, Page, PageLimits, Source, SourceError};
+use crate::event::{Event, EventId, Payload, PipelineName, Rejection, Shard};
+use crate::position::{Position, Snapshot, Window};
 
 /// A page starts this small and doubles while its bytes allow, so that the first page of huge events is not thousands.
 const FIRST_PAGE_ROWS: usize = 500;
@@ -89,6 +93,8 @@ pub struct PostgresSource {
     page_rows: usize,
     /// How often in a row a stretch of the window had no rows.
     empty_stretches: u32,
+    /// Whether the window has had no rows so far.
+    barren: bool,
     /// Which events are its own.
     share: Share,
     late: Late,
@@ -96,6 +102,8 @@ pub struct PostgresSource {
     late_from: EventId,
     /// When the table was last read in this life.
     read_at: Option<Instant>,
+    resets: Resets,
+    event_bytes_max: usize,
 }
 
 impl PostgresSource {
@@ -120,11 +128,21 @@ impl PostgresSource {
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
             empty_stretches: 0,
+            barren: false,
             share: Share::everything(),
             late: Late::default(),
             late_from: EventId(0),
             read_at: None,
+            resets: Resets::since(&Position::beginning()),
+            event_bytes_max: EVENT_BYTES_MAX,
         }
+    }
+
+    /// Leaves the content of an event with more bytes in the log: such an event is rejected.
+    #[must_use]
+    pub fn event_bytes_max(mut self, bytes: usize) -> Self {
+        self.event_bytes_max = bytes;
+        self
     }
 
     /// Reads only the events of one shard of a pipeline.
@@ -139,8 +157,17 @@ impl PostgresSource {
     #[must_use]
     pub fn statement(&self, limits: PageLimits) -> String {
         let condition = self.share.condition(&self.at.window.prev);
-        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
-        statement::page(&self.at, self.late_from, &condition, rows_max, ids_max)
+        statement::page(self.pick(limits, &condition), self.event_bytes_max)
+    }
+
+    fn pick<'a>(&'a self, limits: PageLimits, condition: &'a str) -> Pick<'a> {
+        Pick {
+            at: &self.at,
+            late_from: self.late_from,
+            condition,
+            rows_max: self.rows_max(limits),
+            ids_max: self.ids_max(limits),
+        }
     }
 
     fn rows_max(&self, limits: PageLimits) -> usize {
@@ -158,8 +185,13 @@ impl PostgresSource {
         let opens = self.at.at_end_of_window();
         if opens {
             self.open().await?;
-            let Window { floor, ceiling, .. } = *self.at.window;
-            let nothing = ceiling == floor && self.at.window.ended().next().is_none();
+            let window = &self.at.window;
+            let (floor, ceiling) = (window.floor, window.ceiling);
+            // Where any transaction has ended, the page is read all the same: ids may have begun anew and come as far as
+            // they were.
+            let nothing = ceiling == floor
+                && window.prev.xmax == window.cur.xmax
+                && window.ended().next().is_none();
             let recently = |at: Instant| at.elapsed() < READ_INTERVAL;
             if nothing && self.read_at.is_some_and(recently) {
                 self.at.last_id = ceiling;
@@ -170,8 +202,37 @@ impl PostgresSource {
                 });
             }
         }
-        let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
-        let read = self.fetch(limits).await?;
+        let (read, rows_max, ids_max) = loop {
+            let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
+            match self.fetch(limits).await {
+                Ok(read) => break (read, rows_max, ids_max),
+                // One of the rows can't be sent: it is among fewer and fewer, and then it is known.
+                Err(error) if is_of_a_row(&error) && rows_max > 1 => {
+                    self.page_rows = rows_max / 2;
+                }
+                Err(error) if is_of_a_row(&error) => {
+                    let read = self.fetch_skeleton(limits, &error).await?;
+                    break (read, rows_max, ids_max);
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        if read.contradicted {
+            let window = self.at.window.clone();
+            let found = Answer {
+                newest: window.ceiling,
+                mark: None,
+                contradicted: true,
+                newest_row: None,
+            };
+            let window = self.begin_anew(window.prev.clone(), &found).await?;
+            self.enter(window);
+            return Ok(Page {
+                events: Vec::new(),
+                end: self.at.clone(),
+                more: true,
+            });
+        }
         // Everything after relies on the order: better no page than a wrong one.
         ensure!(
             read.events.is_sorted_by(|a, b| a.id < b.id),
@@ -187,6 +248,7 @@ impl PostgresSource {
             Some(event) if full => event.id,
             _ => EventId(after.0.saturating_add(ids_max)).min(ceiling),
         };
+        self.barren &= read.events.is_empty();
         self.empty_stretches = if read.events.is_empty() && after < ceiling {
             self.empty_stretches.saturating_add(1)
         } else {
@@ -204,46 +266,139 @@ impl PostgresSource {
     /// Opens the window that follows the one that is done with; for the tests of its plans.
     #[doc(hidden)]
     pub async fn open(&mut self) -> Result<(), anyhow::Error> {
-        let mut window = self.ask_for_window().await?;
-        if window.ceiling.0 - window.next_floor.0 > FLOOR_LAG_MAX {
+        let mut window = self.next_window().await?;
+        // After a window without rows no cursor moves soon, and the same ids would be looked at again and again.
+        let lag_max = if self.barren { IDS_MIN } else { FLOOR_LAG_MAX };
+        if window.ceiling.0 - window.next_floor.0 > lag_max && !self.resets.looks_at_all(&window) {
             // The window after this one would look at all the rows of this one again.
             self.raise_floor(window.ceiling).await?;
-            window = self.ask_for_window().await?;
+            window = self.next_window().await?;
         }
+        self.enter(window);
+        Ok(())
+    }
+
+    fn enter(&mut self, window: Window) {
         self.empty_stretches = 0;
+        self.barren = true;
         self.late_from = self.late.from(window.ended());
         self.late.learn(&window);
         self.at = Position {
             window: Arc::new(window),
             last_id: EventId(0),
         };
-        Ok(())
     }
 
-    async fn ask_for_window(&mut self) -> Result<Window, anyhow::Error> {
+    /// The window that begins where the one before ends; of all ids where they began anew.
+    async fn next_window(&mut self) -> Result<Window, anyhow::Error> {
+        let before = self.at.window.clone();
+        let now = Instant::now();
+        let mut tried = self.resets.due(now);
+        let mut belief = self.resets.tried().clone();
+        let (mut cur, mut answer) = self.ask_for_window(&belief, tried).await?;
+        let mut verdict = self.resets.judge(tried, &answer, before.ceiling);
+        if verdict == Verdict::Doubtful {
+            tried = Tried::Rows;
+            belief = self.resets.same().clone();
+            (cur, answer) = self.ask_for_window(&belief, tried).await?;
+            verdict = self.resets.judge(tried, &answer, before.ceiling);
+        }
+        if verdict == Verdict::Reset {
+            // Windows that were opened since the belief was known to hold may have missed rows.
+            let missed = answer.shows_rows();
+            let prev = if missed {
+                &belief.snapshot
+            } else {
+                &before.cur
+            };
+            return self.begin_anew(prev.clone(), &answer).await;
+        }
+        let window = Window {
+            prev: before.cur.clone(),
+            cur,
+            floor: before.next_floor,
+            ceiling: answer.newest.max(before.next_floor),
+            next_floor: self.safe_floor.max(before.next_floor),
+        };
+        self.resets.opened(tried, &window, &self.late, now);
+        Ok(window)
+    }
+
+    /// Ids began anew. The sequence is set above all that were ever handed out, so that none comes a second time, and
+    /// the next window looks at all ids for what its snapshots say is new.
+    async fn begin_anew(
+        &mut self,
+        prev: Snapshot,
+        found: &Answer,
+    ) -> Result<Window, anyhow::Error> {
+        let before = self.at.window.clone();
         let mut connection = self.connected().await?;
-        let asked = sqlx::raw_sql(AssertSqlSafe(statement::head()));
+        let repair = connection.fetch_one(sqlx::raw_sql(
+            "begin isolation level read committed; set local search_path to pg_catalog, pg_temp; \
+             select outbox.repair_sequence(); commit",
+        ));
+        let row = timeout(SILENCE_MAX, repair)
+            .await
+            .map_err(|_| silent())?
+            .context("set the sequence of the outbox above the ids that it had handed out")?;
+        self.connection = Some(connection);
+        let repaired: i64 = row.try_get(0).context("decode the newest id")?;
+        tracing::error!(
+            newest = found.newest.0,
+            seen = before.ceiling.max(found.newest_row.unwrap_or_default()).0,
+            "the ids of outbox.events began anew (the sequence was reset, set back, or not brought along with the rows): \
+             the relay looks at the whole log once and publishes what is new, some of it perhaps again; ids continue above \
+             {repaired}"
+        );
+        // The window after this one begins above all that this one looks at.
+        self.safe_floor = EventId(0);
+        self.raise_floor(EventId(repaired)).await?;
+        let belief = self.resets.tried().clone();
+        let (cur, answer) = self.ask_for_window(&belief, Tried::No).await?;
+        let window = Window {
+            prev,
+            cur,
+            floor: EventId(0),
+            ceiling: answer.newest,
+            next_floor: self.safe_floor,
+        };
+        self.late = Late::default();
+        self.resets.began_anew(&window);
+        Ok(window)
+    }
+
+    async fn ask_for_window(
+        &mut self,
+        belief: &Belief,
+        tried: Tried,
+    ) -> Result<(Snapshot, Answer), anyhow::Error> {
+        let mut connection = self.connected().await?;
+        let asked = sqlx::raw_sql(AssertSqlSafe(statement::head(belief, tried)));
         let row = timeout(SILENCE_MAX, connection.fetch_one(asked))
             .await
             .map_err(|_| silent())?
             .context("read the outbox")?;
         self.connection = Some(connection);
-        let ceiling: i64 = row.try_get(0).context("decode the newest id")?;
+        let newest: i64 = row.try_get(0).context("decode the newest id")?;
         let cur: &str = row.try_get(1).context("decode the snapshot")?;
-        let before = &self.at.window;
-        Ok(Window {
-            prev: before.cur.clone(),
-            cur: cur.parse().context("decode the snapshot")?,
-            floor: before.next_floor,
-            ceiling: EventId(ceiling).max(before.next_floor),
-            next_floor: self.safe_floor.max(before.next_floor),
-        })
+        let newest_row: Option<i64> = row.try_get(4).context("decode the newest row")?;
+        let answer = Answer {
+            newest: EventId(newest),
+            mark: row.try_get(2).context("decode what the sequence is")?,
+            contradicted: row.try_get(3).context("decode whether ids began anew")?,
+            newest_row: newest_row.map(EventId),
+        };
+        Ok((cur.parse().context("decode the snapshot")?, answer))
     }
 
     async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {
         let mut connection = self.connected().await?;
         let statement = self.statement(limits);
-        let read = fetch(&mut connection, &statement, limits.bytes).await?;
+        let bounds = (limits.bytes, self.event_bytes_max);
+        let (window, late_from) = (self.at.window.clone(), self.late_from);
+        let contradicts =
+            move |id, fields: &Fields<'_>| contradicts(&window, late_from, id, fields);
+        let read = fetch(&mut connection, &statement, bounds, contradicts).await?;
         self.read_at = Some(Instant::now());
         if read.complete {
             self.connection = Some(connection);
@@ -251,7 +406,40 @@ impl PostgresSource {
             // The rest of the answer is on its way and not wanted; reading it would cost its whole size.
             drop(connection);
         }
+        if let Some(id) = read.long_names
+            && read.events.is_empty()
+        {
+            let why = anyhow!("event {id} has a name of more than {NAME_BYTES_MAX} bytes");
+            return self.fetch_skeleton(limits, &why).await;
+        }
         Ok(read)
+    }
+
+    /// The first row of the page, which can't be read, as an event that says why.
+    async fn fetch_skeleton(
+        &mut self,
+        limits: PageLimits,
+        why: &anyhow::Error,
+    ) -> Result<Read, anyhow::Error> {
+        let mut connection = self.connected().await?;
+        let condition = self.share.condition(&self.at.window.prev);
+        let statement = statement::skeleton(self.pick(limits, &condition));
+        let asked = connection.fetch_optional(sqlx::raw_sql(AssertSqlSafe(statement)));
+        let row = timeout(SILENCE_MAX, asked)
+            .await
+            .map_err(|_| silent())?
+            .context("read what an event is called")?;
+        self.connection = Some(connection);
+        let row =
+            row.with_context(|| format!("the row is gone that could not be read: {why:#}"))?;
+        let event = skeleton(&row, why);
+        Ok(Read {
+            complete: false,
+            bytes: event.size_bytes(),
+            long_names: None,
+            contradicted: false,
+            events: vec![event],
+        })
     }
 
     async fn connected(&mut self) -> Result<PgConnection, anyhow::Error> {
@@ -273,7 +461,9 @@ impl PostgresSource {
         let mut connection = self.connected().await?;
         timeout(
             SILENCE_MAX,
-            connection.execute(sqlx::raw_sql("select pg_current_xact_id()")),
+            connection.execute(sqlx::raw_sql(
+                "begin isolation level read committed; select pg_catalog.pg_current_xact_id(); commit",
+            )),
         )
         .await
         .map_err(|_| silent())?
@@ -302,8 +492,10 @@ impl Source for PostgresSource {
         self.safe_floor = EventId(0);
         self.page_rows = FIRST_PAGE_ROWS;
         self.empty_stretches = 0;
+        self.barren = false;
         self.share.forget();
         self.read_at = None;
+        self.resets = Resets::since(&self.at);
         self.hints.sought();
     }
 
@@ -312,7 +504,9 @@ impl Source for PostgresSource {
         limits: PageLimits,
         acknowledged: &Position,
     ) -> Result<Page, SourceError> {
-        self.safe_floor = self.safe_floor.max(acknowledged.window.ceiling);
+        if self.resets.covers(acknowledged) {
+            self.safe_floor = self.safe_floor.max(acknowledged.window.ceiling);
+        }
         loop {
             let page = self.read(limits).await.map_err(classify)?;
             if !page.events.is_empty() || !page.more {
@@ -337,6 +531,24 @@ struct Read {
     bytes: usize,
     /// Whether the answer was read to its end.
     complete: bool,
+    /// The event behind the last one, where its names are too long to be sent.
+    long_names: Option<EventId>,
+    /// Whether an event lies where none can be.
+    contradicted: bool,
+}
+
+/// Whether a row lies where the window says that none can be: at or below its floor, and neither of a transaction that was
+/// in progress, nor above where those have their ids.
+fn contradicts(
+    window: &Window,
+    late_from: EventId,
+    id: EventId,
+    fields: &Fields<'_>,
+) -> Result<bool, anyhow::Error> {
+    if id > window.floor {
+        return Ok(false);
+    }
+    Ok(row::xid(fields)? >= window.prev.xmax || id <= late_from)
 }
 
 fn silent() -> anyhow::Error {
@@ -346,18 +558,18 @@ fn silent() -> anyhow::Error {
 async fn fetch(
     connection: &mut PgConnection,
     statement: &str,
-    bytes_max: usize,
+    (bytes_max, event_bytes_max): (usize, usize),
+    contradicts: impl Fn(EventId, &Fields<'_>) -> Result<bool, anyhow::Error>,
 ) -> Result<Read, anyhow::Error> {
     let mut read = Read {
         events: Vec::new(),
         bytes: 0,
         complete: false,
+        long_names: None,
+        contradicted: false,
     };
-    let mut answer = timeout(SILENCE_MAX, connection.copy_out_raw(statement))
-        .await
-        .map_err(|_| silent())?
-        .context("read the outbox")?;
-    let mut decoder = copy::Decoder::new();
+    let mut answer = connection.fetch(sqlx::raw_sql(AssertSqlSafe(statement.to_owned())));
+    let mut decoder = Decoder::new(event_bytes_max);
     loop {
         // Most rows are there already: the clock is asked only for those that are not.
         let next = match answer.next().now_or_never() {
@@ -366,9 +578,15 @@ async fn fetch(
                 .await
                 .map_err(|_| silent())?,
         };
-        let Some(chunk) = next else { break };
-        let Some(event) = decoder.decode(chunk.context("read the outbox")?)? else {
-            continue;
+        let Some(row) = next else { break };
+        let row = row.context("read the outbox")?;
+        let fields = fields(&row)?;
+        let event = match decoder.decode(&fields)? {
+            Row::Event(event) => event,
+            Row::LongNames(id) => {
+                read.long_names = Some(id);
+                return Ok(read);
+            }
         };
         let bytes = read.bytes + event.size_bytes();
         // One too many is left for the next page; it is read again then.
@@ -376,6 +594,7 @@ async fn fetch(
             return Ok(read);
         }
         read.bytes = bytes;
+        read.contradicted |= contradicts(event.id, &fields)?;
         read.events.push(event);
         if bytes >= bytes_max {
             return Ok(read);
@@ -383,6 +602,68 @@ async fn fetch(
     }
     read.complete = true;
     Ok(read)
+}
+
+fn fields(row: &PgRow) -> Result<Fields<'_>, anyhow::Error> {
+    let mut fields: Fields<'_> = [None; FIELDS];
+    for (index, field) in fields.iter_mut().enumerate() {
+        *field = field_of(row, index)?;
+    }
+    Ok(fields)
+}
+
+fn field_of(row: &PgRow, index: usize) -> Result<Option<&[u8]>, anyhow::Error> {
+    let value = row.try_get_raw(index)?;
+    if value.is_null() {
+        return Ok(None);
+    }
+    value
+        .as_bytes()
+        .map(Some)
+        .map_err(|error| anyhow!("field {index}: {error}"))
+}
+
+/// An event of which only the names could be read.
+fn skeleton(row: &PgRow, why: &anyhow::Error) -> Event {
+    let field = |index| field_of(row, index).ok().flatten();
+    let id = field(0).and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok());
+    let id = EventId(id.unwrap_or_default());
+    let name = |index| match field(index) {
+        Some([b'~', digest @ ..]) => format!("sha256:{}", String::from_utf8_lossy(digest)),
+        Some(digits) => row::escaped(&row::from_digits(digits).unwrap_or_default()),
+        None => String::new(),
+    };
+    Event {
+        id,
+        event_id: row::uuid(field(1)).unwrap_or_else(|| row::stand_in(id)),
+        aggregate_type: name(2).into(),
+        aggregate_id: name(3).into(),
+        event_type: name(4).into(),
+        payload: Payload::Unread(Rejection(crate::reason::reason(why))),
+        content_type: None,
+        headers: None,
+        occurred_at_us: row::time(field(5)).unwrap_or_default(),
+    }
+}
+
+/// Whether a server's refusal may be about one of the rows: a value that has no meaning (22), is too large for the server
+/// to put into an answer (53200, 54), or that it finds broken (XX).
+fn is_of_a_row(error: &anyhow::Error) -> bool {
+    let code = code(error);
+    matches!(code.as_deref(), Some("53200"))
+        || matches!(
+            code.as_deref().and_then(|code| code.get(..2)),
+            Some("22" | "54" | "XX")
+        )
+}
+
+fn code(error: &anyhow::Error) -> Option<String> {
+    error
+        .chain()
+        .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
+            Some(sqlx::Error::Database(error)) => error.code().map(Cow::into_owned),
+            _ => None,
+        })
 }
 
 /// Opens a connection, with a limit on how long that may take.
@@ -408,13 +689,7 @@ pub(crate) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, 
 
 /// A server's refusal of the statement (missing table, missing right, wrong type) is for a person; the rest for time.
 pub(crate) fn classify(error: anyhow::Error) -> SourceError {
-    let code = error
-        .chain()
-        .find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-            Some(sqlx::Error::Database(error)) => error.code().map(Cow::into_owned),
-            _ => None,
-        });
-    match code.as_deref().and_then(|code| code.get(..2)) {
+    match code(&error).as_deref().and_then(|code| code.get(..2)) {
         // Syntax or access (42), invalid authorization (28), no such database or schema (3D, 3F), wrong values (22).
         Some("42" | "28" | "3D" | "3F" | "22") => SourceError::Misconfigured(error),
         _ => SourceError::Transient(error),

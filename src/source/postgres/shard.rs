@@ -6,7 +6,6 @@ use anyhow::Context;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
 
-use super::ask::literal;
 use crate::event::{PipelineName, Shard};
 use crate::position::Snapshot;
 
@@ -63,9 +62,9 @@ impl Share {
         };
         let rows = connection
             .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-                "select shards, shard, prev::text, cur::text, last_id from outbox.former_cursors \
-                  where pipeline = {} order by generation, shard",
-                literal(pipeline.as_str())
+                "begin isolation level read committed read only; \
+                 select shards, shard, prev::pg_catalog.text, cur::pg_catalog.text, last_id from outbox.former_cursors \
+                  where pipeline operator(pg_catalog.=) '{pipeline}' order by generation, shard; commit"
             ))))
             .await
             .context("read the former cursors")?;
@@ -98,7 +97,7 @@ impl Share {
             // partitions rather than walk along the primary key to the limit. Of what it can't see through it expects half.
             let _ = write!(
                 sql,
-                "and coalesce(outbox.shard_of({ENTITY}, {count}) = {index}, false)"
+                "and coalesce(outbox.shard_of({ENTITY}, {count}) operator(pg_catalog.=) {index}, false)"
             );
         }
         let needed = |former: &&Former| former.cur.age() > prev.age();
@@ -112,9 +111,10 @@ impl Share {
             } = former;
             let _ = write!(
                 sql,
-                " and not (outbox.shard_of({ENTITY}, {shards}) = {shard} \
-                    and (pg_visible_in_snapshot(e.xid, '{prev}') \
-                         or (pg_visible_in_snapshot(e.xid, '{cur}') and e.id <= {last_id})))"
+                " and not (outbox.shard_of({ENTITY}, {shards}) operator(pg_catalog.=) {shard} \
+                    and (pg_catalog.pg_visible_in_snapshot(e.xid, '{prev}'::pg_catalog.pg_snapshot) \
+                         or (pg_catalog.pg_visible_in_snapshot(e.xid, '{cur}'::pg_catalog.pg_snapshot) \
+                             and e.id operator(pg_catalog.<=) {last_id})))"
             );
         }
         sql

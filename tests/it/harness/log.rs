@@ -333,7 +333,7 @@ impl Log for HeardPostgres {
 
 fn columns(payload: &Payload) -> (Option<&[u8]>, Option<&[u8]>) {
     match payload {
-        Payload::Tombstone => (None, None),
+        Payload::Tombstone | Payload::Unread(_) => (None, None),
         Payload::Json(json) => (Some(json), None),
         Payload::Encoded(bytes) => (None, Some(bytes)),
         Payload::Ambiguous(json, bytes) => (Some(json), Some(bytes)),

@@ -11,6 +11,7 @@ mod database;
 mod oracle;
 mod plans;
 mod reader;
+mod resets;
 mod reshard;
 mod sabotage;
 mod schedules;

@@ -51,9 +51,9 @@ async fn explain(connection: &mut PgConnection, source: &PostgresSource) -> Ran 
     };
     let statement = source.statement(limits);
     let select = statement
-        .strip_prefix("copy (")
-        .and_then(|rest| rest.strip_suffix(") to stdout (format binary)"))
-        .expect("a copy of a select");
+        .strip_prefix("begin isolation level read committed read only; ")
+        .and_then(|rest| rest.strip_suffix("; commit"))
+        .expect("a select in a transaction of its own");
     let text = ask(
         connection,
         &format!("explain (analyze, buffers, timing off, format json) {select}"),

@@ -18,14 +18,14 @@ use super::storm::storm;
 
 /// Which wrong idea.
 #[derive(Clone, Copy)]
-enum Idea {
+pub(crate) enum Idea {
     /// `id > last order by id`.
     IdCursor,
     /// `(xid, id) > last` below the oldest transaction in progress.
     Horizon,
 }
 
-struct WrongSource {
+pub(crate) struct WrongSource {
     idea: Idea,
     options: PgConnectOptions,
     connection: Option<PgConnection>,
@@ -33,7 +33,7 @@ struct WrongSource {
 }
 
 impl WrongSource {
-    fn new(idea: Idea, options: PgConnectOptions) -> Self {
+    pub(crate) fn new(idea: Idea, options: PgConnectOptions) -> Self {
         Self {
             idea,
             options,

@@ -24,14 +24,14 @@ pub(crate) fn emit(n: u64) -> String {
     format!("select outbox.emit('thing', 'e', 'changed', '{n}')")
 }
 
-fn emit_many(from: u64, to: u64) -> String {
+pub(crate) fn emit_many(from: u64, to: u64) -> String {
     format!(
         "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload) \
          select 'thing', 'e', 'changed', n::text::json from generate_series({from}, {to}) n"
     )
 }
 
-fn numbers(page: &Page) -> Vec<u64> {
+pub(crate) fn numbers(page: &Page) -> Vec<u64> {
     page.events
         .iter()
         .map(|event| {
