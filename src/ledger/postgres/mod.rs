@@ -516,14 +516,26 @@ fn fenced(rows: u64) -> Fenced {
 /// One message that depends on no setting of session, role or database: names are those of the catalog whatever a schema of
 /// the path has, and the isolation level is the one that fences and conflicts rest on.
 fn in_path(statement: &str) -> String {
-    format!(
-        "begin isolation level read committed; set local search_path to pg_catalog, pg_temp; {statement}; commit"
-    )
+    format!("{BEGIN}; {statement}; commit")
+}
+
+/// See [`in_path`].
+const BEGIN: &str =
+    "begin isolation level read committed; set local search_path to pg_catalog, pg_temp";
+
+/// Inside a transaction, which has begun with [`BEGIN`], the statement stands as it is.
+fn of_transaction(connection: &PgConnection, statement: String) -> String {
+    if connection.is_in_transaction() {
+        statement
+    } else {
+        in_path(&statement)
+    }
 }
 
 async fn execute(connection: &mut PgConnection, statement: String) -> Result<u64, anyhow::Error> {
+    let statement = of_transaction(connection, statement);
     let done = connection
-        .execute(sqlx::raw_sql(AssertSqlSafe(in_path(&statement))))
+        .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
         .await?;
     Ok(done.rows_affected())
 }
@@ -532,8 +544,9 @@ async fn fetch_one(
     connection: &mut PgConnection,
     statement: String,
 ) -> Result<PgRow, anyhow::Error> {
+    let statement = of_transaction(connection, statement);
     Ok(connection
-        .fetch_one(sqlx::raw_sql(AssertSqlSafe(in_path(&statement))))
+        .fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)))
         .await?)
 }
 

@@ -8,7 +8,7 @@ use bytestring::ByteString;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgTransaction};
 
-use super::{Fence, get, in_path, is_ours, literal, of_shard};
+use super::{BEGIN, Fence, get, in_path, is_ours, literal, of_shard};
 use crate::event::{Event, EventId, EventKey, HeldEntity, Payload};
 use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings, storable};
 
@@ -85,12 +85,7 @@ async fn fenced<'c>(
     settings: &Settings,
     fence: &Fence,
 ) -> Result<Option<PgTransaction<'c>>, anyhow::Error> {
-    let mut transaction = connection
-        .begin_with(
-            "begin isolation level read committed; set local search_path to pg_catalog, pg_temp",
-        )
-        .await
-        .context("begin")?;
+    let mut transaction = connection.begin_with(BEGIN).await.context("begin")?;
     let ours = transaction
         .execute(sqlx::raw_sql(AssertSqlSafe(format!(
             "select 1 from outbox.cursors where {} for update",

@@ -10,7 +10,7 @@ use outbox_relay::ledger::{
 use outbox_relay::position::{Position, Window};
 
 use crate::harness::books::Books;
-use crate::harness::log::event;
+use crate::harness::log::{PolledPostgres, event};
 
 macro_rules! kept_by {
     ($log:ident as $module:ident) => {
@@ -55,6 +55,7 @@ kept_by!(PolledPostgres as postgres);
 mod postgres_only {
     kept_by! { in PolledPostgres:
         a_later_event_with_a_lower_id_is_due_last,
+        no_setting_or_object_of_the_database_matters,
     }
 }
 
@@ -705,4 +706,53 @@ async fn a_later_event_with_a_lower_id_is_due_last<B: Books>(mut books: B) {
     assert_eq!(books.show(&id(5)).await[0].behind, Some(500));
     assert_eq!(delivered(&mut ledger, &[500]).await, []);
     assert_eq!(due(&mut ledger).await, [5, 9]);
+}
+
+/// A database whose owner prefers other settings, with functions of the catalog's names before those of the catalog.
+async fn no_setting_or_object_of_the_database_matters(books: PolledPostgres) {
+    let hostile = "
+        do $$ declare one text; begin
+            foreach one in array array[
+                'clock_timestamp() returns timestamptz',
+                'pg_visible_in_snapshot(xid8, pg_snapshot) returns boolean',
+                'hashtextextended(text, bigint) returns bigint',
+                'octet_length(text) returns integer',
+                'to_char(timestamp, text) returns text',
+                'jsonb_array_length(jsonb) returns integer'] loop
+                execute format('create function public.%s language plpgsql as %L', one,
+                               'begin raise ''a function of public was called''; end');
+            end loop;
+            foreach one in array array[
+                'search_path = public, pg_catalog', 'default_transaction_isolation = serializable',
+                'DateStyle = \'SQL, DMY\'', 'IntervalStyle = sql_standard', 'timezone = \'Asia/Kathmandu\'',
+                'extra_float_digits = -15', 'bytea_output = escape'] loop
+                execute format('alter database %I set %s', current_database(), one);
+            end loop;
+        end $$";
+    sqlx::raw_sql(hostile)
+        .execute(&books.database.pool)
+        .await
+        .unwrap();
+    let mut ledger = owner(&books).await;
+    assert_eq!(ledger.renew().await.unwrap(), Fenced::Written);
+    let some = [parked(1, "a", Some("bad")), parked(2, "a", None)];
+    assert_eq!(ledger.park(&some).await.unwrap(), Fenced::Written);
+    sqlx::query("update outbox.parked set wanted = 'redrive' where id = 1")
+        .execute(&books.database.pool)
+        .await
+        .unwrap();
+    let found = ledger.due(ROWS, BYTES).await.unwrap();
+    assert_eq!((&found[0].event, found.len()), (&some[0].event, 2));
+    let resolved = Resolved {
+        rejected: vec![(key(1), "again".to_owned())],
+        ..Resolved::default()
+    };
+    assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
+    ledger.release(true).await.unwrap();
+    let mut next = books.ledger(settings("next"));
+    let Acquired::Ours(tenure) = next.acquire().await.unwrap() else {
+        panic!("the lease was released")
+    };
+    assert_eq!(tenure.position, position(1000));
+    assert_eq!(tenure.held[0].events, 2);
 }
