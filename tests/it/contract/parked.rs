@@ -724,7 +724,7 @@ async fn no_setting_or_object_of_the_database_matters(books: PolledPostgres) {
             end loop;
             foreach one in array array[
                 'search_path = public, pg_catalog', 'default_transaction_isolation = serializable',
-                'DateStyle = \'SQL, DMY\'', 'IntervalStyle = sql_standard', 'timezone = \'Asia/Kathmandu\'',
+                'DateStyle = ''SQL, DMY''', 'IntervalStyle = sql_standard', 'timezone = ''Asia/Kathmandu''',
                 'extra_float_digits = -15', 'bytea_output = escape'] loop
                 execute format('alter database %I set %s', current_database(), one);
             end loop;
