@@ -141,7 +141,7 @@ pub(super) async fn park(
 fn is_about_the_row(error: &sqlx::Error) -> bool {
     error
         .as_database_error()
-        .and_then(|error| error.code())
+        .and_then(sqlx::error::DatabaseError::code)
         .is_some_and(|code| code.starts_with("22") || code.starts_with("54") || code == "53200")
 }
 
@@ -315,9 +315,19 @@ pub(super) async fn due(
         )))))
         .await
         .context("look for due events")?;
+    publishable(connection, settings, fence, &found).await
+}
+
+/// What can be read and has its content; of the rest the wish is taken back, and what follows in its entity stays.
+async fn publishable(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    fence: &Fence,
+    found: &[PgRow],
+) -> Result<Vec<Due>, anyhow::Error> {
     let (mut due, mut bad) = (Vec::new(), Vec::new());
     let mut stopped: HashSet<(ByteString, ByteString)> = HashSet::new();
-    for row in &found {
+    for row in found {
         let content: bool = get(row, 13)?;
         match due_event(row) {
             Ok(this) if this.holds && stopped.contains(&entity_of(&this.event)) => {}
@@ -448,10 +458,8 @@ async fn remove(
     let gone: BTreeSet<String> = removed.iter().map(|(id, ..)| id.clone()).collect();
     let mut released = Released {
         free: Vec::new(),
-        kept: dropped
-            .iter()
+        kept: (dropped.iter().copied())
             .filter(|event| !gone.contains(&event.event_id.to_string()))
-            .copied()
             .collect(),
     };
     let entities: BTreeSet<(String, String)> = removed
