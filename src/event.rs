@@ -20,6 +20,16 @@ impl fmt::Display for EventId {
     }
 }
 
+/// Names one event for good. After the sequence was reset an id comes again, for another event: the uuid is the identity,
+/// the id is its place in the log and what operators type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EventKey {
+    /// Its place in the log.
+    pub id: EventId,
+    /// Its identity.
+    pub event_id: Uuid,
+}
+
 /// The number of an event within one life of the loop, counted from 0 without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Seq(pub u64);
@@ -50,6 +60,15 @@ pub struct Event {
 }
 
 impl Event {
+    /// Which event this is.
+    #[must_use]
+    pub fn key(&self) -> EventKey {
+        EventKey {
+            id: self.id,
+            event_id: self.event_id,
+        }
+    }
+
     /// Bytes that this event holds in memory, about.
     #[must_use]
     pub fn size_bytes(&self) -> usize {
@@ -209,6 +228,9 @@ pub struct HeldEntity {
     pub last: EventId,
     /// How many of its events are parked.
     pub events: usize,
+    /// Whether the cursor has passed one of them: then every event of the entity that comes out of the log is a later one,
+    /// whatever its id.
+    pub is_passed: bool,
 }
 
 /// Where a new pipeline begins.

@@ -324,11 +324,19 @@ create table outbox.parked (
     aggregate_type text        not null,
     aggregate_id   text        not null,
     event_type     text        not null,
-    payload        json,
+    -- As text: whatever depth the log took is never parsed again.
+    payload        text,
     payload_bytes  bytea,
     content_type   text,
-    headers        json,
+    headers        text,
     occurred_at    timestamptz not null,
+    -- Of aggregate type and id: an index entry has room for 2,700 bytes, a name has none.
+    entity         bigint      not null generated always as
+        (pg_catalog.hashtextextended(aggregate_type, pg_catalog.hashtextextended(aggregate_id, 0))) stored,
+    -- The order within the entity: the id, raised where ids came again after the sequence was reset.
+    place          bigint      not null default 0,
+    -- False where the database could not store the event: it can be dropped, not redriven.
+    has_content    boolean     not null default true,
     -- As in the log: tells whether a cursor has passed the event.
     xid            xid8,
     -- Whether later events of the entity wait behind it; a dead letter holds nobody up.
@@ -341,12 +349,15 @@ create table outbox.parked (
     -- What an operator asked for, until it is done.
     wanted         text,
     parked_at      timestamptz not null default clock_timestamp(),
-    primary key (pipeline, id),
+    -- After a reset of the sequence an id comes again, for another event.
+    primary key (pipeline, event_id),
     constraint parked_wanted check (wanted in ('redrive', 'drop'))
 );
 
 -- Finds the oldest waiting event of an entity.
-create index parked_entity on outbox.parked (pipeline, aggregate_type, aggregate_id, id);
+create index parked_entity on outbox.parked (pipeline, entity, place);
+-- Finds what operators name by its id.
+create index parked_id on outbox.parked (pipeline, id);
 -- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
 create index parked_wanted on outbox.parked (pipeline, id) where wanted is not null;
 
@@ -627,7 +638,7 @@ begin
        set xid = '3'
      where id <= known and xid >= pg_snapshot_xmin(seen) and xid <> pg_current_xact_id();
     -- What is parked lies where its event lies.
-    update outbox.parked p set xid = (select e.xid from outbox.events e where e.id = p.id);
+    update outbox.parked p set xid = (select e.xid from outbox.events e where e.id = p.id and e.event_id = p.event_id);
     select least(known, min(id) - 1) into first from outbox.events where xid = pg_current_xact_id();
     update outbox.cursors
        set prev = seen, cur = seen, floor = first, ceiling = first, next_floor = first, last_id = first,

@@ -90,11 +90,14 @@ create table outbox_parked (
     -- What an operator asked for, until it is done.
     wanted         text,
     parked_at      integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
-    primary key (pipeline, id),
+    -- After a reset of the ids one comes again, for another event.
+    primary key (pipeline, event_id),
     constraint parked_wanted check (wanted in ('redrive', 'drop'))
 );
 
 -- Finds the oldest waiting event of an entity.
+-- Finds what operators name by its id.
+create index outbox_parked_id on outbox_parked (pipeline, id);
 create index outbox_parked_entity on outbox_parked (pipeline, aggregate_type, aggregate_id, id);
 -- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
 create index outbox_parked_wanted on outbox_parked (pipeline, id) where wanted is not null;

@@ -10,7 +10,7 @@ pub mod view;
 use std::future::Future;
 use std::time::Duration;
 
-use crate::event::{Event, EventId, HeldEntity, PipelineName, Shard, Start};
+use crate::event::{Event, EventKey, HeldEntity, PipelineName, Shard, Start};
 use crate::position::Position;
 
 /// What a ledger needs to know about its pipeline.
@@ -58,7 +58,7 @@ pub struct Tenure {
     /// Entities that wait behind a parked event.
     pub held: Vec<HeldEntity>,
     /// Events that are set aside and hold nobody up.
-    pub dead_letters: Vec<EventId>,
+    pub dead_letters: Vec<EventKey>,
 }
 
 /// Whether a fenced write took place.
@@ -99,11 +99,11 @@ pub struct Due {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolved {
     /// Delivered: no longer set aside.
-    pub delivered: Vec<EventId>,
+    pub delivered: Vec<EventKey>,
     /// Dropped on request; those that nobody wants dropped any more stay.
-    pub dropped: Vec<EventId>,
+    pub dropped: Vec<EventKey>,
     /// Rejected once more, with the reason: they wait until somebody asks again.
-    pub rejected: Vec<(EventId, String)>,
+    pub rejected: Vec<(EventKey, String)>,
 }
 
 /// What the books look like after [`Ledger::resolve`], each in no order.
@@ -112,7 +112,7 @@ pub struct Released {
     /// Entities (aggregate type and id) of which nothing is parked any more that holds them.
     pub free: Vec<(String, String)>,
     /// Of the events to be dropped those that stay, because nobody wants that any more.
-    pub kept: Vec<EventId>,
+    pub kept: Vec<EventKey>,
 }
 
 /// The answer to [`Ledger::resolve`].
@@ -192,6 +192,16 @@ pub trait Ledger: Send {
     /// # Errors
     /// When the answer is unknown; the lease then ends by itself.
     fn release(&mut self, settled: bool) -> impl Future<Output = Result<(), LedgerError>> + Send;
+}
+
+/// An error text as both databases take it: at most 8 KiB, because it is a sentence for a person, and without U+0000, which
+/// no text of PostgreSQL holds and at which `json_object` of SQLite ends.
+fn storable(error: &str) -> String {
+    const BYTES_MAX: usize = 8192;
+    let cut = &error[..error.floor_char_boundary(BYTES_MAX)];
+    let mut text = cut.replace('\0', "\u{fffd}");
+    text.truncate(text.floor_char_boundary(BYTES_MAX));
+    text
 }
 
 /// The ledgers that run in production.

@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use crate::event::{EventId, Seq};
+use crate::event::{EventId, EventKey, Seq};
 use crate::position::Position;
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    id: EventId,
+    event: EventKey,
     /// How far into its page the position is once this slot has left.
     passes: EventId,
     bytes: usize,
@@ -88,20 +88,26 @@ impl InFlight {
     }
 
     /// Takes up the next event of the log.
-    pub fn push(&mut self, id: EventId, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
-        self.push_slot(id, id, bytes, occurred_at_us, tag)
+    pub fn push(&mut self, event: EventKey, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
+        self.push_slot(event, event.id, bytes, occurred_at_us, tag)
     }
 
     /// Takes up an event that the position has passed already, inside of a page that ends where the one before ends:
     /// the position stays where it is.
-    pub fn push_again(&mut self, id: EventId, bytes: usize, occurred_at_us: i64, tag: u32) -> Seq {
-        let passes = self.marks.back().map_or(id, |page| page.end.last_id);
-        self.push_slot(id, passes, bytes, occurred_at_us, tag)
+    pub fn push_again(
+        &mut self,
+        event: EventKey,
+        bytes: usize,
+        occurred_at_us: i64,
+        tag: u32,
+    ) -> Seq {
+        let passes = self.marks.back().map_or(event.id, |page| page.end.last_id);
+        self.push_slot(event, passes, bytes, occurred_at_us, tag)
     }
 
     fn push_slot(
         &mut self,
-        id: EventId,
+        event: EventKey,
         passes: EventId,
         bytes: usize,
         occurred_at_us: i64,
@@ -109,7 +115,7 @@ impl InFlight {
     ) -> Seq {
         let seq = self.next_seq();
         self.slots.push_back(Slot {
-            id,
+            event,
             passes,
             bytes,
             occurred_at_us,
@@ -153,9 +159,9 @@ impl InFlight {
 
     /// The event with this number, while it is in flight.
     #[must_use]
-    pub fn id_of(&self, seq: Seq) -> Option<EventId> {
+    pub fn event_of(&self, seq: Seq) -> Option<EventKey> {
         let index = usize::try_from(seq.0.checked_sub(self.base)?).ok()?;
-        self.slots.get(index).map(|slot| slot.id)
+        self.slots.get(index).map(|slot| slot.event)
     }
 
     /// Releases what is settled without a gap; none when the front has not moved.

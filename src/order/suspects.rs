@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::event::EventId;
+use crate::event::EventKey;
 
 /// So many refused events are tried one by one; more of them in a narrow flight first.
 const FEW: usize = 32;
@@ -15,14 +15,14 @@ const FEW: usize = 32;
 #[derive(Debug, Default)]
 pub struct Suspects {
     /// Refused together with many others: the flight is narrow until all of them are settled.
-    many: HashSet<EventId>,
+    many: HashSet<EventKey>,
     /// Refused together with few others: each is handed over when nothing else is in flight.
-    few: HashSet<EventId>,
+    few: HashSet<EventKey>,
 }
 
 impl Suspects {
     /// Notes events that were refused in one life.
-    pub fn accuse(&mut self, refused: &[EventId]) {
+    pub fn accuse(&mut self, refused: &[EventKey]) {
         if refused.len() > FEW {
             self.many.extend(refused);
         } else {
@@ -31,23 +31,23 @@ impl Suspects {
     }
 
     /// Notes that an event has arrived, or is settled in another way.
-    pub fn acquit(&mut self, id: EventId) {
+    pub fn acquit(&mut self, event: EventKey) {
         if !self.is_empty() {
-            self.many.remove(&id);
-            self.few.remove(&id);
+            self.many.remove(&event);
+            self.few.remove(&event);
         }
     }
 
     /// Whether the event has to be in flight alone: refused once more, it is to blame.
     #[must_use]
-    pub fn is_tried_alone(&self, id: EventId) -> bool {
-        self.few.contains(&id)
+    pub fn is_tried_alone(&self, event: EventKey) -> bool {
+        self.few.contains(&event)
     }
 
     /// How many events may be in flight before this one, as far as suspicion goes.
     #[must_use]
-    pub fn in_flight_before(&self, id: EventId) -> usize {
-        if self.few.contains(&id) {
+    pub fn in_flight_before(&self, event: EventKey) -> usize {
+        if self.few.contains(&event) {
             0
         } else if self.many.is_empty() {
             usize::MAX

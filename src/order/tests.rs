@@ -6,8 +6,17 @@ use expect_test::{Expect, expect};
 use proptest::prelude::*;
 
 use super::{InFlight, Settled, Suspects, Waiting};
-use crate::event::{Event, EventId, HeldEntity, Payload, Seq};
+use uuid::Uuid;
+
+use crate::event::{Event, EventId, EventKey, HeldEntity, Payload, Seq};
 use crate::position::{Position, Window};
+
+fn key(id: i64) -> EventKey {
+    EventKey {
+        id: EventId(id),
+        event_id: Uuid::from_u128(id.unsigned_abs().into()),
+    }
+}
 
 fn end(ceiling: i64) -> Position {
     let window = Window {
@@ -36,7 +45,7 @@ fn check(story: &str, expected: &Expect) {
                 in_flight.begin_page(ids.len(), last.clone());
                 for id in ids {
                     let room = in_flight.has_room_for(10);
-                    in_flight.push(EventId(id), 10, id, 0);
+                    in_flight.push(key(id), 10, id, 0);
                     if !room {
                         writeln!(seen, "no room for {id}").unwrap();
                     }
@@ -46,7 +55,7 @@ fn check(story: &str, expected: &Expect) {
                 let ids: Vec<i64> = numbers.collect();
                 in_flight.begin_page(ids.len(), last.clone());
                 for id in ids {
-                    in_flight.push_again(EventId(id), 10, id, 0);
+                    in_flight.push_again(key(id), 10, id, 0);
                 }
             }
             "settle" => {
@@ -126,10 +135,10 @@ fn behind_the_last_event_is_inside_its_page_or_at_the_end_of_it() {
     let mut in_flight = InFlight::new(10, 1000);
     assert_eq!(in_flight.taken_up(), None);
     in_flight.begin_page(2, end(102));
-    in_flight.push(EventId(1), 1, 0, 0);
+    in_flight.push(key(1), 1, 0, 0);
     let inside = in_flight.taken_up().unwrap();
     assert_eq!((inside.last_id.0, inside.window.ceiling.0), (1, 102));
-    let seq = in_flight.push(EventId(2), 1, 0, 0);
+    let seq = in_flight.push(key(2), 1, 0, 0);
     assert_eq!(in_flight.taken_up(), Some(end(102)));
     in_flight.settle(seq);
     in_flight.begin_page(1, end(105));
@@ -145,7 +154,7 @@ fn one_event_larger_than_all_room_is_taken_when_alone() {
     let mut in_flight = InFlight::new(4, 35);
     assert!(in_flight.has_room_for(1000));
     in_flight.begin_page(2, end(2));
-    in_flight.push(EventId(1), 1000, 0, 0);
+    in_flight.push(key(1), 1000, 0, 0);
     assert!(!in_flight.has_room_for(1));
 }
 
@@ -186,7 +195,7 @@ fn events_that_come_again_move_no_position() {
 fn an_event_is_released_with_all_before_it() {
     let mut in_flight = InFlight::new(4, 35);
     in_flight.begin_page(2, end(2));
-    let [first, second] = [1, 2].map(|id| in_flight.push(EventId(id), 1, 0, 0));
+    let [first, second] = [1, 2].map(|id| in_flight.push(key(id), 1, 0, 0));
     in_flight.settle(second);
     in_flight.advance();
     assert!(!in_flight.is_released(second));
@@ -204,6 +213,7 @@ fn an_entity_is_counted_and_let_go() {
         first: EventId(3),
         last: EventId(5),
         events: 2,
+        is_passed: false,
     }]);
     for id in [5, 6, 6] {
         waiting.park(&event(id, "order", "1"));
@@ -247,8 +257,8 @@ fn hunt(count: i64, batch: usize, culprits: &BTreeSet<i64>) -> (BTreeSet<i64>, u
         while first < count {
             let mut flight = Vec::new();
             for id in first..count {
-                let tried = flight.len() == 1 && suspects.is_tried_alone(EventId(first));
-                let room = suspects.in_flight_before(EventId(id)).min(20_000);
+                let tried = flight.len() == 1 && suspects.is_tried_alone(key(first));
+                let room = suspects.in_flight_before(key(id)).min(20_000);
                 if tried || flight.len() > room {
                     break;
                 }
@@ -258,17 +268,17 @@ fn hunt(count: i64, batch: usize, culprits: &BTreeSet<i64>) -> (BTreeSet<i64>, u
             for batch in flight.chunks(batch) {
                 let bad = |id: &i64| culprits.contains(id) && !condemned.contains(id);
                 if batch.iter().any(bad) {
-                    if flight.len() == 1 && suspects.is_tried_alone(EventId(first)) {
-                        suspects.acquit(EventId(first));
+                    if flight.len() == 1 && suspects.is_tried_alone(key(first)) {
+                        suspects.acquit(key(first));
                         condemned.insert(first);
                     } else {
-                        let refused: Vec<EventId> = batch.iter().copied().map(EventId).collect();
+                        let refused: Vec<EventKey> = batch.iter().copied().map(key).collect();
                         suspects.accuse(&refused);
                     }
                     continue 'lives;
                 }
                 for id in batch {
-                    suspects.acquit(EventId(*id));
+                    suspects.acquit(key(*id));
                 }
                 first += i64::try_from(batch.len()).unwrap();
             }
@@ -316,7 +326,7 @@ proptest! {
             in_flight.begin_page(*page, end(id + 1000));
             for _ in 0..*page {
                 id += 1;
-                in_flight.push(EventId(id), 1, id, 7);
+                in_flight.push(key(id), 1, id, 7);
             }
             ends.push((id, 1000 + id - i64::try_from(*page).unwrap()));
         }
@@ -344,4 +354,22 @@ proptest! {
             prop_assert_eq!(in_flight.bytes(), total - prefix);
         }
     }
+}
+
+#[test]
+fn a_later_event_with_a_lower_id_waits_too() {
+    let mut waiting = Waiting::default();
+    waiting.park(&event(500, "order", "1"));
+    let later = event(5, "order", "1");
+    assert!(!waiting.holds(&later), "it may precede what is parked");
+    waiting.pass();
+    assert!(
+        waiting.holds(&later),
+        "the log was read past what is parked"
+    );
+    let again = event(500, "order", "1");
+    assert!(!waiting.has(&again), "the id came again, for another event");
+    waiting.park(&later);
+    waiting.park(&again);
+    assert_eq!(waiting.events_of("order", "1"), 3);
 }

@@ -13,6 +13,8 @@ pub struct Waiting {
     events: usize,
     /// The newest event that was ever parked here.
     newest: EventId,
+    /// Something was parked since the last [`pass`](Self::pass).
+    may_pass: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +22,11 @@ struct Held {
     first: EventId,
     last: EventId,
     events: usize,
+    /// The cursor has passed one of them: whatever comes out of the log is later, whatever its id. After the sequence was
+    /// reset a later event has a lower id.
+    is_passed: bool,
+    /// Events from the first to the last may come out of the log again.
+    may_come_again: bool,
 }
 
 impl Waiting {
@@ -34,6 +41,7 @@ impl Waiting {
                 first,
                 last,
                 events,
+                is_passed,
             } = entity;
             waiting.events += events;
             waiting.newest = waiting.newest.max(last);
@@ -44,6 +52,8 @@ impl Waiting {
                     first,
                     last,
                     events,
+                    is_passed,
+                    may_come_again: true,
                 },
             );
         }
@@ -72,7 +82,13 @@ impl Waiting {
                 first: event.id,
                 last: event.id,
                 events: 0,
+                is_passed: false,
+                may_come_again: true,
             });
+        if !held.may_come_again {
+            (held.first, held.last, held.may_come_again) = (event.id, event.id, true);
+        }
+        self.may_pass = true;
         self.newest = event.id.max(self.newest);
         held.first = event.id.min(held.first);
         held.last = event.id.max(held.last);
@@ -86,14 +102,24 @@ impl Waiting {
     #[must_use]
     pub fn has(&self, event: &Event) -> bool {
         self.held(event)
-            .is_some_and(|held| (held.first..=held.last).contains(&event.id))
+            .is_some_and(|held| held.may_come_again && (held.first..=held.last).contains(&event.id))
     }
 
     /// Whether the event has to wait: an event of its entity that precedes it (or it itself, when the log is read again)
     /// is parked.
     #[must_use]
     pub fn holds(&self, event: &Event) -> bool {
-        self.held(event).is_some_and(|held| held.first <= event.id)
+        self.held(event)
+            .is_some_and(|held| held.is_passed || held.first <= event.id)
+    }
+
+    /// Notes that the position is past everything that is parked: none of it comes out of the log again.
+    pub fn pass(&mut self) {
+        if std::mem::take(&mut self.may_pass) {
+            for held in self.entities.values_mut().flat_map(HashMap::values_mut) {
+                (held.is_passed, held.may_come_again) = (true, false);
+            }
+        }
     }
 
     /// Notes that this many parked events of an entity are there no more.

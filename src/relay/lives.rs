@@ -15,7 +15,7 @@ use super::redrive::Try;
 use super::reject::Full;
 use super::status::{State, Status};
 use super::{BACKOFF_MAX, Changes, Over, Pipeline, Settings, backoff};
-use crate::event::{EventId, Rejection};
+use crate::event::{EventKey, Rejection};
 use crate::order::{Suspects, Waiting};
 use crate::position::Position;
 use crate::sink::{NotPrepared, Sink, SinkError};
@@ -41,8 +41,8 @@ pub(super) struct Lives<'a, S, K> {
     /// The name of the log that the positions belong to.
     pub(super) log: String,
     pub(super) waiting: Waiting,
-    pub(super) dead_letters: BTreeSet<EventId>,
-    pub(super) condemned: HashMap<(EventId, Try), Rejection>,
+    pub(super) dead_letters: BTreeSet<EventKey>,
+    pub(super) condemned: HashMap<(EventKey, Try), Rejection>,
     pub(super) full: Option<Full>,
     pub(super) suspects: Suspects,
     pub(super) durable: watch::Receiver<Position>,
@@ -67,7 +67,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::Stopped => return Over::Stopped,
                 Ended::LeaseExpired => return Over::LeaseLost(Loss::Expired),
                 Ended::Condemned(id, this, rejection) => {
-                    tracing::warn!(pipeline = %self.pipeline.name, event = id.0, reason = %rejection,
+                    tracing::warn!(pipeline = %self.pipeline.name, event = id.id.0, reason = %rejection,
                         "the broker refused an event after its hand-over, reading again to set it aside");
                     self.suspects.acquit(id);
                     self.condemned.insert((id, this), rejection);
@@ -79,7 +79,8 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                     continue;
                 }
                 Ended::Halted(id, rejection) => {
-                    self.halt(format!("event {id}: {rejection}"), stop).await;
+                    self.halt(format!("event {}: {rejection}", id.id), stop)
+                        .await;
                     return Over::Stopped;
                 }
                 Ended::Full(full) => {

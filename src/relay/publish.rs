@@ -21,7 +21,7 @@ use super::status::Status;
 use super::topics::Topics;
 use super::{Changes, Pipeline, Policy, Settings};
 use crate::encode::{Texts, encode};
-use crate::event::{Event, EventId, Rejection, Seq};
+use crate::event::{Event, EventKey, Rejection, Seq};
 use crate::ledger::Parked;
 use crate::order::{InFlight, Settled, Suspects, Waiting};
 use crate::position::Position;
@@ -48,9 +48,9 @@ pub(super) enum Ended {
     /// it can't take.
     Suspected(Rejection),
     /// The broker refused an event that was alone: begin again, and set it aside this time.
-    Condemned(EventId, Try, Rejection),
+    Condemned(EventKey, Try, Rejection),
     /// An event was rejected and the policy is to halt.
-    Halted(EventId, Rejection),
+    Halted(EventKey, Rejection),
     /// Nothing more may be set aside.
     Full(Full),
     /// There is room again.
@@ -72,9 +72,9 @@ pub(super) struct Publisher<'a, K> {
     pub(super) lease_end: &'a watch::Receiver<LeaseEnd>,
     pub(super) waiting: &'a mut Waiting,
     /// Events that are set aside and hold nobody up.
-    pub(super) dead_letters: &'a mut BTreeSet<EventId>,
+    pub(super) dead_letters: &'a mut BTreeSet<EventKey>,
     /// Events that the broker refused in an earlier life, with its reason.
-    pub(super) condemned: &'a mut HashMap<(EventId, Try), Rejection>,
+    pub(super) condemned: &'a mut HashMap<(EventKey, Try), Rejection>,
     /// What keeps this life from taking pages: it only makes room.
     pub(super) full: Option<&'a Full>,
     /// Events that were refused together in an earlier life, of which no innocent one must be set aside (I6).
@@ -109,7 +109,7 @@ pub(super) struct Life {
     /// Whether the source had more when it read the last page.
     more: bool,
     /// The suspect that is in flight, alone.
-    on_trial: Option<EventId>,
+    on_trial: Option<EventKey>,
 }
 
 /// Why the hand-over paused.
@@ -300,8 +300,8 @@ impl<K: Sink> Publisher<'_, K> {
                 life.pending.push_front(event);
                 return Ok(pause);
             }
-            if life.in_flight.rows() > 0 && self.suspects.is_tried_alone(event.id) {
-                life.on_trial = Some(event.id);
+            if life.in_flight.rows() > 0 && self.suspects.is_tried_alone(event.key()) {
+                life.on_trial = Some(event.key());
             }
         }
         Ok(Pause::Turn)
@@ -317,7 +317,7 @@ impl<K: Sink> Publisher<'_, K> {
         match self.judge(life, event) {
             Verdict::Offered(Offered::HandedOver(topic)) => {
                 life.in_flight
-                    .push(event.id, bytes, event.occurred_at_us, topic);
+                    .push(event.key(), bytes, event.occurred_at_us, topic);
             }
             Verdict::Offered(Offered::Rejected(rejection)) => {
                 return self.reject(life, event, bytes, rejection);
@@ -325,10 +325,10 @@ impl<K: Sink> Publisher<'_, K> {
             Verdict::Offered(Offered::Paused(pause)) => return Ok(Some(pause)),
             Verdict::Offered(Offered::Broken(error)) => return Err(Ended::Sink(error)),
             Verdict::LeftOut => {
-                self.suspects.acquit(event.id);
+                self.suspects.acquit(event.key());
                 let seq = life
                     .in_flight
-                    .push(event.id, 0, event.occurred_at_us, Topics::NONE);
+                    .push(event.key(), 0, event.occurred_at_us, Topics::NONE);
                 life.in_flight.settle(seq);
                 life.filtered += 1;
             }
@@ -346,7 +346,7 @@ impl<K: Sink> Publisher<'_, K> {
         self.advance(life);
         let most = match life.on_trial {
             Some(_) => 0,
-            None => self.suspects.in_flight_before(event.id),
+            None => self.suspects.in_flight_before(event.key()),
         };
         if life.in_flight.rows() <= most {
             return None;
@@ -370,7 +370,7 @@ impl<K: Sink> Publisher<'_, K> {
             Ok(false) => return Verdict::LeftOut,
             Err(rejection) => return Verdict::Offered(Offered::Rejected(rejection)),
         }
-        if let Some(rejection) = self.condemned.get(&(event.id, Try::First)) {
+        if let Some(rejection) = self.condemned.get(&(event.key(), Try::First)) {
             return Verdict::Offered(Offered::Rejected(rejection.clone()));
         }
         if self.waiting.holds(event) {
@@ -440,7 +440,7 @@ impl<K: Sink> Publisher<'_, K> {
                 Receipt::Rejected(seq, rejection) => {
                     let id = life
                         .in_flight
-                        .id_of(seq)
+                        .event_of(seq)
                         .expect("a record in flight has an event");
                     refused.push(id);
                     let alone = life.on_trial == Some(id);
@@ -459,7 +459,7 @@ impl<K: Sink> Publisher<'_, K> {
     }
 
     fn acquit(&mut self, life: &mut Life, seq: Seq) {
-        let Some(id) = life.in_flight.id_of(seq) else {
+        let Some(id) = life.in_flight.event_of(seq) else {
             return;
         };
         self.suspects.acquit(id);
@@ -469,6 +469,9 @@ impl<K: Sink> Publisher<'_, K> {
     pub(super) fn advance(&mut self, life: &mut Life) {
         if let Some(advance) = life.in_flight.advance() {
             self.settled.send_replace(advance.position);
+            if life.in_flight.is_empty() {
+                self.waiting.pass();
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::books::Order;
 use super::publish::{Ended, Life, Offered, Pause, Publisher};
 use super::topics::Topics;
-use crate::event::{Event, EventId, Rejection, Seq};
+use crate::event::{Event, EventKey, Rejection, Seq};
 use crate::ledger::{Due, Released, Resolved};
 use crate::sink::Sink;
 
@@ -47,7 +47,7 @@ struct Batch {
 }
 
 struct Row {
-    id: EventId,
+    event: EventKey,
     entity: (ByteString, ByteString),
     attempts: u32,
     holds: bool,
@@ -111,7 +111,7 @@ impl Life {
         self.topics.forget_refusals();
         self.begin_interlude(due.len());
         let rows = due.iter().map(|due| Row {
-            id: due.event.id,
+            event: due.event.key(),
             entity: (
                 due.event.aggregate_type.clone(),
                 due.event.aggregate_id.clone(),
@@ -163,7 +163,7 @@ impl<K: Sink> Publisher<'_, K> {
             match self.offer_again(life, event, this) {
                 Offered::HandedOver(topic) => {
                     // Its latency is the operator's, not the relay's.
-                    life.in_flight.push_again(event.id, bytes, now_us, topic);
+                    life.in_flight.push_again(event.key(), bytes, now_us, topic);
                     life.redrive.took();
                     return Ok(None);
                 }
@@ -174,7 +174,7 @@ impl<K: Sink> Publisher<'_, K> {
         }
         let seq = life
             .in_flight
-            .push_again(event.id, 0, event.occurred_at_us, Topics::NONE);
+            .push_again(event.key(), 0, event.occurred_at_us, Topics::NONE);
         life.in_flight.settle(seq);
         life.redrive.took();
         Ok(None)
@@ -182,7 +182,7 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Without the filter, which it has passed before, and without the order, which its entity waits to keep.
     fn offer_again(&mut self, life: &mut Life, event: &Event, this: Try) -> Offered {
-        match self.condemned.get(&(event.id, this)) {
+        match self.condemned.get(&(event.key(), this)) {
             Some(rejection) => Offered::Rejected(rejection.clone()),
             None => self.offer(life, event),
         }
@@ -200,17 +200,17 @@ impl<K: Sink> Publisher<'_, K> {
         let mut resolved = Resolved::default();
         for row in &rows {
             match &row.fate {
-                Fate::Publish => resolved.delivered.push(row.id),
-                Fate::Drop => resolved.dropped.push(row.id),
+                Fate::Publish => resolved.delivered.push(row.event),
+                Fate::Drop => resolved.dropped.push(row.event),
                 Fate::Rejected(Rejection(reason)) => {
-                    resolved.rejected.push((row.id, reason.clone()));
+                    resolved.rejected.push((row.event, reason.clone()));
                 }
                 Fate::Stay => {}
             }
         }
         let order = |done| Order::Resolve(resolved, done);
         let Released { free, kept } = self.tell_books(order).await;
-        for row in rows.iter_mut().filter(|row| kept.contains(&row.id)) {
+        for row in rows.iter_mut().filter(|row| kept.contains(&row.event)) {
             row.fate = Fate::Stay;
         }
         self.resolved(&rows);
@@ -223,9 +223,9 @@ impl<K: Sink> Publisher<'_, K> {
         let (mut redriven, mut dropped, mut rejected) = (0, 0, 0);
         for row in rows {
             self.condemned
-                .remove(&(row.id, Try::Redriven(row.attempts)));
+                .remove(&(row.event, Try::Redriven(row.attempts)));
             // Whatever became of it, it is not tried again now.
-            self.suspects.acquit(row.id);
+            self.suspects.acquit(row.event);
             match row.fate {
                 Fate::Publish => redriven += 1,
                 Fate::Drop => dropped += 1,
@@ -239,7 +239,7 @@ impl<K: Sink> Publisher<'_, K> {
                 let (aggregate_type, aggregate_id) = &row.entity;
                 self.waiting.remove(aggregate_type, aggregate_id, 1);
             } else {
-                self.dead_letters.remove(&row.id);
+                self.dead_letters.remove(&row.event);
             }
         }
         self.metrics.redriven(redriven);

@@ -6,7 +6,7 @@ use super::redrive::Try;
 use super::topics::Topics;
 use super::{Pipeline, Policy};
 use crate::encode::{Texts, dead_letter};
-use crate::event::{Event, Rejection};
+use crate::event::{Event, EventId, Rejection};
 use crate::ledger::Parked;
 use crate::sink::{Refused, Sink};
 
@@ -43,14 +43,14 @@ impl<K: Sink> Publisher<'_, K> {
                     "dropped an event that can't be published"
                 );
                 self.metrics.dropped(1);
-                self.suspects.acquit(event.id);
+                self.suspects.acquit(event.key());
                 let seq = life
                     .in_flight
-                    .push(event.id, 0, event.occurred_at_us, Topics::NONE);
+                    .push(event.key(), 0, event.occurred_at_us, Topics::NONE);
                 life.in_flight.settle(seq);
                 Ok(None)
             }
-            Policy::Halt => Err(Ended::Halted(event.id, rejection)),
+            Policy::Halt => Err(Ended::Halted(event.key(), rejection)),
         }
     }
 
@@ -76,10 +76,10 @@ impl<K: Sink> Publisher<'_, K> {
             );
         }
         self.waiting.park(event);
-        self.suspects.acquit(event.id);
+        self.suspects.acquit(event.key());
         let seq = life
             .in_flight
-            .push(event.id, bytes, event.occurred_at_us, Topics::NONE);
+            .push(event.key(), bytes, event.occurred_at_us, Topics::NONE);
         life.parking_seqs.push(seq);
         life.parking.push(Parked {
             event: event.clone(),
@@ -98,7 +98,7 @@ impl<K: Sink> Publisher<'_, K> {
         rejection: Rejection,
     ) -> Result<Option<Pause>, Ended> {
         // One that was stored before and is read again takes no further room.
-        if !self.dead_letters.contains(&event.id)
+        if !self.dead_letters.contains(&event.key())
             && let Some(full) = self.full(event, false)
         {
             return self.fill(life, full);
@@ -113,16 +113,16 @@ impl<K: Sink> Publisher<'_, K> {
             reason = %rejection,
             "made a dead letter of an event; later events of its entity go on"
         );
-        self.dead_letters.insert(event.id);
+        self.dead_letters.insert(event.key());
         let tag = copy.unwrap_or(Topics::NONE);
         let seq = life
             .in_flight
-            .push(event.id, bytes, event.occurred_at_us, tag);
+            .push(event.key(), bytes, event.occurred_at_us, tag);
         if copy.is_some() {
             // Settled when the copy is delivered, which nobody looks for before the event is stored.
             life.copies.insert(seq);
         } else {
-            self.suspects.acquit(event.id);
+            self.suspects.acquit(event.key());
             life.parking_seqs.push(seq);
         }
         life.parking.push(Parked {
@@ -150,7 +150,7 @@ impl<K: Sink> Publisher<'_, K> {
         let Some(topic) = dead_letter_topic else {
             return Ok(None);
         };
-        let refused = self.condemned.get(&(event.id, Try::DeadLetter)).cloned();
+        let refused = self.condemned.get(&(event.key(), Try::DeadLetter)).cloned();
         let refused = refused.or_else(|| life.topics.refusal(topic));
         let refusal = match refused {
             Some(refusal) => refusal,
@@ -193,9 +193,9 @@ impl<K: Sink> Publisher<'_, K> {
         };
         // What the broker refused after its hand-over, or is read again after a crash, comes before events that were set
         // aside meanwhile, and those can't make room: the cursor has not passed them. They are no more than were in flight.
-        let newest = self.dead_letters.last().copied().unwrap_or_default();
+        let newest = self.dead_letters.last().map_or(EventId(0), |dead| dead.id);
         let precedes = event.id < newest.max(self.waiting.newest());
-        let margin = if precedes || self.condemned.contains_key(&(event.id, Try::First)) {
+        let margin = if precedes || self.condemned.contains_key(&(event.key(), Try::First)) {
             self.settings.in_flight_rows
         } else {
             0

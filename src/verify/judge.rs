@@ -329,7 +329,7 @@ impl Judge {
     /// An event that is not in the log.
     fn stranger(&mut self, identity: Identity, example: Example) {
         let Identity { event_id, sequence } = identity;
-        let committed = self.set_aside.is_parked(sequence)
+        let committed = self.set_aside.is_parked(sequence, fingerprint(event_id))
             || self.set_aside.is_dropped(sequence, fingerprint(event_id));
         if committed || !self.retained.reaches(sequence) {
             self.report.not_judged.records_beyond_the_log += 1;
@@ -423,7 +423,7 @@ impl Judge {
         let compacted = self.newest_of_compacted_keys();
         let mut parked_and_found = 0;
         for entry in self.entries.iter().filter(|entry| entry.is(TAKEN)) {
-            let parked = self.set_aside.is_parked(entry.id);
+            let parked = self.set_aside.is_parked(entry.id, entry.event_id);
             let unknowable = &mut self.report.not_judged;
             if entry.copies > 0 {
                 self.report.found += 1;

@@ -9,7 +9,7 @@ use crate::verify::expect::Emitted;
 struct Story {
     terms: Terms,
     config: &'static str,
-    parked: Vec<i64>,
+    parked: Vec<(i64, Uuid)>,
     dropped: Vec<(i64, Uuid)>,
     retained: Retained,
     topic: Topic,
@@ -154,13 +154,17 @@ fn a_topic_that_does_not_exist_holds_nothing() {
 fn what_is_not_settled_or_parked_is_not_missing() {
     let mut story = Story::of(10);
     story.log[9].settled = false;
-    story.parked = vec![5];
+    let uuid = |id: i64| Uuid::from_u128(id.cast_unsigned().into());
+    // Of event 3 the id came again: what is parked under it is another one, and no word about it.
+    story.parked = vec![(3, uuid(30)), (5, uuid(5))];
     let mut records = story.faultless();
     records.remove(9);
     records.remove(4);
+    records.remove(2);
     let report = story.judge(&records);
-    assert!(report.holds);
-    assert_eq!((report.waiting, report.parked, report.found), (1, 1, 8));
+    assert_eq!(counts(&report), [1, 0, 0, 0, 0]);
+    assert_eq!(report.missing.examples[0].sequence, Some(3));
+    assert_eq!((report.waiting, report.parked, report.found), (1, 2, 7));
 }
 
 #[test]
@@ -193,7 +197,8 @@ fn what_an_operator_dropped_is_not_missing_and_what_has_its_id_only_is() {
 fn an_event_that_was_parked_and_is_found_is_found() {
     let mut story = Story::of(10);
     // The second is older than what is retained.
-    story.parked = vec![-3, 5];
+    let uuid = |id: i64| Uuid::from_u128(id.cast_unsigned().into());
+    story.parked = vec![(-3, uuid(-3)), (5, uuid(5))];
     let records = story.faultless();
     let report = story.judge(&records);
     assert_eq!((report.parked, report.found), (1, 10));

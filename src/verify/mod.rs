@@ -145,7 +145,10 @@ impl Audit<'_> {
             dropped,
             moved: _,
         } = books;
-        let parked = parked.into_iter().filter(|id| *id >= from_id).collect();
+        let parked = parked
+            .into_iter()
+            .filter(|(id, _)| *id >= from_id)
+            .collect();
         let set_aside = SetAside::new(parked, dropped);
         let mut judge = Judge::new(
             self.terms(from_id),

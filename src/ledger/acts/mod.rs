@@ -75,9 +75,10 @@ impl Selector {
             Some(id) => format!("{alias}.id = {id}"),
             None => format!(
                 "({alias}.error is not null or not exists (select 1 from {} h \
-                   where {} and h.holds and h.id < {alias}.id))",
+                   where {} and h.holds and h.{place} < {alias}.{place}))",
                 dialect.parked(),
-                same_entity("h", alias)
+                same_entity(dialect, "h", alias),
+                place = dialect.place()
             ),
         }];
         if let Some(pipeline) = &self.pipeline {
@@ -286,6 +287,14 @@ impl Dialect {
         }
     }
 
+    /// The column that orders the events of an entity.
+    fn place(self) -> &'static str {
+        match self {
+            Self::Postgres => "place",
+            Self::Sqlite => "id",
+        }
+    }
+
     fn contains(self, text: &str, part: &str) -> String {
         let function = match self {
             Self::Postgres => "strpos",
@@ -308,9 +317,14 @@ impl Dialect {
 /// The time in SQLite, in microseconds.
 const NOW_US: &str = "cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000";
 
-fn same_entity(one: &str, other: &str) -> String {
+fn same_entity(dialect: Dialect, one: &str, other: &str) -> String {
+    // The index in PostgreSQL is on a hash of both names.
+    let hash = match dialect {
+        Dialect::Postgres => format!("{one}.entity = {other}.entity and "),
+        Dialect::Sqlite => String::new(),
+    };
     format!(
-        "{one}.pipeline = {other}.pipeline and {one}.aggregate_type = {other}.aggregate_type \
+        "{hash}{one}.pipeline = {other}.pipeline and {one}.aggregate_type = {other}.aggregate_type \
          and {one}.aggregate_id = {other}.aggregate_id"
     )
 }
@@ -318,18 +332,20 @@ fn same_entity(one: &str, other: &str) -> String {
 /// How many events wait behind the parked event `p`.
 fn waiting_behind(dialect: Dialect) -> String {
     format!(
-        "case when p.holds then (select count(*) from {} w where {} and w.holds and w.id > p.id) else 0 end",
+        "case when p.holds then (select count(*) from {} w where {} and w.holds and w.{place} > p.{place}) else 0 end",
         dialect.parked(),
-        same_entity("w", "p")
+        same_entity(dialect, "w", "p"),
+        place = dialect.place()
     )
 }
 
 /// The oldest of the entity, where that is not the parked event `p` itself.
 fn behind(dialect: Dialect) -> String {
     format!(
-        "(select min(h.id) from {} h where {} and h.holds and p.holds and h.id < p.id)",
+        "(select h.id from {} h where {} and h.holds and p.holds and h.{place} < p.{place} order by h.{place} limit 1)",
         dialect.parked(),
-        same_entity("h", "p")
+        same_entity(dialect, "h", "p"),
+        place = dialect.place()
     )
 }
 
@@ -341,10 +357,11 @@ impl Wish {
             return chosen;
         }
         format!(
-            "(({chosen}) or exists (select 1 from {} r where {} and r.holds and p.holds and r.id <= p.id and {}))",
+            "(({chosen}) or exists (select 1 from {} r where {} and r.holds and p.holds and r.{place} <= p.{place} and {}))",
             dialect.parked(),
-            same_entity("r", "p"),
-            self.selector.condition(dialect, "r")
+            same_entity(dialect, "r", "p"),
+            self.selector.condition(dialect, "r"),
+            place = dialect.place()
         )
     }
 }

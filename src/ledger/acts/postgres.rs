@@ -70,7 +70,8 @@ pub async fn show(
     ask::all(
         connection,
         &format!(
-            "select {}, to_char(p.occurred_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"') as occurred_at, \
+            "select {}, coalesce(to_char(nullif(nullif(p.occurred_at, 'infinity'), '-infinity') at time zone 'UTC', \
+                             'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'), p.occurred_at::text) as occurred_at, \
                     {} as behind, p.history, p.content_type, p.headers::text as headers, \
                     left(p.payload::text, {payload_bytes_max}) as payload, \
                     encode(substring(p.payload_bytes from 1 for {payload_bytes_max}), 'hex') as payload_hex, \
@@ -102,10 +103,10 @@ pub async fn mark(
         .map_or("null".to_owned(), |reason| literal(reason));
     let statement = format!(
         "with chosen as ( \
-            select p.pipeline, p.id from outbox.parked p where {} order by p.pipeline, p.id for update of p), \
+            select p.pipeline, p.event_id from outbox.parked p where {} order by p.pipeline, p.event_id for update of p), \
          marked as ( \
             update outbox.parked p set wanted = {action} from chosen \
-             where p.pipeline = chosen.pipeline and p.id = chosen.id returning p.pipeline), \
+             where p.pipeline = chosen.pipeline and p.event_id = chosen.event_id returning p.pipeline), \
          counted as (select pipeline, count(*) as events from marked group by pipeline), \
          noted as ( \
             insert into outbox.acts (who, action, pipeline, selector, events, reason) \

@@ -65,7 +65,8 @@ pub async fn show(
         connection,
         format!(
             "select json_object({}, \
-                    'occurred_at', strftime('%Y-%m-%dT%H:%M:%fZ', p.occurred_at / 1000000.0, 'unixepoch'), \
+                    'occurred_at', coalesce(strftime('%Y-%m-%dT%H:%M:%fZ', p.occurred_at / 1000000.0, 'unixepoch'), \
+                                            p.occurred_at || ' us'), \
                     'behind', {}, 'history', json(p.history), 'content_type', p.content_type, \
                     'headers', cast(p.headers as text), 'payload', substr(p.payload, 1, {payload_bytes_max}), \
                     'payload_hex', iif(p.payload_bytes is null, null, hex(substr(p.payload_bytes, 1, {payload_bytes_max}))), \
@@ -101,7 +102,7 @@ pub async fn mark(
     .context("count what is wanted")?;
     sqlx::query(AssertSqlSafe(format!(
         "update outbox_parked set wanted = ?1 \
-          where (pipeline, id) in (select p.pipeline, p.id from outbox_parked p where {condition})"
+          where (pipeline, event_id) in (select p.pipeline, p.event_id from outbox_parked p where {condition})"
     )))
     .bind(wish.action.as_str())
     .execute(&mut *transaction)

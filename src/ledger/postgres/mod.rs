@@ -140,9 +140,8 @@ impl Ledger for PostgresLedger {
             let moved = execute(
                 connection,
                 format!(
-                    "begin; set local synchronous_commit = off; \
-                     update outbox.cursors set {update}, updated_at = clock_timestamp() where {}; \
-                     commit",
+                    "set local synchronous_commit = off; \
+                     update outbox.cursors set {update}, updated_at = clock_timestamp() where {}",
                     fence.holds(settings)
                 ),
             )
@@ -161,8 +160,8 @@ impl Ledger for PostgresLedger {
     }
 
     async fn due(&mut self, rows: usize, bytes: usize) -> Result<Vec<Due>, LedgerError> {
-        self.with(async |connection, settings, _| {
-            parked::due(connection, settings, rows, bytes).await
+        self.with(async |connection, settings, fence| {
+            parked::due(connection, settings, fence, (rows, bytes)).await
         })
         .await
     }
@@ -335,12 +334,12 @@ async fn held_by(
     settings: &Settings,
 ) -> Result<Option<HeldBy>, anyhow::Error> {
     let row = connection
-        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
+        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
             "select holder, extract(epoch from expires_at - clock_timestamp())::float8 from outbox.leases \
               where {} and expires_at > clock_timestamp() and holder <> {}",
             of_shard(settings),
             literal(&settings.holder)
-        ))))
+        )))))
         .await
         .context("look for the lease")?;
     row.map(|row| {
@@ -365,7 +364,7 @@ async fn take_lease(
     // The cursor carries the epoch too, so that one look at its own row fences every later write. The number of shards is
     // read under a lock that whoever changes it waits for.
     let row = connection
-        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(format!(
+        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
             "with known as ( \
                 select shards from outbox.pipelines where pipeline = {pipeline} and shards = {count} for share), \
              lease as ( \
@@ -379,7 +378,7 @@ async fn take_lease(
              on conflict (pipeline, shard) do update set epoch = excluded.epoch \
              returning epoch",
             expiry = expiry(settings)
-        ))))
+        )))))
         .await
         .context("take the lease")?;
     row.map(|row| get(&row, 0)).transpose()
@@ -514,7 +513,27 @@ fn fenced(rows: u64) -> Fenced {
     }
 }
 
+/// One message that depends on no setting of session, role or database: names are those of the catalog whatever a schema of
+/// the path has, and the isolation level is the one that fences and conflicts rest on.
+fn in_path(statement: &str) -> String {
+    format!("{BEGIN}; {statement}; commit")
+}
+
+/// See [`in_path`].
+const BEGIN: &str =
+    "begin isolation level read committed; set local search_path to pg_catalog, pg_temp";
+
+/// Inside a transaction, which has begun with [`BEGIN`], the statement stands as it is.
+fn of_transaction(connection: &PgConnection, statement: String) -> String {
+    if connection.is_in_transaction() {
+        statement
+    } else {
+        in_path(&statement)
+    }
+}
+
 async fn execute(connection: &mut PgConnection, statement: String) -> Result<u64, anyhow::Error> {
+    let statement = of_transaction(connection, statement);
     let done = connection
         .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
         .await?;
@@ -525,6 +544,7 @@ async fn fetch_one(
     connection: &mut PgConnection,
     statement: String,
 ) -> Result<PgRow, anyhow::Error> {
+    let statement = of_transaction(connection, statement);
     Ok(connection
         .fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)))
         .await?)

@@ -1,59 +1,80 @@
 //! Parked events in PostgreSQL: set aside, due, resolved.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use anyhow::Context;
 use bytes::Bytes;
+use bytestring::ByteString;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgTransaction};
 
-use super::{Fence, get, is_ours, literal, of_shard};
-use crate::event::{Event, EventId, HeldEntity, Payload};
-use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings};
+use super::{BEGIN, Fence, get, in_path, is_ours, literal, of_shard};
+use crate::event::{Event, EventId, EventKey, HeldEntity, Payload};
+use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings, storable};
 
 /// The time as history has it.
 const NOW: &str =
     "to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')";
+
+/// Whether a row with `xid` and `id` is behind the cursor `cursor`, as the reader of the log sees it; of what the log has no
+/// more every cursor is past.
+const PAST: &str = "(xid is null \
+     or pg_visible_in_snapshot(xid, (select prev from cursor)) \
+     or (pg_visible_in_snapshot(xid, (select cur from cursor)) and id <= (select last_id from cursor)))";
+
+fn cursor(settings: &Settings) -> String {
+    format!(
+        "cursor as (select prev, cur, last_id from outbox.cursors where {})",
+        of_shard(settings)
+    )
+}
 
 pub(super) async fn held(
     connection: &mut PgConnection,
     settings: &Settings,
 ) -> Result<Vec<HeldEntity>, anyhow::Error> {
     let rows = connection
-        .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select aggregate_type, aggregate_id, min(id), max(id), count(*) from outbox.parked \
-              where pipeline = {} and holds and {} group by 1, 2",
+        .fetch_all(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
+            "with {} select aggregate_type, aggregate_id, min(id), max(id), count(*), coalesce(bool_or({PAST}), false) \
+               from outbox.parked where pipeline = {} and holds and {} group by 1, 2",
+            cursor(settings),
             literal(settings.pipeline.as_str()),
             is_ours(settings)
-        ))))
+        )))))
         .await
         .context("read the parked entities")?;
-    rows.iter()
-        .map(|row| {
-            Ok(HeldEntity {
-                aggregate_type: get(row, 0)?,
-                aggregate_id: get(row, 1)?,
-                first: EventId(get(row, 2)?),
-                last: EventId(get(row, 3)?),
-                events: usize::try_from(get::<i64>(row, 4)?).unwrap_or_default(),
-            })
+    let entity = |row: &PgRow| {
+        Ok(HeldEntity {
+            aggregate_type: get(row, 0)?,
+            aggregate_id: get(row, 1)?,
+            first: EventId(get(row, 2)?),
+            last: EventId(get(row, 3)?),
+            events: usize::try_from(get::<i64>(row, 4)?).unwrap_or_default(),
+            is_passed: get(row, 5)?,
         })
-        .collect()
+    };
+    rows.iter().map(entity).collect()
 }
 
 pub(super) async fn dead_letters(
     connection: &mut PgConnection,
     settings: &Settings,
-) -> Result<Vec<EventId>, anyhow::Error> {
+) -> Result<Vec<EventKey>, anyhow::Error> {
     let rows = connection
-        .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-            "select id from outbox.parked where pipeline = {} and not holds and {}",
+        .fetch_all(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
+            "select id, event_id::text from outbox.parked where pipeline = {} and not holds and {}",
             literal(settings.pipeline.as_str()),
             is_ours(settings)
-        ))))
+        )))))
         .await
         .context("read the dead letters")?;
-    rows.iter().map(|row| Ok(EventId(get(row, 0)?))).collect()
+    let key = |row: &PgRow| {
+        Ok(EventKey {
+            id: EventId(get(row, 0)?),
+            event_id: get::<String>(row, 1)?.parse().context("decode event_id")?,
+        })
+    };
+    rows.iter().map(key).collect()
 }
 
 /// Begins a transaction that keeps the lease to its end; none when it is not ours any more.
@@ -64,7 +85,7 @@ async fn fenced<'c>(
     settings: &Settings,
     fence: &Fence,
 ) -> Result<Option<PgTransaction<'c>>, anyhow::Error> {
-    let mut transaction = connection.begin().await.context("begin")?;
+    let mut transaction = connection.begin_with(BEGIN).await.context("begin")?;
     let ours = transaction
         .execute(sqlx::raw_sql(AssertSqlSafe(format!(
             "select 1 from outbox.cursors where {} for update",
@@ -84,10 +105,30 @@ pub(super) async fn park(
     let Some(mut transaction) = fenced(connection, settings, fence).await? else {
         return Ok(Fenced::Lost);
     };
+    // All of them at once; where the server refuses one, each by itself, so that the others are stored.
+    let mut savepoint = transaction.begin().await.context("set a savepoint")?;
+    let mut refused = false;
     for parked in parked {
-        park_one(&mut transaction, settings, parked)
-            .await
-            .with_context(|| format!("park event {}", parked.event.id))?;
+        match park_one(&mut savepoint, settings, parked).await {
+            Ok(()) => {}
+            Err(error) if is_about_the_row(&error) => {
+                refused = true;
+                break;
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("park event {}", parked.event.id));
+            }
+        }
+    }
+    if refused {
+        savepoint.rollback().await.context("go back")?;
+        for parked in parked {
+            park_alone(&mut transaction, settings, parked)
+                .await
+                .with_context(|| format!("park event {}", parked.event.id))?;
+        }
+    } else {
+        savepoint.commit().await.context("keep what was parked")?;
     }
     transaction
         .commit()
@@ -95,6 +136,79 @@ pub(super) async fn park(
         .context("commit what was parked")?;
     Ok(Fenced::Written)
 }
+
+/// Data exceptions, limits of the program, and too little memory for the row.
+fn is_about_the_row(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code)
+        .is_some_and(|code| code.starts_with("22") || code.starts_with("54") || code == "53200")
+}
+
+/// Stores one event, or what can be stored of it: at the least that it was there, and why there is no more.
+async fn park_alone(
+    transaction: &mut PgTransaction<'_>,
+    settings: &Settings,
+    parked: &Parked,
+) -> Result<(), anyhow::Error> {
+    let mut savepoint = transaction.begin().await.context("set a savepoint")?;
+    let error = match park_one(&mut savepoint, settings, parked).await {
+        Ok(()) => return savepoint.commit().await.context("keep what was parked"),
+        Err(error) if is_about_the_row(&error) => error,
+        Err(error) => return Err(error.into()),
+    };
+    savepoint.rollback().await.context("go back")?;
+    tracing::error!(
+        pipeline = %settings.pipeline,
+        event = parked.event.id.0,
+        reason = %error,
+        "parked an event without its content: the database can't store it"
+    );
+    let before = parked
+        .error
+        .as_deref()
+        .unwrap_or("waits behind a parked event");
+    let Event {
+        id,
+        event_id,
+        aggregate_type,
+        aggregate_id,
+        event_type,
+        ..
+    } = &parked.event;
+    let reason = storable(&format!(
+        "{before}; the database can't store the event: {error}. It is in the log until its partition is removed; \
+         `parked drop` lets its entity go on"
+    ));
+    sqlx::query(AssertSqlSafe(format!(
+        "with {} insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, occurred_at, xid, \
+                place, holds, error, attempts, has_content, history) \
+         values ($1, $2, $3::text::uuid, $4, $5, $6, '-infinity', \
+                (select xid from outbox.events where id = $2 and event_id = $3::text::uuid), {PLACE}{PAST}), $7, $8::text, 1, false, \
+                jsonb_build_array(jsonb_build_object('at', {NOW}, 'error', $8::text))) \
+         on conflict (pipeline, event_id) do nothing",
+        cursor(settings)
+    )))
+    .persistent(false)
+    .bind(settings.pipeline.as_str())
+    .bind(id.0)
+    .bind(event_id.to_string())
+    .bind(aggregate_type.replace('\0', "\u{fffd}"))
+    .bind(aggregate_id.replace('\0', "\u{fffd}"))
+    .bind(storable(event_type))
+    .bind(parked.holds)
+    .bind(reason)
+    .execute(&mut **transaction)
+    .await?;
+    Ok(())
+}
+
+/// The place of an event in its entity: behind all that the cursor has passed, also where its id came again.
+const PLACE: &str = "(select least($2::bigint::numeric + coalesce(case when max(place) >= $2::bigint + max(place::numeric - id) \
+            then max(place) else max(place::numeric - id) end, 0), 9223372036854775807)::bigint \
+      from outbox.parked \
+     where pipeline = $1 and entity = hashtextextended($4::text, hashtextextended($5::text, 0)) \
+       and aggregate_type = $4 and aggregate_id = $5 and holds and event_id <> $3::text::uuid and ";
 
 async fn park_one(
     connection: &mut PgConnection,
@@ -111,16 +225,24 @@ async fn park_one(
         Payload::Ambiguous(json, bytes) => (Some(String::from_utf8_lossy(json)), Some(&bytes[..])),
         Payload::Tombstone | Payload::Unread(_) => (None, None),
     };
+    // The time is copied from the log: microseconds since 1970 don't reach as far as PostgreSQL's years do. An interval is
+    // multiplied as a float, which is exact for days of 24 hours and for less than one.
     sqlx::query(AssertSqlSafe(format!(
-        "insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \
-                payload_bytes, content_type, headers, occurred_at, xid, holds, error, attempts, history) \
-         values ($1, $2, $3::text::uuid, $4, $5, $6, $7::text::json, $8, $9, $10::text::json, \
-                timestamptz 'epoch' + $11 * interval '1 microsecond', \
-                (select xid from outbox.events where id = $2), $12, $13, \
+        "with {}, log as (select xid, occurred_at from outbox.events where id = $2 and event_id = $3::text::uuid limit 1) \
+         insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \
+                payload_bytes, content_type, headers, occurred_at, xid, place, holds, error, attempts, history) \
+         values ($1, $2, $3::text::uuid, $4, $5, $6, $7, $8, $9, $10, \
+                coalesce((select occurred_at from log), case \
+                    when $11::bigint = 9223372036854775807 then timestamptz 'infinity' \
+                    when $11::bigint < -210866803200000000 then timestamptz '-infinity' \
+                    else timestamptz 'epoch' + $11::bigint / 86400000000 * interval '24:00' \
+                         + $11::bigint % 86400000000 * interval '1 microsecond' end), \
+                (select xid from log), {PLACE}{PAST}), $12, $13, \
                 case when $13 is null then 0 else 1 end, \
                 case when $13 is null then '[]'::jsonb \
                      else jsonb_build_array(jsonb_build_object('at', {NOW}, 'error', $13::text)) end) \
-         on conflict (pipeline, id) do nothing"
+         on conflict (pipeline, event_id) do nothing",
+        cursor(settings)
     )))
     .persistent(false)
     .bind(settings.pipeline.as_str())
@@ -135,7 +257,7 @@ async fn park_one(
     .bind(event.headers.as_deref())
     .bind(event.occurred_at_us)
     .bind(holds)
-    .bind(error.as_deref())
+    .bind(error.as_deref().map(storable))
     .execute(connection)
     .await?;
     Ok(())
@@ -147,52 +269,100 @@ async fn park_one(
 pub(super) async fn due(
     connection: &mut PgConnection,
     settings: &Settings,
-    rows: usize,
-    bytes: usize,
+    fence: &Fence,
+    (rows, bytes): (usize, usize),
 ) -> Result<Vec<Due>, anyhow::Error> {
     let pipeline = literal(settings.pipeline.as_str());
     let is_ours = is_ours(settings);
-    let of_entity = "pipeline = e.pipeline and aggregate_type = e.aggregate_type and aggregate_id = e.aggregate_id";
-    // As the reader of the log sees it; of what the log has no more every cursor is past.
-    let past = "(xid is null \
-                 or pg_visible_in_snapshot(xid, (select prev from cursor)) \
-                 or (pg_visible_in_snapshot(xid, (select cur from cursor)) and id <= (select last_id from cursor)))";
+    let of_entity = "pipeline = e.pipeline and entity = e.entity and aggregate_type = e.aggregate_type \
+                     and aggregate_id = e.aggregate_id";
     let found = connection
-        .fetch_all(sqlx::raw_sql(AssertSqlSafe(format!(
-            "with cursor as (select prev, cur, last_id from outbox.cursors where {}), \
+        .fetch_all(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
+            "with {}, \
              entity as ( \
-                select e.*, (select min(id) from outbox.parked \
+                select e.*, (select min(place) from outbox.parked \
                               where {of_entity} and holds \
-                                and (wanted = 'drop' or (error is not null and wanted is null) or not {past})) \
+                                and (wanted = 'drop' or (error is not null and wanted is null) or not {PAST})) \
                        as blocked_at \
-                  from (select distinct pipeline, aggregate_type, aggregate_id from outbox.parked \
+                  from (select distinct pipeline, entity, aggregate_type, aggregate_id from outbox.parked \
                          where pipeline = {pipeline} and wanted is not null and holds and {is_ours}) e), \
              turn as ( \
-                select p.id from entity e cross join lateral ( \
-                    select id from outbox.parked \
-                     where {of_entity} and holds and (e.blocked_at is null or id < e.blocked_at) \
-                     order by id limit {rows}) p \
+                select p.place, p.event_id from entity e cross join lateral ( \
+                    select place, event_id from outbox.parked \
+                     where {of_entity} and holds and (e.blocked_at is null or place < e.blocked_at) \
+                     order by place limit {rows}) p \
                  union \
-                select id from outbox.parked \
-                 where pipeline = {pipeline} and wanted is not null and (wanted = 'drop' or not holds) and {past} \
+                select place, event_id from outbox.parked \
+                 where pipeline = {pipeline} and wanted is not null and (wanted = 'drop' or not holds) and {PAST} \
                    and {is_ours} \
-                 order by id limit {rows}), \
+                 order by 1, 2 limit {rows}), \
              sized as ( \
-                select p.*, s.bytes, sum(s.bytes) over (order by p.id) as total \
+                select p.*, s.bytes, sum(s.bytes) over (order by p.place, p.event_id) as total \
                   from turn \
-                  join outbox.parked p on p.pipeline = {pipeline} and p.id = turn.id \
+                  join outbox.parked p on p.pipeline = {pipeline} and p.event_id = turn.event_id \
                  cross join lateral ( \
-                    select coalesce(octet_length(p.payload::text), 0) + coalesce(octet_length(p.payload_bytes), 0) \
-                           + coalesce(octet_length(p.headers::text), 0)) s (bytes)) \
-             select id, event_id::text, aggregate_type, aggregate_id, event_type, payload::text, payload_bytes, \
-                    content_type, headers::text, (extract(epoch from occurred_at) * 1000000)::bigint, attempts, holds, \
-                    wanted is not distinct from 'drop' \
-               from sized where total <= {bytes} or total = bytes order by id",
-            of_shard(settings)
-        ))))
+                    select coalesce(octet_length(p.payload), 0) + coalesce(octet_length(p.payload_bytes), 0) \
+                           + coalesce(octet_length(p.headers), 0)) s (bytes)) \
+             select id, event_id::text, aggregate_type, aggregate_id, event_type, payload, payload_bytes, \
+                    content_type, headers, \
+                    case occurred_at when 'infinity' then 9223372036854775807 \
+                                     when '-infinity' then -9223372036854775808 \
+                         else greatest(least(trunc(extract(epoch from occurred_at) * 1000000), 9223372036854775807), \
+                                       -9223372036854775808)::bigint end, \
+                    attempts, holds, wanted is not distinct from 'drop', has_content \
+               from sized where total <= {bytes} or total = bytes order by place, event_id",
+            cursor(settings)
+        )))))
         .await
         .context("look for due events")?;
-    found.iter().map(due_event).collect()
+    publishable(connection, settings, fence, &found).await
+}
+
+/// What can be read and has its content; of the rest the wish is taken back, and what follows in its entity stays.
+async fn publishable(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    fence: &Fence,
+    found: &[PgRow],
+) -> Result<Vec<Due>, anyhow::Error> {
+    let (mut due, mut bad) = (Vec::new(), Vec::new());
+    let mut stopped: HashSet<(ByteString, ByteString)> = HashSet::new();
+    for row in found {
+        let content: bool = get(row, 13)?;
+        match due_event(row) {
+            Ok(this) if this.holds && stopped.contains(&entity_of(&this.event)) => {}
+            Ok(this) if content || this.drop => due.push(this),
+            Ok(this) => {
+                stopped.insert(entity_of(&this.event));
+                let why = "its content could not be stored, so it can only be dropped".to_owned();
+                bad.push((this.event.key(), why));
+            }
+            Err(error) => {
+                let reason = crate::reason::reason(&error);
+                let key = EventKey {
+                    id: EventId(get(row, 0)?),
+                    event_id: get::<String>(row, 1)?.parse().context("decode event_id")?,
+                };
+                tracing::error!(pipeline = %settings.pipeline, event = key.id.0, reason,
+                    "a parked event can't be read: it stays parked");
+                bad.push((key, format!("the parked event can't be read: {reason}")));
+                // Of which entity it is, is not known either: what follows is looked for again.
+                break;
+            }
+        }
+    }
+    if !bad.is_empty() {
+        let rejected = Resolved {
+            rejected: bad,
+            ..Resolved::default()
+        };
+        resolve(connection, settings, fence, &rejected).await?;
+    }
+    Ok(due)
+}
+
+fn entity_of(event: &Event) -> (ByteString, ByteString) {
+    (event.aggregate_type.clone(), event.aggregate_id.clone())
 }
 
 fn due_event(row: &PgRow) -> Result<Due, anyhow::Error> {
@@ -234,21 +404,21 @@ pub(super) async fn resolve(
     let Some(mut transaction) = fenced(connection, settings, fence).await? else {
         return Ok(Resolution::Lost);
     };
-    for (id, error) in &resolved.rejected {
+    for (event, error) in &resolved.rejected {
         // The last twenty times are enough to see a pattern.
         sqlx::query(AssertSqlSafe(format!(
             "update outbox.parked set wanted = null, error = $3, attempts = attempts + 1, \
                     history = case when jsonb_array_length(history) >= 20 then history - 0 else history end \
                               || jsonb_build_object('at', {NOW}, 'error', $3::text) \
-              where pipeline = $1 and id = $2"
+              where pipeline = $1 and event_id = $2::text::uuid"
         )))
         .persistent(false)
         .bind(settings.pipeline.as_str())
-        .bind(id.0)
-        .bind(error)
+        .bind(event.event_id.to_string())
+        .bind(storable(error))
         .execute(&mut *transaction)
         .await
-        .with_context(|| format!("note that event {id} was rejected again"))?;
+        .with_context(|| format!("note that event {} was rejected again", event.id))?;
     }
     let released = remove(&mut transaction, settings, resolved).await?;
     transaction.commit().await.context("commit")?;
@@ -263,31 +433,33 @@ async fn remove(
         delivered, dropped, ..
     }: &Resolved,
 ) -> Result<Released, anyhow::Error> {
-    let ids = |ids: &[EventId]| ids.iter().map(|id| id.0).collect::<Vec<i64>>();
-    let removed: Vec<(i64, String, String, bool)> = sqlx::query_as(
+    let uuids = |events: &[EventKey]| {
+        let uuids = events.iter().map(|event| event.event_id.to_string());
+        uuids.collect::<Vec<String>>()
+    };
+    let removed: Vec<(String, String, String, bool)> = sqlx::query_as(
         "with removed as ( \
             delete from outbox.parked \
-             where pipeline = $1 and (id = any($2) or (id = any($3) and wanted = 'drop')) \
+             where pipeline = $1 and (event_id = any($2::text[]::uuid[]) \
+                                  or (event_id = any($3::text[]::uuid[]) and wanted = 'drop')) \
             returning id, event_id, aggregate_type, aggregate_id, holds), \
          noted as ( \
             insert into outbox.dropped (pipeline, id, event_id) \
-            select $1, id, event_id from removed where id <> all($2) on conflict do nothing) \
-         select id, aggregate_type, aggregate_id, holds from removed",
+            select $1, id, event_id from removed where event_id <> all($2::text[]::uuid[]) on conflict do nothing) \
+         select event_id::text, aggregate_type, aggregate_id, holds from removed",
     )
     .persistent(false)
     .bind(settings.pipeline.as_str())
-    .bind(ids(delivered))
-    .bind(ids(dropped))
+    .bind(uuids(delivered))
+    .bind(uuids(dropped))
     .fetch_all(&mut *connection)
     .await
     .context("remove what is not parked any more")?;
-    let gone: BTreeSet<i64> = removed.iter().map(|(id, ..)| *id).collect();
+    let gone: BTreeSet<String> = removed.iter().map(|(id, ..)| id.clone()).collect();
     let mut released = Released {
         free: Vec::new(),
-        kept: dropped
-            .iter()
-            .filter(|id| !gone.contains(&id.0))
-            .copied()
+        kept: (dropped.iter().copied())
+            .filter(|event| !gone.contains(&event.event_id.to_string()))
             .collect(),
     };
     let entities: BTreeSet<(String, String)> = removed
@@ -302,9 +474,10 @@ async fn remove(
         "update outbox.parked p set wanted = 'redrive' \
            from unnest($2::text[], $3::text[]) e (aggregate_type, aggregate_id) \
           where p.pipeline = $1 and p.error is null and p.wanted is null \
-            and p.id = (select min(id) from outbox.parked \
-                         where pipeline = $1 and aggregate_type = e.aggregate_type \
-                           and aggregate_id = e.aggregate_id and holds)",
+            and p.event_id = (select event_id from outbox.parked \
+                               where pipeline = $1 and entity = hashtextextended(e.aggregate_type, hashtextextended(e.aggregate_id, 0)) \
+                                 and aggregate_type = e.aggregate_type and aggregate_id = e.aggregate_id and holds \
+                               order by place limit 1)",
     )
     .persistent(false)
     .bind(settings.pipeline.as_str())
@@ -316,8 +489,8 @@ async fn remove(
     released.free = sqlx::query_as(
         "select e.aggregate_type, e.aggregate_id from unnest($2::text[], $3::text[]) e (aggregate_type, aggregate_id) \
           where not exists (select from outbox.parked \
-                             where pipeline = $1 and aggregate_type = e.aggregate_type \
-                               and aggregate_id = e.aggregate_id and holds)",
+                             where pipeline = $1 and entity = hashtextextended(e.aggregate_type, hashtextextended(e.aggregate_id, 0)) \
+                               and aggregate_type = e.aggregate_type and aggregate_id = e.aggregate_id and holds)",
     )
     .persistent(false)
     .bind(settings.pipeline.as_str())

@@ -13,8 +13,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
 use super::{
-    LedgerError, Settings, connect, execute, fetch_one, get, literal, restored, set_position,
-    stored_position,
+    BEGIN, LedgerError, Settings, connect, execute, fetch_one, get, literal, restored,
+    set_position, stored_position,
 };
 use crate::event::PipelineName;
 use crate::position::{Position, Snapshot, Window};
@@ -243,7 +243,7 @@ async fn reshard(
     holder: &str,
     shards: u32,
 ) -> Result<bool, anyhow::Error> {
-    let mut transaction = connection.begin().await.context("begin")?;
+    let mut transaction = connection.begin_with(BEGIN).await.context("begin")?;
     let changed = change(&mut transaction, pipeline, holder, shards).await?;
     // Dropped, it would keep its locks until the connection is used again.
     let ended = if changed {

@@ -7,46 +7,71 @@ use bytes::Bytes;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Connection, Row, SqliteTransaction};
 
-use crate::event::{Event, EventId, HeldEntity, Payload};
-use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings};
+use crate::event::{Event, EventId, EventKey, HeldEntity, Payload};
+use crate::ledger::{Due, Fenced, Parked, Released, Resolution, Resolved, Settings, storable};
 
 pub(super) async fn held(
     connection: &mut SqliteConnection,
     settings: &Settings,
 ) -> Result<Vec<HeldEntity>, anyhow::Error> {
-    let rows: Vec<(String, String, i64, i64, i64)> = sqlx::query_as(
-        "select aggregate_type, aggregate_id, min(id), max(id), count(*) from outbox_parked
-          where pipeline = ?1 and holds group by 1, 2",
+    let rows = sqlx::query(
+        "select aggregate_type, aggregate_id, min(id), max(id), count(*),
+                min(id) <= coalesce((select last_id from outbox_cursors where pipeline = ?1 and shard = 0), 0)
+           from outbox_parked where pipeline = ?1 and holds group by 1, 2",
     )
     .bind(settings.pipeline.as_str())
     .fetch_all(connection)
     .await
     .context("read the parked entities")?;
-    Ok(rows
-        .into_iter()
-        .map(
-            |(aggregate_type, aggregate_id, first, last, events)| HeldEntity {
-                aggregate_type,
-                aggregate_id,
-                first: EventId(first),
-                last: EventId(last),
-                events: usize::try_from(events).unwrap_or_default(),
-            },
-        )
-        .collect())
+    let entity = |row: &SqliteRow| -> Result<HeldEntity, sqlx::Error> {
+        let events: i64 = row.try_get_unchecked(4)?;
+        Ok(HeldEntity {
+            aggregate_type: row.try_get_unchecked(0)?,
+            aggregate_id: row.try_get_unchecked(1)?,
+            first: EventId(row.try_get_unchecked(2)?),
+            last: EventId(row.try_get_unchecked(3)?),
+            events: usize::try_from(events).unwrap_or_default(),
+            is_passed: row.try_get_unchecked(5)?,
+        })
+    };
+    Ok(readable(settings, &rows, 2, entity))
 }
 
 pub(super) async fn dead_letters(
     connection: &mut SqliteConnection,
     settings: &Settings,
-) -> Result<Vec<EventId>, anyhow::Error> {
-    let ids: Vec<i64> =
-        sqlx::query_scalar("select id from outbox_parked where pipeline = ?1 and not holds")
+) -> Result<Vec<EventKey>, anyhow::Error> {
+    let rows =
+        sqlx::query("select id, event_id from outbox_parked where pipeline = ?1 and not holds")
             .bind(settings.pipeline.as_str())
             .fetch_all(connection)
             .await
             .context("read the dead letters")?;
-    Ok(ids.into_iter().map(EventId).collect())
+    let key = |row: &SqliteRow| -> Result<EventKey, anyhow::Error> {
+        let event_id: String = row.try_get_unchecked(1)?;
+        Ok(EventKey {
+            id: EventId(row.try_get_unchecked(0)?),
+            event_id: event_id.parse()?,
+        })
+    };
+    Ok(readable(settings, &rows, 0, key))
+}
+
+/// What can be read of the rows. A column of a file takes values of any type: a row that somebody spoilt is one bad row.
+fn readable<T, E: Into<anyhow::Error>>(
+    settings: &Settings,
+    rows: &[SqliteRow],
+    id_column: usize,
+    read: impl Fn(&SqliteRow) -> Result<T, E>,
+) -> Vec<T> {
+    let tell = |row: &SqliteRow, error: E| {
+        let id: i64 = row.try_get_unchecked(id_column).unwrap_or_default();
+        tracing::error!(pipeline = %settings.pipeline, event = id, reason = %crate::reason::reason(&error.into()),
+            "a parked event can't be read: it stays parked");
+    };
+    let rows = rows.iter();
+    rows.filter_map(|row| read(row).map_err(|error| tell(row, error)).ok())
+        .collect()
 }
 
 /// Begins a transaction that keeps the lease to its end; none when it is not ours any more.
@@ -117,7 +142,7 @@ async fn park_one(
          values (?1, ?2, ?3, ?4, ?5, ?6, cast(?7 as text), ?8, ?9, ?10, ?11, ?12, ?13, ?13 is not null,
                 case when ?13 is null then '[]'
                      else json_array(json_object('at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), 'error', ?13)) end)
-         on conflict (pipeline, id) do nothing",
+         on conflict (pipeline, event_id) do nothing",
     )
     .bind(settings.pipeline.as_str())
     .bind(event.id.0)
@@ -131,7 +156,7 @@ async fn park_one(
     .bind(event.headers.as_deref())
     .bind(event.occurred_at_us)
     .bind(holds)
-    .bind(error.as_deref())
+    .bind(error.as_deref().map(storable))
     .execute(connection)
     .await?;
     Ok(())
@@ -151,22 +176,22 @@ entity as (
       from (select distinct aggregate_type, aggregate_id from outbox_parked
              where pipeline = ?1 and wanted is not null and holds) m),
 turn as (
-    select p.id from entity e
+    select p.id, p.event_id from entity e
       join outbox_parked p on p.pipeline = ?1 and p.aggregate_type = e.aggregate_type and p.aggregate_id = e.aggregate_id
        and p.holds and (e.blocked_at is null or p.id < e.blocked_at)
      union
-    select id from outbox_parked
+    select id, event_id from outbox_parked
      where pipeline = ?1 and wanted is not null and (wanted = 'drop' or not holds) and id <= (select last_id from cursor)
-     order by 1 limit ?2),
+     order by 1, 2 limit ?2),
 sized as (
     select p.*, coalesce(octet_length(p.payload), 0) + coalesce(length(p.payload_bytes), 0)
                 + coalesce(octet_length(p.headers), 0) as bytes
       from turn
-      join outbox_parked p on p.pipeline = ?1 and p.id = turn.id),
-summed as (select *, sum(bytes) over (order by id) as total from sized)
+      join outbox_parked p on p.pipeline = ?1 and p.event_id = turn.event_id),
+summed as (select *, sum(bytes) over (order by id, event_id) as total from sized)
 select id, event_id, aggregate_type, aggregate_id, event_type, cast(payload as blob), payload_bytes, content_type, headers,
        occurred_at, attempts, holds, wanted is 'drop'
-  from summed where total <= ?3 or total = bytes order by id";
+  from summed where total <= ?3 or total = bytes order by id, event_id";
 
 pub(super) async fn due(
     connection: &mut SqliteConnection,
@@ -174,16 +199,56 @@ pub(super) async fn due(
     rows: usize,
     bytes: usize,
 ) -> Result<Vec<Due>, anyhow::Error> {
-    sqlx::query(DUE)
+    let rows = sqlx::query(DUE)
         .bind(settings.pipeline.as_str())
         .bind(i64::try_from(rows).unwrap_or(i64::MAX))
         .bind(i64::try_from(bytes).unwrap_or(i64::MAX))
-        .fetch_all(connection)
+        .fetch_all(&mut *connection)
         .await
-        .context("look for due events")?
-        .iter()
-        .map(due_event)
-        .collect()
+        .context("look for due events")?;
+    let mut due = Vec::with_capacity(rows.len());
+    for row in &rows {
+        // What follows in its entity must not overtake it.
+        match due_event(row) {
+            Ok(this) => due.push(this),
+            Err(error) => {
+                let id: i64 = row.try_get_unchecked(0).unwrap_or_default();
+                spoilt(
+                    &mut *connection,
+                    settings,
+                    id,
+                    &crate::reason::reason(&error),
+                )
+                .await?;
+                break;
+            }
+        }
+    }
+    Ok(due)
+}
+
+/// Takes the wish back from a row that can't be read, which says why: what follows in its entity waits, all others go on
+/// at the next look.
+async fn spoilt(
+    connection: &mut SqliteConnection,
+    settings: &Settings,
+    id: i64,
+    reason: &str,
+) -> Result<(), anyhow::Error> {
+    tracing::error!(pipeline = %settings.pipeline, event = id, reason,
+        "a parked event can't be read: it stays parked");
+    sqlx::query(
+        "update outbox_parked set wanted = null, error = ?3 where pipeline = ?1 and id = ?2",
+    )
+    .bind(settings.pipeline.as_str())
+    .bind(id)
+    .bind(storable(&format!(
+        "the parked event can't be read: {reason}; mend the row or drop it"
+    )))
+    .execute(connection)
+    .await
+    .with_context(|| format!("note that event {id} can't be read"))?;
+    Ok(())
 }
 
 fn due_event(row: &SqliteRow) -> Result<Due, anyhow::Error> {
@@ -231,7 +296,7 @@ pub(super) async fn resolve(
     let Some(mut transaction) = fenced(connection, settings, epoch).await? else {
         return Ok(Resolution::Lost);
     };
-    for (id, error) in rejected {
+    for (event, error) in rejected {
         // The last twenty times are enough to see a pattern.
         sqlx::query(
             "update outbox_parked
@@ -239,34 +304,34 @@ pub(super) async fn resolve(
                     history = json_insert(
                         case when json_array_length(history) >= 20 then json_remove(history, '$[0]') else history end,
                         '$[#]', json_object('at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), 'error', ?3))
-              where pipeline = ?1 and id = ?2",
+              where pipeline = ?1 and event_id = ?2",
         )
         .bind(settings.pipeline.as_str())
-        .bind(id.0)
-        .bind(error)
+        .bind(event.event_id.to_string())
+        .bind(storable(error))
         .execute(&mut *transaction)
         .await
-        .with_context(|| format!("note that event {id} was rejected again"))?;
+        .with_context(|| format!("note that event {} was rejected again", event.id))?;
     }
     let mut released = Released::default();
     let mut entities = BTreeSet::new();
-    let delivered = delivered.iter().map(|id| (id, false));
-    for (id, dropped) in delivered.chain(dropped.iter().map(|id| (id, true))) {
+    let delivered = delivered.iter().map(|event| (event, false));
+    for (event, dropped) in delivered.chain(dropped.iter().map(|event| (event, true))) {
         if dropped {
-            note_dropped(&mut transaction, settings, *id).await?;
+            note_dropped(&mut transaction, settings, *event).await?;
         }
         let removed: Option<(String, String, bool)> = sqlx::query_as(
-            "delete from outbox_parked where pipeline = ?1 and id = ?2 and (not ?3 or wanted = 'drop')
+            "delete from outbox_parked where pipeline = ?1 and event_id = ?2 and (not ?3 or wanted = 'drop')
              returning aggregate_type, aggregate_id, holds",
         )
         .bind(settings.pipeline.as_str())
-        .bind(id.0)
+        .bind(event.event_id.to_string())
         .bind(dropped)
         .fetch_optional(&mut *transaction)
         .await
-        .with_context(|| format!("remove event {id}"))?;
+        .with_context(|| format!("remove event {}", event.id))?;
         if dropped && removed.is_none() {
-            released.kept.push(*id);
+            released.kept.push(*event);
         }
         entities.extend(removed.and_then(|(kind, entity, holds)| holds.then_some((kind, entity))));
     }
@@ -283,18 +348,18 @@ pub(super) async fn resolve(
 async fn note_dropped(
     connection: &mut SqliteConnection,
     settings: &Settings,
-    id: EventId,
+    event: EventKey,
 ) -> Result<(), anyhow::Error> {
     sqlx::query(
         "insert into outbox_dropped (pipeline, id, event_id)
-         select pipeline, id, event_id from outbox_parked where pipeline = ?1 and id = ?2 and wanted = 'drop'
+         select pipeline, id, event_id from outbox_parked where pipeline = ?1 and event_id = ?2 and wanted = 'drop'
          on conflict do nothing",
     )
     .bind(settings.pipeline.as_str())
-    .bind(id.0)
+    .bind(event.event_id.to_string())
     .execute(connection)
     .await
-    .with_context(|| format!("note that event {id} is dropped"))?;
+    .with_context(|| format!("note that event {} is dropped", event.id))?;
     Ok(())
 }
 

@@ -24,7 +24,7 @@ pub(super) struct Books {
     /// None before its first cursor, and where that means nothing in this database.
     pub(super) settled: Option<Settled>,
     /// Ids of the events that are set aside, ascending.
-    pub(super) parked: Vec<i64>,
+    pub(super) parked: Vec<(i64, Uuid)>,
     /// Whether the cursor was written in another cluster or timeline.
     pub(super) moved: bool,
     /// Ids and uuids of those that operators gave up, ascending.

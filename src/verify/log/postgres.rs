@@ -32,10 +32,12 @@ pub(super) async fn books(
 select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_agg(c.cur::text order by s.shard), '{}'),
        coalesce(array_agg(c.last_id order by s.shard), '{}'),
        bool_or(c.system_identifier <> i.system_identifier or c.timeline <> i.timeline) as moved,
-       (select coalesce(array_agg(id order by id), '{}') from outbox.parked where pipeline = $1) as parked,
+       (select coalesce(array_agg(id order by id, event_id), '{}') from outbox.parked where pipeline = $1) as parked,
        (select coalesce(array_agg(id order by id, event_id), '{}') from outbox.dropped where pipeline = $1) as dropped,
        (select coalesce(array_agg(event_id::text order by id, event_id), '{}') from outbox.dropped where pipeline = $1)
-           as dropped_event_ids
+           as dropped_event_ids,
+       (select coalesce(array_agg(event_id::text order by id, event_id), '{}') from outbox.parked where pipeline = $1)
+           as parked_event_ids
   from (select system_identifier,
                case when not pg_is_in_recovery()
                     then ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end as timeline
@@ -64,14 +66,17 @@ select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_
         })
         .collect();
     let settled = cursors.filter(|_| !moved).map(Settled::Windows);
-    let ids: Vec<i64> = row.try_get(5)?;
-    let event_ids: Vec<String> = row.try_get(6)?;
-    let event_ids = event_ids.iter().map(|id| id.parse().unwrap_or_default());
+    let events = |ids, event_ids| {
+        let ids: Vec<i64> = row.try_get(ids)?;
+        let event_ids: Vec<String> = row.try_get(event_ids)?;
+        let event_ids = event_ids.iter().map(|id| id.parse().unwrap_or_default());
+        Ok::<_, sqlx::Error>(ids.into_iter().zip(event_ids).collect())
+    };
     Ok(Books {
         settled,
-        parked: row.try_get(4)?,
+        parked: events(4, 7)?,
         moved,
-        dropped: ids.into_iter().zip(event_ids).collect(),
+        dropped: events(5, 6)?,
     })
 }
 

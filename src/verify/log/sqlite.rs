@@ -33,11 +33,13 @@ pub(super) async fn books(
             .fetch_optional(&mut *transaction)
             .await
             .context("read the cursor")?;
-    let parked = sqlx::query_scalar("select id from outbox_parked where pipeline = ? order by id")
-        .bind(pipeline.as_str())
-        .fetch_all(&mut *transaction)
-        .await
-        .context("read the parked events")?;
+    let parked: Vec<(i64, String)> = sqlx::query_as(
+        "select id, event_id from outbox_parked where pipeline = ? order by id, event_id",
+    )
+    .bind(pipeline.as_str())
+    .fetch_all(&mut *transaction)
+    .await
+    .context("read the parked events")?;
     let dropped: Vec<(i64, String)> = sqlx::query_as(
         "select id, event_id from outbox_dropped where pipeline = ? order by id, event_id",
     )
@@ -46,14 +48,17 @@ pub(super) async fn books(
     .await
     .context("read the dropped events")?;
     transaction.commit().await?;
+    let events = |events: Vec<(i64, String)>| {
+        let events = events.into_iter();
+        events
+            .map(|(id, event_id)| (id, event_id.parse().unwrap_or_default()))
+            .collect()
+    };
     Ok(Books {
         settled: settled.flatten().map(Settled::UpTo),
-        parked,
+        parked: events(parked),
         moved: false,
-        dropped: dropped
-            .into_iter()
-            .map(|(id, event_id)| (id, event_id.parse().unwrap_or_default()))
-            .collect(),
+        dropped: events(dropped),
     })
 }
 

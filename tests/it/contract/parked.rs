@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::event::{Event, EventId, Payload, Shard, Start};
+use outbox_relay::event::{Event, EventId, EventKey, Payload, Shard, Start};
 use outbox_relay::ledger::acts::{Action, ParkedDetail, Selector, Wish};
 use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, Parked, Released, Resolution, Resolved, Settings,
@@ -10,7 +10,7 @@ use outbox_relay::ledger::{
 use outbox_relay::position::{Position, Window};
 
 use crate::harness::books::Books;
-use crate::harness::log::event;
+use crate::harness::log::{PolledPostgres, event};
 
 macro_rules! kept_by {
     ($log:ident as $module:ident) => {
@@ -31,6 +31,9 @@ macro_rules! kept_by {
                 selectors_find_what_they_say,
                 a_wish_is_noted_with_who_and_why,
                 one_event_is_shown_with_its_history,
+                whatever_the_log_holds_is_parked,
+                one_bad_event_keeps_no_other_from_being_parked,
+                an_id_that_comes_again_is_another_event,
             }
         }
     };
@@ -48,6 +51,13 @@ macro_rules! kept_by {
 
 kept_by!(SqliteLog as sqlite);
 kept_by!(PolledPostgres as postgres);
+
+mod postgres_only {
+    kept_by! { in PolledPostgres:
+        a_later_event_with_a_lower_id_is_due_last,
+        no_setting_or_object_of_the_database_matters,
+    }
+}
 
 const ROWS: usize = 100;
 const BYTES: usize = 1 << 20;
@@ -88,6 +98,7 @@ fn parked(id: i64, entity: &str, error: Option<&str>) -> Parked {
     Parked {
         event: Event {
             id: EventId(id),
+            event_id: key(id).event_id,
             aggregate_type: "order".into(),
             aggregate_id: entity.into(),
             ..event("e")
@@ -111,7 +122,7 @@ async fn due(ledger: &mut impl Ledger) -> Vec<i64> {
 
 async fn delivered(ledger: &mut impl Ledger, ids: &[i64]) -> Vec<(String, String)> {
     let resolved = Resolved {
-        delivered: ids.iter().map(|id| EventId(*id)).collect(),
+        delivered: ids.iter().map(|id| key(*id)).collect(),
         ..Resolved::default()
     };
     free(ledger.resolve(&resolved).await.unwrap())
@@ -121,6 +132,13 @@ fn free(resolution: Resolution) -> Vec<(String, String)> {
     match resolution {
         Resolution::Written(Released { free, .. }) => free,
         Resolution::Lost => panic!("the lease is ours"),
+    }
+}
+
+fn key(id: i64) -> EventKey {
+    EventKey {
+        id: EventId(id),
+        event_id: uuid::Uuid::from_u128(id.unsigned_abs().into()),
     }
 }
 
@@ -202,7 +220,7 @@ async fn what_waits_behind_a_dropped_event_is_due<B: Books>(mut books: B) {
         "{first:?}"
     );
     let resolved = Resolved {
-        dropped: vec![EventId(1)],
+        dropped: vec![key(1)],
         ..Resolved::default()
     };
     assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
@@ -219,13 +237,13 @@ async fn a_drop_that_was_taken_back_stays<B: Books>(mut books: B) {
     assert_eq!(due(&mut ledger).await, [1, 2]);
     books.mark(&wish(Action::Redrive, id(1))).await;
     let resolved = Resolved {
-        dropped: vec![EventId(1), EventId(2)],
+        dropped: vec![key(1), key(2)],
         ..Resolved::default()
     };
     let Resolution::Written(released) = ledger.resolve(&resolved).await.unwrap() else {
         panic!("the lease is ours");
     };
-    assert_eq!(released.kept, [EventId(1)]);
+    assert_eq!(released.kept, [key(1)]);
     assert_eq!(released.free, [("order".to_owned(), "b".to_owned())]);
     assert_eq!(due(&mut ledger).await, [1]);
 }
@@ -239,7 +257,7 @@ async fn what_is_rejected_again_waits_again<B: Books>(mut books: B) {
         let again = ledger.due(ROWS, BYTES).await.unwrap();
         assert_eq!((again.len(), again[0].attempts), (2, attempt));
         let resolved = Resolved {
-            rejected: vec![(EventId(1), format!("it's bad {attempt}"))],
+            rejected: vec![(key(1), format!("it's bad {attempt}"))],
             ..Resolved::default()
         };
         assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
@@ -334,8 +352,8 @@ async fn a_former_owner_resolves_nothing<B: Books>(mut books: B) {
     let mut next = books.ledger(settings("next"));
     next.acquire().await.unwrap();
     let resolved = Resolved {
-        delivered: vec![EventId(1)],
-        rejected: vec![(EventId(1), "no".to_owned())],
+        delivered: vec![key(1)],
+        rejected: vec![(key(1), "no".to_owned())],
         ..Resolved::default()
     };
     assert_eq!(ledger.resolve(&resolved).await.unwrap(), Resolution::Lost);
@@ -375,7 +393,7 @@ async fn a_wish_that_is_taken_back_drops_nothing<B: Books>(mut books: B) {
     assert_eq!(due(&mut ledger).await, [1]);
     books.mark(&wish(Action::Redrive, id(1))).await;
     let resolved = Resolved {
-        dropped: vec![EventId(1)],
+        dropped: vec![key(1)],
         ..Resolved::default()
     };
     assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
@@ -552,4 +570,189 @@ async fn one_event_is_shown_with_its_history<B: Books>(mut books: B) {
     assert_eq!(payload.as_ref().map(String::len), Some(100));
     assert_eq!(history[0].error, "too large");
     assert_eq!(books.show(&id(2)).await[0].behind, Some(1));
+}
+
+/// Text that no compression makes short enough for an index entry.
+fn incompressible(bytes: usize) -> String {
+    let mut state = 1_u64;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        char::from(b'!' + u8::try_from((state >> 33) % 94).unwrap())
+    };
+    (0..bytes).map(|_| next()).collect()
+}
+
+async fn whatever_the_log_holds_is_parked<B: Books>(mut books: B) {
+    let mut ledger = owner(&books).await;
+    let long = incompressible(100_000);
+    let deep = format!("{}1{}", "[".repeat(21_820), "]".repeat(21_820));
+    let with = |id: i64, change: &dyn Fn(&mut Event)| {
+        let mut parked = parked(id, &id.to_string(), Some("bad"));
+        change(&mut parked.event);
+        parked
+    };
+    let mut some = vec![
+        with(1, &|event| event.aggregate_type = (&long[..]).into()),
+        with(2, &|event| event.aggregate_id = (&long[..]).into()),
+        with(3, &|event| event.event_type = (&long[..]).into()),
+        with(4, &|event| event.content_type = Some((&long[..]).into())),
+        with(5, &|event| {
+            event.payload = Payload::Json(deep.clone().into())
+        }),
+        with(6, &|event| event.headers = Some((&deep[..]).into())),
+        with(7, &|event| {
+            event.payload = Payload::Json("\"\\ud800\"".into())
+        }),
+        with(8, &|event| event.occurred_at_us = i64::MAX),
+        with(9, &|event| event.occurred_at_us = i64::MIN),
+        with(10, &|event| event.occurred_at_us = -62_000_000_000_123_456),
+        with(11, &|event| {
+            event.occurred_at_us = 9_223_372_036_854_775_806
+        }),
+        with(12, &|event| {
+            event.payload = Payload::Encoded(vec![0; 3 << 20].into())
+        }),
+    ];
+    some[0].error = Some("a\0b".to_owned());
+    some[1].error = Some("\u{1f980}".repeat(1 << 20));
+    ledger.park(&some).await.unwrap();
+    let resolved = Resolved {
+        rejected: vec![(key(3), format!("a\0{}", "x".repeat(1 << 20)))],
+        ..Resolved::default()
+    };
+    ledger.resolve(&resolved).await.unwrap();
+    for parked in &some {
+        let [shown] = &books.show(&id(parked.event.id.0)).await[..] else {
+            panic!("one event")
+        };
+        let error = shown.event.error.as_ref().unwrap();
+        assert!(!shown.history.is_empty() && error.len() <= 8192 && !error.contains('\0'));
+    }
+    books
+        .mark(&wish(Action::Redrive, Selector::default()))
+        .await;
+    let found = ledger.due(ROWS, 1 << 30).await.unwrap();
+    assert_eq!(found.len(), some.len());
+    for (found, written) in found.iter().zip(&some) {
+        assert!(found.event == written.event, "event {}", written.event.id);
+    }
+    drop(ledger);
+    let mut next = books.ledger(settings("first"));
+    let Acquired::Ours(tenure) = next.acquire().await.unwrap() else {
+        panic!("the same holder may ask again")
+    };
+    assert_eq!(tenure.held.len(), some.len());
+}
+
+async fn one_bad_event_keeps_no_other_from_being_parked<B: Books>(mut books: B) {
+    let mut ledger = owner(&books).await;
+    // No text of PostgreSQL holds it.
+    let bad = parked(2, "a\0b", Some("bad"));
+    let some = [
+        parked(1, "a", Some("bad")),
+        bad,
+        parked(3, "c", Some("bad")),
+    ];
+    assert_eq!(ledger.park(&some).await.unwrap(), Fenced::Written);
+    assert_eq!(books.show(&id(2)).await.len(), 1);
+    books
+        .mark(&wish(Action::Redrive, Selector::default()))
+        .await;
+    let found = due(&mut ledger).await;
+    assert!(found.contains(&1) && found.contains(&3), "{found:?}");
+    books.mark(&wish(Action::Drop, id(2))).await;
+    assert!(due(&mut ledger).await.contains(&2));
+    let resolved = Resolved {
+        dropped: vec![key(2)],
+        ..Resolved::default()
+    };
+    ledger.resolve(&resolved).await.unwrap();
+    assert!(books.show(&id(2)).await.is_empty());
+}
+
+async fn an_id_that_comes_again_is_another_event<B: Books>(mut books: B) {
+    let mut ledger = owner(&books).await;
+    let old = parked(5, "a", Some("bad"));
+    let mut new = parked(5, "b", Some("bad"));
+    new.event.event_id = key(7).event_id;
+    ledger.park(&[old.clone()]).await.unwrap();
+    ledger.park(&[new.clone(), old.clone()]).await.unwrap();
+    assert_eq!(books.show(&id(5)).await.len(), 2);
+    books.mark(&wish(Action::Redrive, id(5))).await;
+    assert_eq!(due(&mut ledger).await, [5, 5]);
+    let resolved = Resolved {
+        delivered: vec![new.event.key()],
+        ..Resolved::default()
+    };
+    let freed = free(ledger.resolve(&resolved).await.unwrap());
+    assert_eq!(freed, [("order".to_owned(), "b".to_owned())]);
+    let left = ledger.due(ROWS, BYTES).await.unwrap();
+    assert_eq!((left.len(), left[0].event.key()), (1, old.event.key()));
+}
+
+/// The sequence was reset after the first was parked and passed.
+async fn a_later_event_with_a_lower_id_is_due_last<B: Books>(mut books: B) {
+    let mut ledger = owner(&books).await;
+    ledger.park(&[parked(500, "a", Some("bad"))]).await.unwrap();
+    ledger.park(&[parked(5, "a", None)]).await.unwrap();
+    ledger
+        .park(&[parked(4, "b", None), parked(9, "a", None)])
+        .await
+        .unwrap();
+    books.mark(&wish(Action::Redrive, id(500))).await;
+    assert_eq!(due(&mut ledger).await, [500, 5, 9]);
+    assert_eq!(books.show(&id(5)).await[0].behind, Some(500));
+    assert_eq!(delivered(&mut ledger, &[500]).await, []);
+    assert_eq!(due(&mut ledger).await, [5, 9]);
+}
+
+/// A database whose owner prefers other settings, with functions of the catalog's names before those of the catalog.
+async fn no_setting_or_object_of_the_database_matters(books: PolledPostgres) {
+    let hostile = "
+        do $$ declare one text; begin
+            foreach one in array array[
+                'clock_timestamp() returns timestamptz',
+                'pg_visible_in_snapshot(xid8, pg_snapshot) returns boolean',
+                'hashtextextended(text, bigint) returns bigint',
+                'octet_length(text) returns integer',
+                'to_char(timestamp, text) returns text',
+                'jsonb_array_length(jsonb) returns integer'] loop
+                execute format('create function public.%s language plpgsql as %L', one,
+                               'begin raise ''a function of public was called''; end');
+            end loop;
+            foreach one in array array[
+                'search_path = public, pg_catalog', 'default_transaction_isolation = serializable',
+                'DateStyle = ''SQL, DMY''', 'IntervalStyle = sql_standard', 'timezone = ''Asia/Kathmandu''',
+                'extra_float_digits = -15', 'bytea_output = escape'] loop
+                execute format('alter database %I set %s', current_database(), one);
+            end loop;
+        end $$";
+    sqlx::raw_sql(hostile)
+        .execute(&books.database.pool)
+        .await
+        .unwrap();
+    let mut ledger = owner(&books).await;
+    assert_eq!(ledger.renew().await.unwrap(), Fenced::Written);
+    let some = [parked(1, "a", Some("bad")), parked(2, "a", None)];
+    assert_eq!(ledger.park(&some).await.unwrap(), Fenced::Written);
+    sqlx::query("update outbox.parked set wanted = 'redrive' where id = 1")
+        .execute(&books.database.pool)
+        .await
+        .unwrap();
+    let found = ledger.due(ROWS, BYTES).await.unwrap();
+    assert_eq!((&found[0].event, found.len()), (&some[0].event, 2));
+    let resolved = Resolved {
+        rejected: vec![(key(1), "again".to_owned())],
+        ..Resolved::default()
+    };
+    assert_eq!(free(ledger.resolve(&resolved).await.unwrap()), []);
+    ledger.release(true).await.unwrap();
+    let mut next = books.ledger(settings("next"));
+    let Acquired::Ours(tenure) = next.acquire().await.unwrap() else {
+        panic!("the lease was released")
+    };
+    assert_eq!(tenure.position, position(1000));
+    assert_eq!(tenure.held[0].events, 2);
 }

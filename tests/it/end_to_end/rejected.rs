@@ -234,3 +234,42 @@ async fn of_a_refused_batch_only_the_bad_event_is_parked() {
     judge(&line.kafka.read(&["order"]).await, 15_000);
     relay.stop().await;
 }
+
+/// Each is one event that the log takes, and that no topic or no index entry does.
+const EXTREME: [&str; 5] = [
+    // 10,000 bytes that do not compress, as aggregate type and as aggregate id.
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+     select names.long, names.long, 'bad', '1'
+       from (select string_agg(md5(n::text), ' ') as long from generate_series(1, 310) n) names",
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+     values ('order', 'infinity', 'bad', '1', 'infinity')",
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+     values ('order', 'last year', 'bad', '1', '294276-12-31')",
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+     values ('with spaces', 'first year', 'bad', '1', '-infinity')",
+    "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload)
+     values ('with spaces', 'deep', 'bad', (repeat('[', 6000) || repeat(']', 6000))::json)",
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn extremes_that_the_log_takes_are_parked_and_it_flows_on() {
+    let Some(line) = Line::create("extremes_that_the_log_takes_are_parked_and_it_flows_on").await
+    else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    let pool = &line.database.pool;
+    for extreme in EXTREME {
+        run(pool, extreme).await;
+    }
+    others(pool, 1).await;
+    let relay = line.ready().await;
+    settled(pool).await;
+    relay.ready().await;
+    let as_written = "select count(*) from outbox.parked p join outbox.events e using (id, event_id, aggregate_type, \
+                      aggregate_id, event_type, occurred_at) where p.payload = e.payload::text and p.error is not null";
+    assert_eq!(
+        number(pool, as_written).await,
+        i64::try_from(EXTREME.len()).unwrap()
+    );
+}

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use outbox_relay::event::{Event, EventId, HeldEntity};
+use outbox_relay::event::{Event, EventId, EventKey, HeldEntity};
 use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved, Tenure,
 };
@@ -183,15 +183,17 @@ impl World {
                 first: EventId(*id),
                 last: EventId(*id),
                 events: 0,
+                is_passed: false,
             });
             entity.last = EventId(*id);
             entity.events += 1;
+            entity.is_passed |= self.log.is_past(&self.books.position, *id);
         }
         Tenure {
             position: self.books.position.clone(),
             log: "sim".to_owned(),
             held: held.into_values().collect(),
-            dead_letters: dead.into_iter().map(|(id, _)| EventId(*id)).collect(),
+            dead_letters: dead.into_iter().map(|(_, row)| row.event.key()).collect(),
         }
     }
 
@@ -240,22 +242,22 @@ impl World {
             dropped,
             rejected,
         } = resolved;
-        let wanted = |id: &&EventId| {
-            let row = self.books.parked.get(&id.0);
+        let wanted = |event: &&EventKey| {
+            let row = self.books.parked.get(&event.id.0);
             row.is_some_and(|row| row.wanted == Some(Wanted::Drop))
         };
-        let (dropped, kept): (Vec<EventId>, Vec<EventId>) =
+        let (dropped, kept): (Vec<EventKey>, Vec<EventKey>) =
             dropped.iter().copied().partition(|id| wanted(&id));
-        for (id, _) in rejected {
-            if let Some(row) = self.books.parked.get_mut(&id.0) {
+        for (event, _) in rejected {
+            if let Some(row) = self.books.parked.get_mut(&event.id.0) {
                 row.rejected = true;
                 row.attempts += 1;
                 row.wanted = None;
             }
         }
         let mut entities = BTreeSet::new();
-        for id in delivered.iter().chain(&dropped) {
-            let row = self.remove(at, id.0).filter(|row| row.holds);
+        for event in delivered.iter().chain(&dropped) {
+            let row = self.remove(at, event.id.0).filter(|row| row.holds);
             entities.extend(row.map(|row| row.entity()));
         }
         let mut released = Released {
