@@ -59,7 +59,7 @@ pub fn order(events: &[Event], settings: &Settings, rounds: usize) -> Result<(),
                     in_flight.has_room_for(bytes) && !waiting.holds(event),
                     "it has to wait"
                 );
-                in_flight.push(event.id, bytes, event.occurred_at_us, 0);
+                in_flight.push(event.key(), bytes, event.occurred_at_us, 0);
             }
             for seq in first.0..in_flight.next_seq().0 {
                 black_box(in_flight.settle(Seq(seq)));

@@ -335,7 +335,7 @@ create table outbox.parked (
         (pg_catalog.hashtextextended(aggregate_type, pg_catalog.hashtextextended(aggregate_id, 0))) stored,
     -- The order within the entity: the id, raised where ids came again after the sequence was reset.
     place          bigint      not null default 0,
-    -- False where the database could not store the event: it can be dropped, not redriven.
+    -- False where the relay could not read the event, or the database not store it: it can be dropped, not redriven.
     has_content    boolean     not null default true,
     -- As in the log: tells whether a cursor has passed the event.
     xid            xid8,

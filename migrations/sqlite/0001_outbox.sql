@@ -57,6 +57,18 @@ create table outbox_cursors (
     primary key (pipeline, shard)
 );
 
+-- Ids that began anew (rows deleted, and sqlite_sequence with them) lie below what the cursors have passed, where no relay
+-- looks: such an event gets an id above all of them.
+create trigger outbox_events_ids_go_on
+after insert on outbox_events
+when new.id <= (select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors)
+begin
+    update outbox_events
+       set id = 1 + max((select max(id) from outbox_events),
+                        (select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors))
+     where id = new.id;
+end;
+
 create table outbox_leases (
     pipeline   text    not null,
     shard      integer not null default 0,
@@ -86,6 +98,8 @@ create table outbox_parked (
     error          text,
     -- How often it was rejected, and each time when and why: [{"at": …, "error": …}].
     attempts       integer not null default 0,
+    -- 0 where the relay could not read the event: it can be dropped, not redriven.
+    has_content    integer not null default 1,
     history        text    not null default '[]',
     -- What an operator asked for, until it is done.
     wanted         text,
@@ -95,9 +109,9 @@ create table outbox_parked (
     constraint parked_wanted check (wanted in ('redrive', 'drop'))
 );
 
--- Finds the oldest waiting event of an entity.
 -- Finds what operators name by its id.
 create index outbox_parked_id on outbox_parked (pipeline, id);
+-- Finds the oldest waiting event of an entity.
 create index outbox_parked_entity on outbox_parked (pipeline, aggregate_type, aggregate_id, id);
 -- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
 create index outbox_parked_wanted on outbox_parked (pipeline, id) where wanted is not null;

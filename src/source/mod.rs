@@ -17,8 +17,13 @@ use crate::position::Position;
 const IDS_AT_ONCE: i64 = 50_000;
 /// One page of them holds about this many bytes; a single larger event is taken alone.
 const PAGE_BYTES: usize = 4 << 20;
-/// The content of an event with more bytes is not read, where nothing else is said.
+/// The content of an event with more bytes is not read: the event is rejected.
 pub const EVENT_BYTES_MAX: usize = 8 << 20;
+
+/// Why an event of this size is rejected.
+fn too_large(bytes: usize, max: usize) -> String {
+    format!("too large: the event has {bytes} bytes, the relay reads events of {max} bytes at most")
+}
 
 /// How much one page may hold.
 #[derive(Clone, Copy, Debug)]

@@ -230,7 +230,7 @@ async fn park_one(
     sqlx::query(AssertSqlSafe(format!(
         "with {}, log as (select xid, occurred_at from outbox.events where id = $2 and event_id = $3::text::uuid limit 1) \
          insert into outbox.parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload, \
-                payload_bytes, content_type, headers, occurred_at, xid, place, holds, error, attempts, history) \
+                payload_bytes, content_type, headers, occurred_at, xid, place, holds, error, attempts, has_content, history) \
          values ($1, $2, $3::text::uuid, $4, $5, $6, $7, $8, $9, $10, \
                 coalesce((select occurred_at from log), case \
                     when $11::bigint = 9223372036854775807 then timestamptz 'infinity' \
@@ -238,7 +238,7 @@ async fn park_one(
                     else timestamptz 'epoch' + $11::bigint / 86400000000 * interval '24:00' \
                          + $11::bigint % 86400000000 * interval '1 microsecond' end), \
                 (select xid from log), {PLACE}{PAST}), $12, $13, \
-                case when $13 is null then 0 else 1 end, \
+                case when $13 is null then 0 else 1 end, $14, \
                 case when $13 is null then '[]'::jsonb \
                      else jsonb_build_array(jsonb_build_object('at', {NOW}, 'error', $13::text)) end) \
          on conflict (pipeline, event_id) do nothing",
@@ -258,6 +258,7 @@ async fn park_one(
     .bind(event.occurred_at_us)
     .bind(holds)
     .bind(error.as_deref().map(storable))
+    .bind(!matches!(event.payload, Payload::Unread(_)))
     .execute(connection)
     .await?;
     Ok(())
@@ -334,7 +335,8 @@ async fn publishable(
             Ok(this) if content || this.drop => due.push(this),
             Ok(this) => {
                 stopped.insert(entity_of(&this.event));
-                let why = "its content could not be stored, so it can only be dropped".to_owned();
+                let why = "its content is in the log only, so it can be dropped and not published"
+                    .to_owned();
                 bad.push((this.event.key(), why));
             }
             Err(error) => {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use bytes::Bytes;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Connection, Row, SqliteTransaction};
@@ -138,8 +138,8 @@ async fn park_one(
     // The cast makes a text of the bytes without a look at them: they stay what the writer wrote.
     sqlx::query(
         "insert into outbox_parked (pipeline, id, event_id, aggregate_type, aggregate_id, event_type, payload,
-                payload_bytes, content_type, headers, occurred_at, holds, error, attempts, history)
-         values (?1, ?2, ?3, ?4, ?5, ?6, cast(?7 as text), ?8, ?9, ?10, ?11, ?12, ?13, ?13 is not null,
+                payload_bytes, content_type, headers, occurred_at, holds, error, attempts, has_content, history)
+         values (?1, ?2, ?3, ?4, ?5, ?6, cast(?7 as text), ?8, ?9, ?10, ?11, ?12, ?13, ?13 is not null, ?14,
                 case when ?13 is null then '[]'
                      else json_array(json_object('at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), 'error', ?13)) end)
          on conflict (pipeline, event_id) do nothing",
@@ -157,6 +157,7 @@ async fn park_one(
     .bind(event.occurred_at_us)
     .bind(holds)
     .bind(error.as_deref().map(storable))
+    .bind(!matches!(event.payload, Payload::Unread(_)))
     .execute(connection)
     .await?;
     Ok(())
@@ -190,7 +191,7 @@ sized as (
       join outbox_parked p on p.pipeline = ?1 and p.event_id = turn.event_id),
 summed as (select *, sum(bytes) over (order by id, event_id) as total from sized)
 select id, event_id, aggregate_type, aggregate_id, event_type, cast(payload as blob), payload_bytes, content_type, headers,
-       occurred_at, attempts, holds, wanted is 'drop'
+       occurred_at, attempts, holds, wanted is 'drop', has_content
   from summed where total <= ?3 or total = bytes order by id, event_id";
 
 pub(super) async fn due(
@@ -257,6 +258,12 @@ fn due_event(row: &SqliteRow) -> Result<Due, anyhow::Error> {
         let bytes: Option<Vec<u8>> = row.try_get_unchecked(column)?;
         Ok::<_, sqlx::Error>(bytes.map(Bytes::from))
     };
+    let (drop, has_content): (bool, bool) =
+        (row.try_get_unchecked(12)?, row.try_get_unchecked(13)?);
+    ensure!(
+        drop || has_content,
+        "its content is in the log only, so it can be dropped and not published"
+    );
     let attempts: i64 = row.try_get_unchecked(10)?;
     let content_type: Option<String> = row.try_get_unchecked(7)?;
     let headers: Option<String> = row.try_get_unchecked(8)?;
@@ -279,7 +286,7 @@ fn due_event(row: &SqliteRow) -> Result<Due, anyhow::Error> {
         },
         attempts: u32::try_from(attempts).unwrap_or_default(),
         holds: row.try_get_unchecked(11)?,
-        drop: row.try_get_unchecked(12)?,
+        drop,
     })
 }
 

@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use super::{connect, fetch, statement};
 use crate::event::{Event, EventId};
 use crate::source::selection::{Dialect, Selection};
-use crate::source::{EVENT_BYTES_MAX, IDS_AT_ONCE, PAGE_BYTES};
+use crate::source::{IDS_AT_ONCE, PAGE_BYTES};
 
 /// Reads what is retained.
 pub(crate) struct History {
@@ -31,18 +31,12 @@ impl History {
     ) -> Result<(Vec<Event>, EventId), anyhow::Error> {
         let until = EventId(until.0.min(after.0.saturating_add(IDS_AT_ONCE)));
         let condition = selection.condition(Dialect::Postgres);
-        let statement = statement::retained((after, until), &condition, rows, EVENT_BYTES_MAX);
+        let statement = statement::retained((after, until), &condition, rows);
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => connect(&self.options).await?,
         };
-        let read = fetch(
-            &mut connection,
-            &statement,
-            (PAGE_BYTES, EVENT_BYTES_MAX),
-            |_, _| Ok(false),
-        )
-        .await?;
+        let read = fetch(&mut connection, &statement, PAGE_BYTES, |_, _| Ok(false)).await?;
         let all = read.complete && read.events.len() < rows;
         if read.complete {
             self.connection = Some(connection);

@@ -103,7 +103,6 @@ pub struct PostgresSource {
     /// When the table was last read in this life.
     read_at: Option<Instant>,
     resets: Resets,
-    event_bytes_max: usize,
 }
 
 impl PostgresSource {
@@ -134,15 +133,7 @@ impl PostgresSource {
             late_from: EventId(0),
             read_at: None,
             resets: Resets::since(&Position::beginning()),
-            event_bytes_max: EVENT_BYTES_MAX,
         }
-    }
-
-    /// Leaves the content of an event with more bytes in the log: such an event is rejected.
-    #[must_use]
-    pub fn event_bytes_max(mut self, bytes: usize) -> Self {
-        self.event_bytes_max = bytes;
-        self
     }
 
     /// Reads only the events of one shard of a pipeline.
@@ -157,7 +148,7 @@ impl PostgresSource {
     #[must_use]
     pub fn statement(&self, limits: PageLimits) -> String {
         let condition = self.share.condition(&self.at.window.prev);
-        statement::page(self.pick(limits, &condition), self.event_bytes_max)
+        statement::page(self.pick(limits, &condition))
     }
 
     fn pick<'a>(&'a self, limits: PageLimits, condition: &'a str) -> Pick<'a> {
@@ -261,6 +252,13 @@ impl PostgresSource {
             end: self.at.clone(),
             more,
         })
+    }
+
+    /// How often ids began anew since the last [`seek`](Source::seek); for the tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn resets(&self) -> u64 {
+        self.resets.count()
     }
 
     /// Opens the window that follows the one that is done with; for the tests of its plans.
@@ -394,11 +392,10 @@ impl PostgresSource {
     async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {
         let mut connection = self.connected().await?;
         let statement = self.statement(limits);
-        let bounds = (limits.bytes, self.event_bytes_max);
         let (window, late_from) = (self.at.window.clone(), self.late_from);
         let contradicts =
             move |id, fields: &Fields<'_>| contradicts(&window, late_from, id, fields);
-        let read = fetch(&mut connection, &statement, bounds, contradicts).await?;
+        let read = fetch(&mut connection, &statement, limits.bytes, contradicts).await?;
         self.read_at = Some(Instant::now());
         if read.complete {
             self.connection = Some(connection);
@@ -558,7 +555,7 @@ fn silent() -> anyhow::Error {
 async fn fetch(
     connection: &mut PgConnection,
     statement: &str,
-    (bytes_max, event_bytes_max): (usize, usize),
+    bytes_max: usize,
     contradicts: impl Fn(EventId, &Fields<'_>) -> Result<bool, anyhow::Error>,
 ) -> Result<Read, anyhow::Error> {
     let mut read = Read {
@@ -569,7 +566,7 @@ async fn fetch(
         contradicted: false,
     };
     let mut answer = connection.fetch(sqlx::raw_sql(AssertSqlSafe(statement.to_owned())));
-    let mut decoder = Decoder::new(event_bytes_max);
+    let mut decoder = Decoder::new(EVENT_BYTES_MAX);
     loop {
         // Most rows are there already: the clock is asked only for those that are not.
         let next = match answer.next().now_or_never() {

@@ -32,6 +32,8 @@ pub(super) struct Resets {
     rows_at: Option<Instant>,
     /// Positions in older windows say nothing about ids that are handed out now.
     since: (u64, Reverse<usize>),
+    /// How often ids began anew.
+    count: u64,
 }
 
 /// What the answer to the question that opens a window means.
@@ -82,6 +84,7 @@ impl Resets {
             tried: belief(&position.window, &Late::default()),
             rows_at: None,
             since: (0, Reverse(usize::MAX)),
+            count: 0,
         }
     }
 
@@ -142,6 +145,11 @@ impl Resets {
         self.same = self.tried.clone();
         self.mark = None;
         self.since = window.cur.age();
+        self.count += 1;
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.count
     }
 
     /// Whether this is the window that looks at all ids, because they began anew.

@@ -12,6 +12,7 @@ use bytestring::ByteString;
 use uuid::Uuid;
 
 use crate::event::{Event, EventId, Payload, Rejection};
+use crate::source::too_large;
 
 /// What [`columns`](super::statement::columns) selects.
 pub const FIELDS: usize = 12;
@@ -99,9 +100,8 @@ impl Decoder {
                 0
             }),
         };
-        if let Some(bytes) = bytes.and_then(|digits| number(Some(digits)).ok())
-            && usize::try_from(bytes).is_ok_and(|bytes| bytes > self.event_bytes_max)
-        {
+        let bytes = bytes.and_then(|digits| usize::try_from(number(Some(digits)).ok()?).ok());
+        if let Some(bytes) = bytes.filter(|bytes| *bytes > self.event_bytes_max) {
             flaw = Some(too_large(bytes, self.event_bytes_max));
         }
         if let Some(flaw) = flaw {
@@ -163,11 +163,6 @@ impl Decoder {
         *flaw = Some(format!("{column} is not UTF-8"));
         escaped(bytes).into()
     }
-}
-
-/// Why an event of this size is rejected.
-fn too_large(bytes: i64, max: usize) -> String {
-    format!("too large: the event has {bytes} bytes, relay.event_bytes_max is {max}")
 }
 
 /// Stands for an `event_id` that the table has no value of.
@@ -308,7 +303,7 @@ mod tests {
         let row = decoder.decode(&fields(&large)).unwrap();
         assert_eq!(
             why(row),
-            "too large: the event has 101 bytes, relay.event_bytes_max is 100"
+            "too large: the event has 101 bytes, the relay reads events of 100 bytes at most"
         );
         let mut cut = some();
         (cut[5], cut[6]) = (None, Some("00f"));

@@ -19,8 +19,8 @@
 use std::fmt::Write;
 
 use crate::event::EventId;
-use crate::position::Position;
-use crate::position::{Snapshot, Window};
+use crate::position::{Position, Snapshot, Window};
+use crate::source::EVENT_BYTES_MAX;
 
 /// An aggregate type, aggregate id, event type or content type of more bytes is not sent; Kafka has no use for such names.
 pub(super) const NAME_BYTES_MAX: usize = 64 << 10;
@@ -223,8 +223,8 @@ pub(super) struct Pick<'a> {
 }
 
 /// The events of a page, in the columns of [`columns`].
-pub(super) fn page(pick: Pick<'_>, event_bytes_max: usize) -> String {
-    in_transaction(&select(pick, &columns(event_bytes_max)))
+pub(super) fn page(pick: Pick<'_>) -> String {
+    in_transaction(&select(pick, &columns(EVENT_BYTES_MAX)))
 }
 
 /// The first row of a page that can't be read, in the columns of [`skeleton_columns`].
@@ -241,13 +241,12 @@ pub(super) fn retained(
     (after, until): (EventId, EventId),
     condition: &str,
     rows_max: usize,
-    event_bytes_max: usize,
 ) -> String {
     in_transaction(&format!(
         "select {columns} from outbox.events e \
           where e.id operator(pg_catalog.>) {after} and e.id operator(pg_catalog.<=) {until} and {condition} \
           order by e.id limit {rows_max}",
-        columns = columns(event_bytes_max)
+        columns = columns(EVENT_BYTES_MAX)
     ))
 }
 

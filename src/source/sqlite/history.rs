@@ -4,7 +4,7 @@ use futures_util::TryStreamExt;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions};
 
-use super::{ROWS_AHEAD, connect, event};
+use super::{ROWS_AHEAD, columns, connect, event};
 use crate::event::{Event, EventId};
 use crate::source::selection::{Dialect, Selection};
 use crate::source::{IDS_AT_ONCE, PAGE_BYTES};
@@ -36,10 +36,9 @@ impl History {
     ) -> Result<(Vec<Event>, EventId), anyhow::Error> {
         let until = EventId(until.0.min(after.0.saturating_add(IDS_AT_ONCE)));
         let statement = format!(
-            "select id, event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, \
-                    occurred_at \
-               from outbox_events e where e.id > {after} and e.id <= {until} and {} order by e.id limit {rows}",
-            selection.condition(Dialect::Sqlite)
+            "select {columns} from outbox_events e where e.id > {after} and e.id <= {until} and {} order by e.id limit {rows}",
+            selection.condition(Dialect::Sqlite),
+            columns = columns(),
         );
         let mut connection = match self.connection.take() {
             Some(connection) => connection,

@@ -14,13 +14,13 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use futures_util::TryStreamExt;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
-use sqlx::{ConnectOptions, Connection, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 pub(crate) use self::history::History;
-use super::{Page, PageLimits, Source, SourceError};
-use crate::event::{Event, EventId, Payload};
+use super::{EVENT_BYTES_MAX, Page, PageLimits, Source, SourceError, too_large};
+use crate::event::{Event, EventId, Payload, Rejection};
 use crate::position::{Position, Snapshot, Window};
 
 /// After events came, more are expected: look again this soon, then less and less often.
@@ -37,6 +37,8 @@ pub struct SqliteSource {
     poll_interval: Duration,
     interval: Duration,
     looked_at: Instant,
+    /// Whether it was told that ids began anew.
+    told: bool,
 }
 
 impl SqliteSource {
@@ -56,7 +58,23 @@ impl SqliteSource {
             poll_interval,
             interval: INTERVAL_MIN,
             looked_at: Instant::now(),
+            told: false,
         }
+    }
+
+    /// Says once that ids began anew. A trigger gives new events ids above what the cursors have passed.
+    fn note_reset(&mut self, newest: EventId) {
+        let passed = self.at.window.next_floor;
+        let began_anew = newest < passed;
+        if began_anew && !self.told {
+            tracing::error!(
+                newest = newest.0,
+                passed = passed.0,
+                "the ids of outbox_events began anew (the rows were deleted, and sqlite_sequence was reset): new events get \
+                 ids above {passed}"
+            );
+        }
+        self.told = began_anew;
     }
 
     async fn read(&mut self, limits: PageLimits) -> Result<Page, anyhow::Error> {
@@ -68,7 +86,8 @@ impl SqliteSource {
         let opens = self.at.at_end_of_window();
         let (window, after) = if opens {
             let newest = newest_id(&mut connection).await?;
-            let window = window_after(&self.at.window, newest)?;
+            self.note_reset(newest);
+            let window = window_after(&self.at.window, newest);
             let floor = window.floor;
             (Arc::new(window), floor)
         } else {
@@ -123,30 +142,26 @@ impl Source for SqliteSource {
     }
 }
 
-fn window_after(before: &Window, newest: EventId) -> Result<Window, anyhow::Error> {
-    // Ids below the floor are never looked at again, so events of a table that began anew would be lost without a word.
-    ensure!(
-        newest >= before.next_floor,
-        "the newest event of outbox_events is {newest} and the cursor stands at {}: the table is not the one that the \
-         cursor belongs to",
-        before.next_floor
-    );
-    Ok(Window {
+/// Ids below the floor are never looked at again; where ids began anew, no event gets one there.
+fn window_after(before: &Window, newest: EventId) -> Window {
+    let ceiling = newest.max(before.next_floor);
+    Window {
         prev: Snapshot::nothing(),
         cur: Snapshot::nothing(),
         floor: before.next_floor,
-        ceiling: newest,
-        next_floor: newest,
-    })
+        ceiling,
+        next_floor: ceiling,
+    }
 }
 
 /// The newest id that was ever committed, 0 before the first.
 ///
-/// From the sequence and not from the table, where retention may have deleted it. One row of a tiny table: this is all
-/// that looking at an idle log costs.
+/// From the sequence, because retention may have deleted the row, and from the table, because the sequence falls behind where
+/// a person has set it back.
 pub(crate) async fn newest_id(connection: &mut SqliteConnection) -> Result<EventId, anyhow::Error> {
     sqlx::query_scalar(
-        "select coalesce((select seq from sqlite_sequence where name = 'outbox_events'), 0)",
+        "select max(coalesce((select seq from sqlite_sequence where name = 'outbox_events'), 0),
+                    coalesce((select max(id) from outbox_events), 0))",
     )
     .fetch_one(connection)
     .await
@@ -156,9 +171,9 @@ pub(crate) async fn newest_id(connection: &mut SqliteConnection) -> Result<Event
 
 /// The page is cut before it is read, so that no more than its bytes come into memory: the sizes of its rows are known
 /// without reading the long ones. Two bounded scans of the primary key.
-const PAGE: &str = "
-select id, event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at
-  from outbox_events
+fn page() -> String {
+    format!(
+        "select {columns} from outbox_events e
  where id > ?1
    and id <= (
     select coalesce(max(id) filter (where bytes <= ?4), min(id))
@@ -173,7 +188,36 @@ select id, event_id, aggregate_type, aggregate_id, event_type, payload, payload_
              where id > ?1 and id <= ?2
              order by id
              limit ?3)))
- order by id";
+ order by id",
+        columns = columns()
+    )
+}
+
+/// What becomes an event `e`. Of one that is too large only the size is read, and of its names what is within that bound.
+fn columns() -> String {
+    // Of a text, `substr` ends at U+0000.
+    let name = |column: &str| {
+        format!(
+            "iif(octet_length(e.{column}) > {EVENT_BYTES_MAX}, substr(e.{column}, 1, 1000), e.{column})"
+        )
+    };
+    let content = |column: &str| {
+        format!("iif(octet_length(e.{column}) > {EVENT_BYTES_MAX}, null, e.{column})")
+    };
+    format!(
+        "e.id, e.event_id, {}, {}, {}, {}, {}, {}, {}, e.occurred_at,
+        octet_length(e.aggregate_type) + octet_length(e.aggregate_id) + octet_length(e.event_type)
+        + coalesce(octet_length(e.payload), 0) + coalesce(octet_length(e.payload_bytes), 0)
+        + coalesce(octet_length(e.content_type), 0) + coalesce(octet_length(e.headers), 0)",
+        name("aggregate_type"),
+        name("aggregate_id"),
+        name("event_type"),
+        content("payload"),
+        content("payload_bytes"),
+        name("content_type"),
+        content("headers"),
+    )
+}
 
 async fn fetch(
     connection: &mut SqliteConnection,
@@ -182,7 +226,7 @@ async fn fetch(
     limits: PageLimits,
 ) -> Result<Vec<Event>, anyhow::Error> {
     let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-    sqlx::query(PAGE)
+    sqlx::query(AssertSqlSafe(page()))
         .bind(after.0)
         .bind(ceiling.0)
         .bind(number(limits.rows.max(1)))
@@ -201,6 +245,8 @@ fn event(row: &SqliteRow) -> Result<Event, anyhow::Error> {
     let text = |column| Ok::<_, anyhow::Error>(bytes(row, column)?.map(text));
     let event_id = Uuid::try_parse_ascii(bytes(row, 1)?.unwrap_or_default())
         .with_context(|| format!("decode event_id of event {id}"))?;
+    let size: i64 = row.try_get_unchecked(10)?;
+    let size = usize::try_from(size).unwrap_or_default();
     let payload = bytes(row, 5)?.map(Bytes::copy_from_slice);
     let payload_bytes = bytes(row, 6)?.map(Bytes::copy_from_slice);
     Ok(Event {
@@ -210,6 +256,9 @@ fn event(row: &SqliteRow) -> Result<Event, anyhow::Error> {
         aggregate_id: text(3)?.unwrap_or_default(),
         event_type: text(4)?.unwrap_or_default(),
         payload: match (payload, payload_bytes) {
+            _ if size > EVENT_BYTES_MAX => {
+                Payload::Unread(Rejection(too_large(size, EVENT_BYTES_MAX)))
+            }
             (None, None) => Payload::Tombstone,
             (Some(json), None) => Payload::Json(json),
             (None, Some(encoded)) => Payload::Encoded(encoded),
@@ -283,17 +332,17 @@ mod tests {
 
     #[test]
     fn the_next_window_begins_where_the_last_one_ended() {
-        let first = window_after(&Window::beginning(), EventId(7)).unwrap();
+        let first = window_after(&Window::beginning(), EventId(7));
         assert_eq!((first.floor, first.ceiling), (EventId(0), EventId(7)));
-        let second = window_after(&first, EventId(9)).unwrap();
+        let second = window_after(&first, EventId(9));
         assert_eq!((second.floor, second.ceiling), (EventId(7), EventId(9)));
     }
 
     #[test]
-    fn a_table_that_began_anew_is_refused() {
-        let before = window_after(&Window::beginning(), EventId(7)).unwrap();
-        let refused = window_after(&before, EventId(6)).unwrap_err();
-        assert!(matches!(classify(refused), SourceError::Misconfigured(_)));
+    fn ids_that_began_anew_are_waited_for_above_the_floor() {
+        let before = window_after(&Window::beginning(), EventId(7));
+        let window = window_after(&before, EventId(2));
+        assert_eq!((window.floor, window.ceiling), (EventId(7), EventId(7)));
     }
 
     #[test]

@@ -29,12 +29,25 @@ pub(crate) async fn with_database(test: &str, work: impl AsyncFnOnce(&Database))
 
 /// The same on a given server, which may have crashed meanwhile.
 pub(crate) async fn with_database_of(server: PgConnectOptions, work: impl AsyncFnOnce(&Database)) {
+    with_database_in(server, "UTF8", work).await;
+}
+
+/// The same with the texts of the database in this encoding.
+pub(crate) async fn with_database_in(
+    server: PgConnectOptions,
+    encoding: &str,
+    work: impl AsyncFnOnce(&Database),
+) {
     let database = Database {
         name: format!("windows_{}", uuid::Uuid::new_v4().simple()),
         options: server.clone(),
     };
     let mut admin = connect(&server).await;
-    sql(&mut admin, &format!("create database {}", database.name)).await;
+    let create = format!(
+        "create database {} template template0 encoding '{encoding}' lc_collate 'C' lc_ctype 'C'",
+        database.name
+    );
+    sql(&mut admin, &create).await;
     let database = Database {
         options: server.clone().database(&database.name),
         ..database

@@ -8,6 +8,7 @@
 
 mod crash;
 mod database;
+mod hostile;
 mod oracle;
 mod plans;
 mod reader;
@@ -17,4 +18,5 @@ mod sabotage;
 mod schedules;
 mod storm;
 mod types;
+mod unreadable;
 mod writers;
