@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
-use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
+use super::{Found, Known, NotPrepared, Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
@@ -44,6 +44,8 @@ pub(super) struct Life {
     pub(super) first_records: FirstRecords,
     /// Topics that may not be written to.
     denied: BTreeSet<String>,
+    /// Topics that are gone.
+    pub(super) lost: BTreeSet<String>,
     /// For exactly-once only. What is aborted needs no care for first records.
     transactions: Option<Transactions>,
     /// Set once a record has failed, or everything.
@@ -157,13 +159,15 @@ impl Life {
             full_at: None,
             first_records: FirstRecords::new(),
             denied: BTreeSet::new(),
+            lost: BTreeSet::new(),
             transactions: transactional_id.map(|id| Transactions::new(id.to_owned())),
             dying: None,
         })
     }
 
-    /// Returns when nothing that is queued will be sent any more, with the topics that it was not allowed to write to.
-    pub(super) async fn end(self) -> BTreeSet<String> {
+    /// Returns when nothing that is queued will be sent any more, with the topics that it was not allowed to write to, and those
+    /// that are gone.
+    pub(super) async fn end(self) -> (BTreeSet<String>, BTreeSet<String>) {
         let producer = self.producer;
         let open = self.transactions.is_some_and(|all| all.is_open());
         // All wait for librdkafka's threads, which may be looking a name up.
@@ -177,7 +181,15 @@ impl Life {
         if let Ok(producer) = purged.await {
             spawn_blocking(move || drop(producer));
         }
-        self.denied
+        (self.denied, self.lost)
+    }
+
+    /// What a look-up needs of this life.
+    pub(super) fn asker(&self) -> Asker {
+        Asker {
+            producer: self.producer.clone(),
+            trouble: self.trouble.clone(),
+        }
     }
 
     /// As [`Sink::resume`](super::Sink::resume).
@@ -204,10 +216,7 @@ impl Life {
 
     /// Asks a broker about one topic, or about all there are.
     pub(super) async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
-        let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
-        // librdkafka waits in the call.
-        let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
-        asked.await.unwrap_or(Err(KafkaError::Canceled))
+        self.asker().metadata(topic).await
     }
 
     /// Whether there is no broker to which a connection is up, nor comes up for a while. A broker that is only slow to
@@ -270,6 +279,7 @@ impl Life {
                 Err(Refused::Rejected(Rejection::new(code.to_string())))
             }
             Err((KafkaError::MessageProduction(code), record)) if of_a_lost_topic(code) => {
+                self.lost.insert(record.topic.to_owned());
                 let lost = format!("topic {} is gone", record.topic);
                 Err(Refused::Broken(SinkError(lost)))
             }
@@ -393,7 +403,11 @@ impl Life {
                 News::Failed(seq, code, lost) => {
                     self.outstanding -= 1;
                     let reason = match lost {
-                        Some(topic) => format!("topic {topic} is gone"),
+                        Some(topic) => {
+                            let gone = format!("topic {topic} is gone");
+                            self.lost.insert(topic);
+                            gone
+                        }
                         None => code.to_string(),
                     };
                     (reason, Some((seq, code)))
@@ -448,10 +462,58 @@ impl Life {
 
     /// Adds what librdkafka last complained about.
     pub(super) fn with_trouble(&self, reason: String) -> String {
-        match &*self.trouble.borrow() {
-            Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
-            _ => reason,
+        with_trouble(&self.trouble, reason)
+    }
+}
+
+/// Makes a producer acquainted with topics, while records of other topics are handed over.
+pub(super) struct Asker {
+    producer: KafkaProducer,
+    trouble: Arc<watch::Sender<Option<String>>>,
+}
+
+impl Asker {
+    /// So many topics are asked for one by one. The producer asks for the others when their first records come, and then has
+    /// its own id already.
+    const ONE_BY_ONE: usize = 8;
+
+    async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
+        let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
+        // librdkafka waits in the call.
+        let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
+        asked.await.unwrap_or(Err(KafkaError::Canceled))
+    }
+
+    /// Else the producer would ask only when the first record waits for it, and for its own id up to half a second later: it
+    /// asks for that when somebody tells it of brokers, or by a slow clock.
+    pub(super) async fn introduce(
+        &self,
+        found: Vec<(String, Result<Found, NotPrepared>)>,
+    ) -> Vec<(String, Result<Known, NotPrepared>)> {
+        let mut answers = Vec::with_capacity(found.len());
+        let mut introduced = 0;
+        for (name, mut answer) in found {
+            if answer.is_ok() && introduced < Self::ONE_BY_ONE {
+                introduced += 1;
+                if let Err(error) = self.metadata(Some(&name)).await {
+                    let why = format!("ask about topic {name}: {error}");
+                    answer = Err(NotPrepared::Unknown(SinkError(why)));
+                }
+            }
+            if let Err(NotPrepared::Unknown(SinkError(why))) = &mut answer {
+                *why = with_trouble(&self.trouble, std::mem::take(why));
+            }
+            answers.push((name, answer.map(|found| Known(Some(found)))));
         }
+        answers
+    }
+}
+
+/// Adds what librdkafka last complained about.
+fn with_trouble(trouble: &watch::Sender<Option<String>>, reason: String) -> String {
+    match &*trouble.borrow() {
+        Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
+        _ => reason,
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use outbox_relay::event::{Record, Rejection, Seq};
 use outbox_relay::position::Position;
-use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use outbox_relay::sink::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::log::{FORBIDDEN, Poison};
@@ -536,27 +536,46 @@ impl Sink for FakeSink {
             .with(|world| world.is_cut_off(self.life()) && !world.is_down(Instant::now()))
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
-        self.shared.dawdle().await;
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            shared.dawdle().await;
+            let answers = shared.with(|world| {
+                let answer = |topic: String| {
+                    let often = world.faults.prepare_error;
+                    let answer = if world.is_down(Instant::now()) || world.chance(often) {
+                        Err(NotPrepared::Unknown(down()))
+                    } else if topic == FORBIDDEN {
+                        Err(NotPrepared::Rejected(Rejection::new("not allowed")))
+                    } else {
+                        Ok(Known::default())
+                    };
+                    (topic, answer)
+                };
+                topics.into_iter().map(answer).collect()
+            });
+            shared.dawdle().await;
+            answers
+        })
+    }
+
+    fn learn(
+        &mut self,
+        topic: &str,
+        answer: Result<Known, NotPrepared>,
+    ) -> Result<(), NotPrepared> {
+        answer?;
         let life = self.life();
-        let prepared = self.shared.with(|world| {
-            let often = world.faults.prepare_error;
-            if world.is_down(Instant::now()) || world.chance(often) {
-                return Err(NotPrepared::Unknown(down()));
-            }
-            if topic == FORBIDDEN {
-                return Err(NotPrepared::Rejected(Rejection::new("not allowed")));
-            }
-            let producer = world
-                .broker
-                .producers
-                .get_mut(&life)
-                .expect("it was opened");
+        self.shared.with(|world| {
+            let producer = world.broker.producers.get_mut(&life);
+            let producer = producer.expect("it was opened");
             producer.prepared.insert(topic.to_owned());
-            Ok(())
         });
-        self.shared.dawdle().await;
-        prepared
+        Ok(())
+    }
+
+    fn leaves_behind(&self) -> bool {
+        self.shared.with(|world| !world.broker.transactional)
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
