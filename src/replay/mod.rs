@@ -167,7 +167,7 @@ impl Publisher<'_> {
                         published += 1;
                         break;
                     }
-                    Err(Refused::Full) => {
+                    Err(Refused::Full | Refused::Later(_)) => {
                         if !settle(sink, &mut outstanding).await? {
                             return Ok(Err(Batch));
                         }

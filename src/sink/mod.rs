@@ -17,6 +17,8 @@ use crate::position::Position;
 pub enum Refused {
     /// The queue is full, or a receipt has something to say first: wait for receipts, then hand over the same record.
     Full,
+    /// The part of the sink that it goes to takes nothing at the moment, for this reason: records for other parts go on.
+    Later(String),
     /// Its topic is not known, or has to be looked up again.
     Unprepared,
     /// It will never be accepted, and nothing after it has been handed over.

@@ -102,7 +102,7 @@ impl Sink for StdoutSink {
 
     fn look_up(&mut self, topics: Vec<String>) -> LookUp {
         let known = |topic| (topic, Ok(Known::default()));
-        Box::pin(ready(topics.into_iter().map(known).collect()))
+        Box::pin(std::future::ready(topics.into_iter().map(known).collect()))
     }
 
     fn learn(

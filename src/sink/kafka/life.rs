@@ -18,7 +18,10 @@ use tokio::time::{Instant, timeout_at};
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
-use super::{Found, Known, NotPrepared, Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
+use super::{
+    Found, Known, NotPrepared, Receipt, Refused, Settings, SinkError, lacks, log_librdkafka,
+    not_set_up,
+};
 use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
@@ -248,8 +251,12 @@ impl Life {
             // Else receipts come in, and the time is told with them.
             self.first_records.look_at_the_clock();
         }
+        if self.first_records.admit(partitions, key) == Admission::Wait {
+            self.first_records.look_at_the_clock();
+        }
         match self.first_records.admit(partitions, key) {
             Admission::Wait => Err(Refused::Full),
+            Admission::Later(partition) => Err(Refused::Later(format!("partition {partition}"))),
             admission => Ok(admission),
         }
     }

@@ -172,11 +172,7 @@ impl Sink for KafkaSink {
         })
     }
 
-    fn learn(
-        &mut self,
-        name: &str,
-        answer: Result<Known, NotPrepared>,
-    ) -> Result<(), NotPrepared> {
+    fn learn(&mut self, name: &str, answer: Result<Known, NotPrepared>) -> Result<(), NotPrepared> {
         if matches!(answer, Err(NotPrepared::Rejected(_))) {
             self.topics.remove(name);
             self.absent.insert(name.to_owned());
@@ -239,7 +235,16 @@ impl Sink for KafkaSink {
         };
         let partitions =
             *partitions.get_or_insert_with(|| life.first_records.add(topic.partitions));
-        let admission = life.admit(partitions, record.key.as_deref())?;
+        let admission = life
+            .admit(partitions, record.key.as_deref())
+            .map_err(|refused| match refused {
+                Refused::Later(partition) => Refused::Later(format!(
+                    "topic {}, {partition} takes nothing: its first record of this session is not confirmed (has it a \
+                     leader, and enough in-sync replicas?)",
+                    record.topic
+                )),
+                refused => refused,
+            })?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in &record.headers {
             headers = headers.insert(Header {
@@ -265,10 +270,17 @@ impl Sink for KafkaSink {
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
-        match &mut self.life {
-            Some(life) => life.receipts(into).await,
-            None => Err(not_open()),
+        let Some(life) = &mut self.life else {
+            return Err(not_open());
+        };
+        let known = into.len();
+        let received = life.receipts(into).await;
+        let refused = |receipt: &Receipt| matches!(receipt, Receipt::Rejected(..));
+        if into[known..].iter().any(refused) {
+            // The limits may have been lowered.
+            self.topics.clear();
         }
+        received
     }
 
     fn trouble(&self) -> Option<String> {

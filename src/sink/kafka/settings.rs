@@ -201,19 +201,6 @@ impl Settings {
 
     /// Why no event may go to a topic of this name, whatever the brokers say of it.
     pub(super) fn refuses_topic(&self, name: &str) -> Option<String> {
-        /// As Kafka has it.
-        const LENGTH_MAX: usize = 249;
-        let legal = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if name.is_empty()
-            || name.len() > LENGTH_MAX
-            || matches!(name, "." | "..")
-            || !name.chars().all(legal)
-        {
-            return Some(format!(
-                "{name:?} can't be the name of a topic: Kafka takes 1 to {LENGTH_MAX} of A-Z, a-z, 0-9, \".\", \"_\" and \"-\", \
-                 and neither \".\" nor \"..\""
-            ));
-        }
         if name.starts_with("__") {
             return Some(format!(
                 "topic {name} is refused: names that begin with \"__\" belong to Kafka itself"
@@ -237,7 +224,11 @@ impl Settings {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
         };
         // The id of a shard, or the name before those of pipeline and shard.
-        of(&id) || self.outbox_id.as_ref().is_some_and(|id| of(&id.replace('.', "_")))
+        of(&id)
+            || self
+                .outbox_id
+                .as_ref()
+                .is_some_and(|id| of(&id.replace('.', "_")))
     }
 
     /// For reading what was committed.

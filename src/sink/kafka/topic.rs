@@ -283,14 +283,7 @@ impl Admin {
             let partitions = topic.partitions().len();
             (topic.name().to_owned(), Place { broker, partitions })
         };
-        Some(
-            metadata
-                .topics()
-                .iter()
-                .filter(usable)
-                .map(place)
-                .collect(),
-        )
+        Some(metadata.topics().iter().filter(usable).map(place).collect())
     }
 
     fn broker_of(metadata: &Metadata) -> Option<i32> {
@@ -491,7 +484,8 @@ impl Admin {
     }
 
     fn collides_with(&self, name: &str) -> Option<String> {
-        let same = |other: &String| other != name && other.replace('.', "_") == name.replace('.', "_");
+        let same =
+            |other: &String| other != name && other.replace('.', "_") == name.replace('.', "_");
         self.all()?.into_keys().find(same)
     }
 }

@@ -336,11 +336,7 @@ fn last_record(consumer: &BaseConsumer, topic: &str) -> Result<Option<Last>, Kaf
     }
 }
 
-fn last_from(
-    consumer: &BaseConsumer,
-    topic: &str,
-    from: i64,
-) -> Result<Option<Last>, KafkaError> {
+fn last_from(consumer: &BaseConsumer, topic: &str, from: i64) -> Result<Option<Last>, KafkaError> {
     let mut assignment = TopicPartitionList::new();
     assignment.add_partition_offset(topic, 0, Offset::Offset(from))?;
     consumer.assign(&assignment)?;

@@ -61,13 +61,15 @@ pub struct Broker {
     pub(super) latency_ms: u64,
     /// Whether records are published in transactions, with the position behind them.
     pub transactional: bool,
+    /// Topics about which it can't say anything.
+    pub unready: BTreeSet<String>,
     /// Transactions that were committed.
     pub commits: u32,
     pub(super) committed: Option<Position>,
     /// The life that has initialised the transactional id last.
     pub(super) initialised: u32,
     pub(super) producers: BTreeMap<u32, Producer>,
-    opened: u32,
+    pub opened: u32,
     reject_next: Option<i64>,
     /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
     pub last_words: Option<bool>,
@@ -85,6 +87,7 @@ impl Broker {
             queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
             latency_ms: rng.u64(1..40),
             transactional: rng.bool(),
+            unready: BTreeSet::new(),
             commits: 0,
             committed: None,
             initialised: 0,
@@ -543,7 +546,9 @@ impl Sink for FakeSink {
             let answers = shared.with(|world| {
                 let answer = |topic: String| {
                     let often = world.faults.prepare_error;
-                    let answer = if world.is_down(Instant::now()) || world.chance(often) {
+                    let unready = world.broker.unready.contains(&topic);
+                    let answer = if unready || world.is_down(Instant::now()) || world.chance(often)
+                    {
                         Err(NotPrepared::Unknown(down()))
                     } else if topic == FORBIDDEN {
                         Err(NotPrepared::Rejected(Rejection::new("not allowed")))

@@ -125,7 +125,7 @@ pub(crate) async fn open(sink: &mut impl Sink, topics: &[&str]) {
         for topic in topics {
             match sink.prepare(topic).await {
                 Ok(()) => {}
-                Err(NotPrepared::Unknown(error)) => {
+                Err(NotPrepared::Unknown(error) | NotPrepared::Reopen(error)) => {
                     eprintln!("{topic}: {error}");
                     sleep(Duration::from_millis(100)).await;
                     continue 'lives;
