@@ -15,13 +15,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
+use super::asker::Asker;
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
-use super::{
-    Found, Known, NotPrepared, Receipt, Refused, Settings, SinkError, lacks, log_librdkafka,
-    not_set_up,
-};
+use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
 use crate::event::{Rejection, Seq};
 use crate::position::Position;
@@ -473,51 +471,8 @@ impl Life {
     }
 }
 
-/// Makes a producer acquainted with topics, while records of other topics are handed over.
-pub(super) struct Asker {
-    producer: KafkaProducer,
-    trouble: Arc<watch::Sender<Option<String>>>,
-}
-
-impl Asker {
-    /// So many topics are asked for one by one. The producer asks for the others when their first records come, and then has
-    /// its own id already.
-    const ONE_BY_ONE: usize = 8;
-
-    async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
-        let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
-        // librdkafka waits in the call.
-        let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
-        asked.await.unwrap_or(Err(KafkaError::Canceled))
-    }
-
-    /// Else the producer would ask only when the first record waits for it, and for its own id up to half a second later: it
-    /// asks for that when somebody tells it of brokers, or by a slow clock.
-    pub(super) async fn introduce(
-        &self,
-        found: Vec<(String, Result<Found, NotPrepared>)>,
-    ) -> Vec<(String, Result<Known, NotPrepared>)> {
-        let mut answers = Vec::with_capacity(found.len());
-        let mut introduced = 0;
-        for (name, mut answer) in found {
-            if answer.is_ok() && introduced < Self::ONE_BY_ONE {
-                introduced += 1;
-                if let Err(error) = self.metadata(Some(&name)).await {
-                    let why = format!("ask about topic {name}: {error}");
-                    answer = Err(NotPrepared::Unknown(SinkError(why)));
-                }
-            }
-            if let Err(NotPrepared::Unknown(SinkError(why))) = &mut answer {
-                *why = with_trouble(&self.trouble, std::mem::take(why));
-            }
-            answers.push((name, answer.map(|found| Known(Some(found)))));
-        }
-        answers
-    }
-}
-
 /// Adds what librdkafka last complained about.
-fn with_trouble(trouble: &watch::Sender<Option<String>>, reason: String) -> String {
+pub(super) fn with_trouble(trouble: &watch::Sender<Option<String>>, reason: String) -> String {
     match &*trouble.borrow() {
         Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
         _ => reason,
@@ -557,7 +512,10 @@ impl ProducerContext for Silent {
 }
 
 /// An answer without brokers, as it comes from one that the controller has fenced, is of no use.
-fn ask<C: ClientContext>(client: &Client<C>, topic: Option<&str>) -> Result<(), KafkaError> {
+pub(super) fn ask<C: ClientContext>(
+    client: &Client<C>,
+    topic: Option<&str>,
+) -> Result<(), KafkaError> {
     let metadata = client.fetch_metadata(topic, ASK_TIMEOUT)?;
     if metadata.brokers().is_empty() {
         return Err(KafkaError::MetadataFetch(Code::BrokerNotAvailable));

@@ -3,6 +3,7 @@
 //! Never retries a record behind the loop's back, never waits in the hand-over, and never turns an outage into a
 //! rejection: with no message timeout librdkafka itself retries for ever, in order.
 
+mod asker;
 mod life;
 mod partition;
 mod polled;
