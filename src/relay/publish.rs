@@ -189,7 +189,7 @@ impl<K: Sink> Publisher<'_, K> {
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 // A queue may count what it has just told about, and has no more to tell.
                 () = sleep(FULL_AGAIN), if matches!(pause, Pause::Full | Pause::Later(_)) && life.awaited() == 0 => {}
-                found = life.lookups.answers(), if drain_until.is_none() => self.learn(life, found),
+                found = life.lookups.answers(), if drain_until.is_none() => { self.learn(life, found); }
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
                     // Or raised one of its limits.
                     self.sink.doubt();

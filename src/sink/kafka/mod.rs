@@ -164,11 +164,11 @@ impl Sink for KafkaSink {
             answers.extend(asked.into_iter().map(not_open));
             return Box::pin(ready(answers));
         };
-        let (settings, asker) = (self.settings.clone(), life.asker());
+        let (settings, producer) = (self.settings.clone(), life.asker());
         let room = self.settings.topics.max.saturating_sub(self.created);
         Box::pin(async move {
             let found = topic::look_up(&settings, asked, asks_max, room).await;
-            answers.extend(asker.introduce(found).await);
+            answers.extend(producer.introduce(found).await);
             answers
         })
     }
