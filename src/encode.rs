@@ -4,6 +4,7 @@
 //! and white space leave as they came.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
@@ -40,8 +41,28 @@ pub struct Encoding {
     pub cloudevents_source: String,
 }
 
-/// Names that belong to the relay; an event's own header of such a name is left out.
+/// Names that belong to the relay; an event with a header of such a name is rejected.
 const RESERVED: [&str; 5] = ["id", "type", "sequence", "content-type", "replay"];
+/// The attributes that the relay sets itself, and members that CloudEvents in JSON have besides; other names that start with
+/// `ce_` are extensions.
+const RESERVED_ATTRIBUTES: [&str; 10] = [
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "time",
+    "sequence",
+    "subject",
+    "datacontenttype",
+    "data",
+    "data_base64",
+];
+
+/// Whether an event's own header may not have this name.
+fn is_reserved(name: &str) -> bool {
+    let attribute = name.strip_prefix("ce_");
+    RESERVED.contains(&name) || attribute.is_some_and(|name| RESERVED_ATTRIBUTES.contains(&name))
+}
 
 type Headers<'a> = Vec<RecordHeader<'a>>;
 
@@ -110,6 +131,11 @@ pub fn encode<'a>(
         Cow::Owned(key) => Cow::Owned(key.into_bytes()),
     };
     let own = parse_headers(event.headers.as_deref())?;
+    if let Some((name, _)) = own.iter().find(|(name, _)| is_reserved(name)) {
+        return Err(Rejection::new(format!(
+            "the event has a header {name:?}, a name that belongs to the relay: emit it under another name"
+        )));
+    }
     let (mut headers, value) = match encoding.format {
         Format::Plain => (
             plain_headers(event, texts, own.len()),
@@ -119,7 +145,7 @@ pub fn encode<'a>(
             cloudevents_headers(event, texts, encoding),
             event.payload.bytes().map(Cow::Borrowed),
         ),
-        Format::CloudeventsJson => match cloudevents_json(event, texts, encoding)? {
+        Format::CloudeventsJson => match cloudevents_json(event, texts, encoding, &own)? {
             Some(json) => (
                 vec![text_header("content-type", CLOUDEVENTS_JSON)],
                 Some(Cow::Owned(json)),
@@ -129,10 +155,7 @@ pub fn encode<'a>(
         },
     };
     for (name, value) in own {
-        let reserved = RESERVED.contains(&&*name) || name.starts_with("ce_");
-        if !reserved {
-            headers.push((name, value.map(into_bytes)));
-        }
+        headers.push((name, value.map(into_bytes)));
     }
     Ok(Record {
         topic,
@@ -249,12 +272,15 @@ struct CloudEvent<'a> {
     data: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_base64: Option<String>,
+    #[serde(flatten)]
+    extensions: BTreeMap<&'a str, &'a str>,
 }
 
 fn cloudevents_json(
     event: &Event,
     texts: &Texts,
     encoding: &Encoding,
+    own: &[OwnHeader<'_>],
 ) -> Result<Option<Vec<u8>>, Rejection> {
     let (data, data_base64) = match &event.payload {
         Payload::Tombstone | Payload::Ambiguous(..) | Payload::Unread(_) => return Ok(None),
@@ -276,10 +302,19 @@ fn cloudevents_json(
         datacontenttype: content_type(event),
         data,
         data_base64,
+        extensions: own.iter().filter_map(extension).collect(),
     };
     serde_json::to_vec(&envelope)
         .map(Some)
         .map_err(|error| Rejection::new(format!("the event can't be written as JSON: {error}")))
+}
+
+/// A header that is an extension attribute, if it can be one in JSON: names are lower-case letters and digits.
+fn extension<'a>((name, value): &'a OwnHeader<'_>) -> Option<(&'a str, &'a str)> {
+    let name = name.strip_prefix("ce_")?;
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let is_name = !name.is_empty() && name.chars().all(legal);
+    Some((name, value.as_deref()?)).filter(|_| is_name)
 }
 
 fn content_type(event: &Event) -> Option<&str> {

@@ -60,7 +60,7 @@ fn plain_leaves_the_payload_as_it_was_written() {
     check(
         &event(
             odd,
-            Some(r#"{"tenant": "acme", "empty": "", "null": null, "id": "mine"}"#),
+            Some(r#"{"tenant": "acme", "empty": "", "null": null}"#),
         ),
         Format::Plain,
         &expect![[r#"
@@ -220,5 +220,45 @@ fn an_event_without_a_type_is_no_cloudevent() {
                 rejected: CloudEvents have a type, and event_type is empty
             "#]],
         );
+    }
+}
+
+#[test]
+fn extensions_pass_and_names_of_the_relay_are_refused() {
+    let with = |headers: &'static str| event(json("1"), Some(headers));
+    let route = Route {
+        topic: "{aggregate_type}".parse().unwrap(),
+        key: "{aggregate_id}".parse().unwrap(),
+    };
+    for format in [
+        Format::Plain,
+        Format::CloudeventsBinary,
+        Format::CloudeventsJson,
+    ] {
+        let encoding = Encoding {
+            format,
+            cloudevents_source: "/shop".to_owned(),
+        };
+        let event = with(r#"{"ce_traceparent": "00-1"}"#);
+        let texts = Texts::of(&event);
+        let record = encode(&event, &texts, &route, &encoding).unwrap();
+        let header = record
+            .headers
+            .iter()
+            .find(|(name, _)| name == "ce_traceparent");
+        assert_eq!(header.unwrap().1.as_deref(), Some(&b"00-1"[..]));
+        if format == Format::CloudeventsJson {
+            let value = String::from_utf8_lossy(record.value.as_deref().unwrap()).into_owned();
+            assert!(value.contains(r#""traceparent":"00-1""#), "{value}");
+        }
+        for reserved in [r#"{"id": "1"}"#, r#"{"ce_time": "now"}"#] {
+            let event = with(reserved);
+            let texts = Texts::of(&event);
+            let refused = encode(&event, &texts, &route, &encoding).unwrap_err();
+            assert!(
+                refused.to_string().contains("belongs to the relay"),
+                "{refused}"
+            );
+        }
     }
 }

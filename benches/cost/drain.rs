@@ -15,7 +15,7 @@ use outbox_relay::position::{Position, Window};
 use outbox_relay::relay::status::Status;
 use outbox_relay::relay::turn::Turn;
 use outbox_relay::relay::{Pipeline, Relay, Settings};
-use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use outbox_relay::sink::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
 use outbox_relay::source::{Page, PageLimits, Source, SourceError};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -133,7 +133,12 @@ impl Sink for Prompt {
         Ok(())
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
+        let known = |topic| (topic, Ok(Known::default()));
+        Box::pin(std::future::ready(topics.into_iter().map(known).collect()))
+    }
+
+    fn learn(&mut self, topic: &str, _: Result<Known, NotPrepared>) -> Result<(), NotPrepared> {
         self.topics.push(topic.to_owned());
         Ok(())
     }

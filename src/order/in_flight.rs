@@ -56,6 +56,7 @@ pub struct InFlight {
     /// The sequence number of the front slot.
     base: u64,
     bytes: usize,
+    unsettled: usize,
     rows_max: usize,
     bytes_max: usize,
 }
@@ -69,6 +70,7 @@ impl InFlight {
             marks: VecDeque::new(),
             base: 0,
             bytes: 0,
+            unsettled: 0,
             rows_max,
             bytes_max,
         }
@@ -123,6 +125,7 @@ impl InFlight {
             settled: false,
         });
         self.bytes += bytes;
+        self.unsettled += 1;
         seq
     }
 
@@ -148,6 +151,7 @@ impl InFlight {
         match slot {
             Some(slot) if !slot.settled => {
                 slot.settled = true;
+                self.unsettled -= 1;
                 Settled::Now {
                     tag: slot.tag,
                     occurred_at_us: slot.occurred_at_us,
@@ -155,6 +159,21 @@ impl InFlight {
             }
             _ => Settled::Unknown,
         }
+    }
+
+    /// Notes something else of an event that was taken up.
+    pub fn retag(&mut self, seq: Seq, tag: u32) {
+        let index = seq.0.checked_sub(self.base);
+        let index = index.and_then(|index| usize::try_from(index).ok());
+        if let Some(slot) = index.and_then(|index| self.slots.get_mut(index)) {
+            slot.tag = tag;
+        }
+    }
+
+    /// Events taken up and not settled.
+    #[must_use]
+    pub fn unsettled(&self) -> usize {
+        self.unsettled
     }
 
     /// The event with this number, while it is in flight.

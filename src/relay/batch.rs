@@ -47,7 +47,8 @@ impl Batch {
         } else if due {
             self.goes_on = (self.goes_on * 2).min(LONGEST);
         }
-        (caught_up || due || matches!(pause, Pause::Blocked)) && self.since.take().is_some()
+        (caught_up || due || matches!(pause, Pause::Blocked | Pause::Topic(_) | Pause::Later(_)))
+            && self.since.take().is_some()
     }
 }
 

@@ -193,12 +193,20 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             // A topic that went missing since is the affair of its own events (I6).
             return Ok(());
         }
-        for topic in self.pipeline.known_topics() {
-            match self.sink.prepare(&topic).await {
-                Ok(()) => {}
-                Err(NotPrepared::Unknown(error)) => return Err(error),
+        let topics = self.pipeline.known_topics();
+        let mut unknown = None;
+        let mut known = topics.is_empty();
+        for (topic, answer) in self.sink.look_up(topics).await {
+            match self.sink.learn(&topic, answer) {
+                Ok(()) => known = true,
+                Err(NotPrepared::Reopen(error)) => return Err(error),
+                Err(NotPrepared::Unknown(error)) => unknown = unknown.or(Some(error)),
                 Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
             }
+        }
+        // One that is not ready is the affair of its own events, while there are others.
+        if let Some(error) = unknown.filter(|_| !known) {
+            return Err(error);
         }
         self.topics_ready = true;
         Ok(())

@@ -14,6 +14,7 @@ mod batch;
 mod books;
 mod lease;
 mod lives;
+mod lookups;
 mod publish;
 mod redrive;
 mod reject;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::batch::Batch;
 use super::books::Order;
 use super::lease::LeaseEnd;
+use super::lookups::Lookups;
 use super::redrive::{Redrive, Try};
 use super::reject::Full;
 use super::status::Status;
@@ -25,7 +26,8 @@ use crate::event::{Event, EventKey, Rejection, Seq};
 use crate::ledger::Parked;
 use crate::order::{InFlight, Settled, Suspects, Waiting};
 use crate::position::Position;
-use crate::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use crate::route::Filter;
+use crate::sink::{Receipt, Refused, Sink, SinkError};
 use crate::source::{Page, SourceError};
 use crate::telemetry::{LatencyTally, PipelineMetrics};
 
@@ -90,6 +92,12 @@ pub(super) struct Life {
     pub(super) in_flight: InFlight,
     /// As of the beginning of the page.
     changes: Option<Arc<Changes>>,
+    /// The place that the event at hand has in flight already, where it has waited for its topic.
+    pub(super) placed: Option<Seq>,
+    /// Topics that are looked up, and the events that wait for them.
+    pub(super) lookups: Lookups,
+    /// Why the sink has to be opened again, once nothing is in flight.
+    pub(super) reopen: Option<SinkError>,
     /// The rest of the page, or of the batch of parked events, that is being handed over.
     pub(super) pending: VecDeque<Event>,
     pub(super) parking: Vec<Parked>,
@@ -122,8 +130,10 @@ pub(super) enum Pause {
     Full,
     /// Enough for one turn; there is more.
     Turn,
-    /// The next event's topic has to be prepared first.
-    Prepare(String),
+    /// The next event's topic has to be known first.
+    Topic(String),
+    /// The part of the sink that the next event goes to takes nothing, for this reason.
+    Later(String),
 }
 
 impl<K: Sink> Publisher<'_, K> {
@@ -155,7 +165,7 @@ impl<K: Sink> Publisher<'_, K> {
                 Err(ended) => return ended,
             };
             self.commit(life, &pause);
-            if drain_until.is_some() && life.in_flight.rows() == 0 {
+            if drain_until.is_some() && life.awaited() == 0 {
                 return Ended::Stopped;
             }
             self.ask_for_due(life);
@@ -166,7 +176,7 @@ impl<K: Sink> Publisher<'_, K> {
             // one is handed over, and parked events, of which there are few, before it.
             tokio::select! {
                 biased;
-                received = self.sink.receipts(&mut receipts), if life.in_flight.rows() > 0 => {
+                received = self.sink.receipts(&mut receipts), if life.awaited() > 0 => {
                     life.heard_at = Instant::now();
                     lost = received.err();
                 }
@@ -178,8 +188,11 @@ impl<K: Sink> Publisher<'_, K> {
                 () = until(life.batch.until()) => {}
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 // A queue may count what it has just told about, and has no more to tell.
-                () = sleep(FULL_AGAIN), if matches!(pause, Pause::Full) && life.in_flight.rows() == 0 => {}
+                () = sleep(FULL_AGAIN), if matches!(pause, Pause::Full | Pause::Later(_)) && life.awaited() == 0 => {}
+                found = life.lookups.answers(), if drain_until.is_none() => { self.learn(life, found); }
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
+                    // Or raised one of its limits.
+                    self.sink.doubt();
                     life.begin_batch(due);
                 }
                 Some(page) = pages.recv(), if life.pending.is_empty() && drain_until.is_none() => {
@@ -191,8 +204,10 @@ impl<K: Sink> Publisher<'_, K> {
             }
             match pause {
                 Pause::Starved => self.metrics.starved(paused_at.elapsed()),
-                Pause::Blocked | Pause::Full => self.metrics.blocked(paused_at.elapsed()),
-                Pause::Turn | Pause::Prepare(_) => {}
+                Pause::Blocked | Pause::Full | Pause::Later(_) => {
+                    self.metrics.blocked(paused_at.elapsed())
+                }
+                Pause::Turn | Pause::Topic(_) => {}
             }
             // The receipts that came before the sink lost its place count, above all one that says why it did.
             let ended = self.settle(life, &mut receipts);
@@ -208,7 +223,7 @@ impl<K: Sink> Publisher<'_, K> {
                 };
                 let Some(ended) = ended else { continue };
                 // What came while it was asked counts, and more than the answer.
-                let awaited = life.in_flight.rows() > 0;
+                let awaited = life.awaited() > 0;
                 let more = self.sink.receipts(&mut receipts).now_or_never();
                 if let Some(ended) = self.settle(life, &mut receipts) {
                     return ended;
@@ -236,7 +251,7 @@ impl<K: Sink> Publisher<'_, K> {
             status.newest_id = newest;
             false
         });
-        if life.in_flight.rows() == 0 {
+        if life.awaited() == 0 {
             life.heard_at = Instant::now();
         }
         life.changes.clone_from(&self.changes.borrow());
@@ -261,23 +276,25 @@ impl<K: Sink> Publisher<'_, K> {
         self.park(life).await;
         self.advance(life);
         self.finish_batch(life).await;
-        let mut pause = paused?;
-        if let Pause::Prepare(topic) = &pause {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => life.leave_the_rest(),
-                prepared = self.sink.prepare(topic) => match prepared {
-                    Ok(()) => {}
-                    Err(NotPrepared::Rejected(rejection)) => life.topics.refuse(topic, rejection),
-                    Err(NotPrepared::Unknown(error)) => return Err(Ended::Sink(error)),
-                },
-            }
-            pause = Pause::Turn;
+        let pause = paused?;
+        if life.awaited() == 0
+            && let Some(error) = life.reopen.take()
+        {
+            return Err(Ended::Sink(error));
+        }
+        if !stop.is_cancelled() {
+            self.look_up(life);
         }
         Ok(pause)
     }
 
     fn hand_over_some(&mut self, life: &mut Life) -> Result<Pause, Ended> {
+        if life.reopen.is_some() {
+            return Ok(Pause::Blocked);
+        }
+        if let Some(pause) = self.hand_over_held(life)? {
+            return Ok(pause);
+        }
         for _ in 0..HAND_OVER_AT_ONCE {
             let Some(event) = life.pending.pop_front() else {
                 return Ok(Pause::Starved);
@@ -297,6 +314,9 @@ impl<K: Sink> Publisher<'_, K> {
                 self.take_up(life, &event, bytes)?
             };
             if let Some(pause) = paused {
+                if let Pause::Topic(topic) = &pause {
+                    self.want(life, topic);
+                }
                 life.pending.push_front(event);
                 return Ok(pause);
             }
@@ -308,16 +328,34 @@ impl<K: Sink> Publisher<'_, K> {
     }
 
     /// Takes up the next event of the log; says why the hand-over has to pause with the event still at hand.
-    fn take_up(
+    pub(super) fn take_up(
         &mut self,
         life: &mut Life,
         event: &Event,
         bytes: usize,
     ) -> Result<Option<Pause>, Ended> {
+        if life.lookups.holds(event) {
+            if !self.may_hold(life) {
+                return Ok(Some(Pause::Blocked));
+            }
+            life.hold(event, bytes, None);
+            return Ok(None);
+        }
         match self.judge(life, event) {
             Verdict::Offered(Offered::HandedOver(topic)) => {
-                life.in_flight
-                    .push(event.key(), bytes, event.occurred_at_us, topic);
+                life.place(event, bytes, topic);
+            }
+            Verdict::Offered(Offered::Paused(Pause::Topic(topic)))
+                if life.placed.is_none() && self.may_hold(life) =>
+            {
+                life.lookups.want(&topic);
+                life.hold(event, bytes, Some(topic));
+            }
+            Verdict::Offered(Offered::Paused(Pause::Later(reason)))
+                if life.placed.is_none() && self.may_hold(life) =>
+            {
+                life.lookups.late(&self.pipeline.name, reason);
+                life.hold(event, bytes, None);
             }
             Verdict::Offered(Offered::Rejected(rejection)) => {
                 return self.reject(life, event, bytes, rejection);
@@ -326,9 +364,7 @@ impl<K: Sink> Publisher<'_, K> {
             Verdict::Offered(Offered::Broken(error)) => return Err(Ended::Sink(error)),
             Verdict::LeftOut => {
                 self.suspects.acquit(event.key());
-                let seq = life
-                    .in_flight
-                    .push(event.key(), 0, event.occurred_at_us, Topics::NONE);
+                let seq = life.place(event, 0, Topics::NONE);
                 life.in_flight.settle(seq);
                 life.filtered += 1;
             }
@@ -361,11 +397,7 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Takes one event through filter, order, route and encoding to the sink.
     fn judge(&mut self, life: &mut Life, event: &Event) -> Verdict {
-        let filter = match &life.changes {
-            Some(changes) => &changes.filter,
-            None => &self.pipeline.filter,
-        };
-        match filter.admits(event) {
+        match life.filter(self.pipeline).admits(event) {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
             Err(rejection) => return Verdict::Offered(Offered::Rejected(rejection)),
@@ -389,15 +421,16 @@ impl<K: Sink> Publisher<'_, K> {
             Ok(record) => record,
             Err(rejection) => return Offered::Rejected(rejection),
         };
-        match self.sink.hand_over(life.in_flight.next_seq(), &record) {
+        match self.sink.hand_over(life.seq_at_hand(), &record) {
             Ok(()) => {
                 life.batch.begin();
                 Offered::HandedOver(life.topics.index_of(&record.topic, self.metrics))
             }
             Err(Refused::Full) => Offered::Paused(Pause::Full),
+            Err(Refused::Later(reason)) => Offered::Paused(Pause::Later(reason)),
             Err(Refused::Unprepared) => match life.topics.refusal(&record.topic) {
                 Some(rejection) => Offered::Rejected(rejection),
-                None => Offered::Paused(Pause::Prepare(record.topic.into_owned())),
+                None => Offered::Paused(Pause::Topic(record.topic.into_owned())),
             },
             Err(Refused::Rejected(rejection)) => Offered::Rejected(rejection),
             Err(Refused::Broken(error)) => Offered::Broken(error),
@@ -501,6 +534,9 @@ impl Life {
         Self {
             in_flight: InFlight::new(settings.in_flight_rows, settings.in_flight_bytes),
             changes: None,
+            placed: None,
+            lookups: Lookups::default(),
+            reopen: None,
             pending: VecDeque::new(),
             parking: Vec::new(),
             parking_seqs: Vec::new(),
@@ -520,16 +556,25 @@ impl Life {
 
     /// The next `events` events are not the log's: the position stays where the last page ends.
     pub(super) fn begin_interlude(&mut self, events: usize) {
-        if self.in_flight.rows() == 0 {
+        if self.awaited() == 0 {
             self.heard_at = Instant::now();
         }
         self.in_flight.begin_page(events, self.end.clone());
+    }
+
+    /// As of the beginning of the page.
+    pub(super) fn filter<'a>(&'a self, pipeline: &'a Pipeline) -> &'a Filter {
+        match &self.changes {
+            Some(changes) => &changes.filter,
+            None => &pipeline.filter,
+        }
     }
 
     /// Hands nothing more over.
     fn leave_the_rest(&mut self) {
         self.more = false;
         self.pending.clear();
+        self.lookups.clear();
         self.redrive.cut();
     }
 
@@ -547,7 +592,7 @@ impl Life {
     }
 }
 
-async fn until(deadline: Option<Instant>) {
+pub(super) async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,

@@ -184,7 +184,14 @@ impl<K: Sink> Publisher<'_, K> {
     fn offer_again(&mut self, life: &mut Life, event: &Event, this: Try) -> Offered {
         match self.condemned.get(&(event.key(), this)) {
             Some(rejection) => Offered::Rejected(rejection.clone()),
-            None => self.offer(life, event),
+            None => match self.offer(life, event) {
+                // It has its place among the parked events: it need not hold up others until its topic is ready.
+                Offered::Paused(Pause::Topic(topic)) => match life.lookups.trouble_of(&topic) {
+                    Some(reason) => Offered::Rejected(Rejection::new(reason)),
+                    None => Offered::Paused(Pause::Topic(topic)),
+                },
+                offered => offered,
+            },
         }
     }
 

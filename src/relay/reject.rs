@@ -44,9 +44,7 @@ impl<K: Sink> Publisher<'_, K> {
                 );
                 self.metrics.dropped(1);
                 self.suspects.acquit(event.key());
-                let seq = life
-                    .in_flight
-                    .push(event.key(), 0, event.occurred_at_us, Topics::NONE);
+                let seq = life.place(event, 0, Topics::NONE);
                 life.in_flight.settle(seq);
                 Ok(None)
             }
@@ -77,9 +75,7 @@ impl<K: Sink> Publisher<'_, K> {
         }
         self.waiting.park(event);
         self.suspects.acquit(event.key());
-        let seq = life
-            .in_flight
-            .push(event.key(), bytes, event.occurred_at_us, Topics::NONE);
+        let seq = life.place(event, bytes, Topics::NONE);
         life.parking_seqs.push(seq);
         life.parking.push(Parked {
             event: event.clone(),
@@ -115,9 +111,7 @@ impl<K: Sink> Publisher<'_, K> {
         );
         self.dead_letters.insert(event.key());
         let tag = copy.unwrap_or(Topics::NONE);
-        let seq = life
-            .in_flight
-            .push(event.key(), bytes, event.occurred_at_us, tag);
+        let seq = life.place(event, bytes, tag);
         if copy.is_some() {
             // Settled when the copy is delivered, which nobody looks for before the event is stored.
             life.copies.insert(seq);
@@ -157,14 +151,15 @@ impl<K: Sink> Publisher<'_, K> {
             None => {
                 let texts = Texts::of(event);
                 let record = dead_letter(event, &texts, (route, encoding), (topic, rejection));
-                match self.sink.hand_over(life.in_flight.next_seq(), &record) {
+                match self.sink.hand_over(life.seq_at_hand(), &record) {
                     Ok(()) => {
                         life.batch.begin();
                         return Ok(Some(life.topics.index_of(topic, self.metrics)));
                     }
+                    Err(Refused::Later(reason)) => return Err(Ok(Some(Pause::Later(reason)))),
                     Err(Refused::Full) => return Err(Ok(Some(Pause::Full))),
                     Err(Refused::Unprepared) => {
-                        return Err(Ok(Some(Pause::Prepare(topic.clone()))));
+                        return Err(Ok(Some(Pause::Topic(topic.clone()))));
                     }
                     Err(Refused::Broken(error)) => return Err(Err(Ended::Sink(error))),
                     Err(Refused::Rejected(refusal)) => refusal,
@@ -252,7 +247,7 @@ impl<K: Sink> Publisher<'_, K> {
             return Ok(Some(Pause::Turn));
         }
         self.advance(life);
-        if life.in_flight.rows() > 0 {
+        if life.awaited() > 0 {
             return Ok(Some(Pause::Blocked));
         }
         Err(Ended::Full(full))

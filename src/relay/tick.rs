@@ -32,7 +32,7 @@ impl<K: Sink> Publisher<'_, K> {
         if self.full.is_some_and(|full| self.has_room(full)) && life.is_idle() {
             return Some(Ended::Room);
         }
-        let in_flight = life.in_flight.rows() > 0;
+        let in_flight = life.awaited() > 0;
         // Nothing is under way that would show whether the trouble is over.
         let in_doubt = !in_flight && self.sink.trouble().is_some();
         let state = self.state(life, in_doubt);
@@ -70,7 +70,7 @@ impl<K: Sink> Publisher<'_, K> {
         let silent = life.heard_at.elapsed();
         if in_doubt {
             None
-        } else if life.in_flight.rows() > 0 && silent >= STALL {
+        } else if life.awaited() > 0 && silent >= STALL {
             let unknown = || {
                 format!(
                     "the sink has confirmed nothing for {} s and more",
@@ -84,6 +84,8 @@ impl<K: Sink> Publisher<'_, K> {
             Some(State::Halted {
                 reason: full.reason.clone(),
             })
+        } else if let Some(reason) = life.lookups.trouble() {
+            Some(State::Stalled { reason })
         } else {
             // A source that has not answered yet may be what is in the way.
             self.answered.borrow().then_some(State::Running)

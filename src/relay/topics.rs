@@ -40,6 +40,11 @@ impl Topics {
         index
     }
 
+    /// Whether a record was handed over to it in this life.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.indexes.contains_key(name)
+    }
+
     pub(super) fn delivered(&mut self, tag: u32) {
         if let Some(topic) = self.known.get_mut(tag as usize) {
             topic.delivered += 1;

@@ -167,7 +167,7 @@ impl Publisher<'_> {
                         published += 1;
                         break;
                     }
-                    Err(Refused::Full) => {
+                    Err(Refused::Full | Refused::Later(_)) => {
                         if !settle(sink, &mut outstanding).await? {
                             return Ok(Err(Batch));
                         }
@@ -178,7 +178,9 @@ impl Publisher<'_> {
                             leave_out(left_out, event, &rejection);
                             break;
                         }
-                        Err(NotPrepared::Unknown(error)) => return Err(error.into()),
+                        Err(NotPrepared::Unknown(error) | NotPrepared::Reopen(error)) => {
+                            return Err(error.into());
+                        }
                     },
                     Err(Refused::Rejected(rejection)) => {
                         leave_out(left_out, event, &rejection);

@@ -7,6 +7,8 @@ pub mod stdout;
 
 use std::future::{Future, ready};
 
+use futures_util::future::BoxFuture;
+
 use crate::event::{Record, Rejection, Seq};
 use crate::position::Position;
 
@@ -15,7 +17,9 @@ use crate::position::Position;
 pub enum Refused {
     /// The queue is full, or a receipt has something to say first: wait for receipts, then hand over the same record.
     Full,
-    /// Its topic has not been prepared in this life.
+    /// The part of the sink that it goes to takes nothing at the moment, for this reason: records for other parts go on.
+    Later(String),
+    /// Its topic is not known, or has to be looked up again.
     Unprepared,
     /// It will never be accepted, and nothing after it has been handed over.
     Rejected(Rejection),
@@ -44,9 +48,18 @@ pub enum Receipt {
 pub enum NotPrepared {
     /// Records for it are rejected.
     Rejected(Rejection),
-    /// The broker could not say; try again.
+    /// The broker could not say, or could not make it; try again.
     Unknown(SinkError),
+    /// The client has to be set up anew for it: once all that was handed over has its receipt, the sink is to be opened again.
+    Reopen(SinkError),
 }
+
+/// What a look-up has found out about a topic; [`Sink::learn`] takes it over.
+#[derive(Clone, Debug, Default)]
+pub struct Known(pub(crate) Option<kafka::Found>);
+
+/// Topics that are being looked up; it borrows nothing of the sink.
+pub type LookUp = BoxFuture<'static, Vec<(String, Result<Known, NotPrepared>)>>;
 
 /// Publishes records.
 ///
@@ -88,11 +101,41 @@ pub trait Sink: Send {
         ready(false)
     }
 
-    /// Makes sure that a topic exists (creating it if so configured), before the first record for it.
+    /// Makes sure that topics exist (creating them if so configured), beside the flow: records of other topics are handed
+    /// over meanwhile. Every topic gets an answer.
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp;
+
+    /// Takes over the answer of a look-up: a topic that was found gets records from now on, also after the sink is opened
+    /// again.
+    ///
+    /// # Errors
+    /// That of the look-up, or [`NotPrepared::Reopen`].
+    fn learn(&mut self, topic: &str, answer: Result<Known, NotPrepared>)
+    -> Result<(), NotPrepared>;
+
+    /// Looks a topic up and waits for the answer.
     ///
     /// # Errors
     /// [`NotPrepared`].
-    fn prepare(&mut self, topic: &str) -> impl Future<Output = Result<(), NotPrepared>> + Send;
+    fn prepare(&mut self, topic: &str) -> impl Future<Output = Result<(), NotPrepared>> + Send {
+        let looked_up = self.look_up(vec![topic.to_owned()]);
+        async move {
+            for (name, known) in looked_up.await {
+                self.learn(&name, known)?;
+            }
+            Ok(())
+        }
+    }
+
+    /// What is known of the limits of topics may be out of date: before a record is refused by one of them, its topic has to
+    /// be looked up again.
+    fn doubt(&mut self) {}
+
+    /// Whether an event may wait for its topic while later ones are handed over. A sink that commits a position with the
+    /// records can't leave an event behind.
+    fn leaves_behind(&self) -> bool {
+        true
+    }
 
     /// Hands a record over without waiting.
     ///
@@ -174,10 +217,35 @@ impl Sink for AnySink {
         }
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
         match self {
-            Self::Kafka(sink) => sink.prepare(topic).await,
-            Self::Stdout(sink) => sink.prepare(topic).await,
+            Self::Kafka(sink) => sink.look_up(topics),
+            Self::Stdout(sink) => sink.look_up(topics),
+        }
+    }
+
+    fn learn(
+        &mut self,
+        topic: &str,
+        answer: Result<Known, NotPrepared>,
+    ) -> Result<(), NotPrepared> {
+        match self {
+            Self::Kafka(sink) => sink.learn(topic, answer),
+            Self::Stdout(sink) => sink.learn(topic, answer),
+        }
+    }
+
+    fn doubt(&mut self) {
+        match self {
+            Self::Kafka(sink) => sink.doubt(),
+            Self::Stdout(sink) => sink.doubt(),
+        }
+    }
+
+    fn leaves_behind(&self) -> bool {
+        match self {
+            Self::Kafka(sink) => sink.leaves_behind(),
+            Self::Stdout(sink) => sink.leaves_behind(),
         }
     }
 

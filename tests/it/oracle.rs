@@ -295,11 +295,15 @@ impl Judge {
         let ids: Vec<i64> = ids.copied().collect();
         let read = self.read.entry(owner).or_default();
         read.extend(ids);
-        let (rows, most) = (read.len(), 3 * self.bounds.page_rows);
+        // Events that wait for their topics have a place in flight.
+        let (rows, most) = (
+            read.len(),
+            3 * self.bounds.page_rows + self.bounds.in_flight_rows,
+        );
         if rows > most {
             self.broken(
                 Promise::I5,
-                format!("{rows} events are read ahead, three pages have {most}"),
+                format!("{rows} events are read ahead, three pages and the flight have {most}"),
             );
         }
     }
@@ -438,8 +442,16 @@ impl Judge {
                 format!("event {id} is parked: nothing of its entity was rejected"),
             );
         }
-        let entity = &self.committed[&id].entity;
-        let same = |other: &&i64| self.committed[other].entity == *entity;
+        let Some(Committed { entity, .. }) = self.committed.get(&id) else {
+            return self.broken(
+                Promise::I1,
+                format!("event {id} is parked and not committed"),
+            );
+        };
+        let same = |other: &&i64| {
+            let other = self.committed.get(other);
+            other.is_some_and(|other| other.entity == *entity)
+        };
         let (all, of_entity) = (self.parked.len(), self.parked.iter().filter(same).count());
         let Bounds {
             parked_max,

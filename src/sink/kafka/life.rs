@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
+use super::asker::Asker;
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
@@ -44,6 +45,8 @@ pub(super) struct Life {
     pub(super) first_records: FirstRecords,
     /// Topics that may not be written to.
     denied: BTreeSet<String>,
+    /// Topics that are gone.
+    pub(super) lost: BTreeSet<String>,
     /// For exactly-once only. What is aborted needs no care for first records.
     transactions: Option<Transactions>,
     /// Set once a record has failed, or everything.
@@ -157,13 +160,15 @@ impl Life {
             full_at: None,
             first_records: FirstRecords::new(),
             denied: BTreeSet::new(),
+            lost: BTreeSet::new(),
             transactions: transactional_id.map(|id| Transactions::new(id.to_owned())),
             dying: None,
         })
     }
 
-    /// Returns when nothing that is queued will be sent any more, with the topics that it was not allowed to write to.
-    pub(super) async fn end(self) -> BTreeSet<String> {
+    /// Returns when nothing that is queued will be sent any more, with the topics that it was not allowed to write to, and those
+    /// that are gone.
+    pub(super) async fn end(self) -> (BTreeSet<String>, BTreeSet<String>) {
         let producer = self.producer;
         let open = self.transactions.is_some_and(|all| all.is_open());
         // All wait for librdkafka's threads, which may be looking a name up.
@@ -177,7 +182,15 @@ impl Life {
         if let Ok(producer) = purged.await {
             spawn_blocking(move || drop(producer));
         }
-        self.denied
+        (self.denied, self.lost)
+    }
+
+    /// What a look-up needs of this life.
+    pub(super) fn asker(&self) -> Asker {
+        Asker {
+            producer: self.producer.clone(),
+            trouble: self.trouble.clone(),
+        }
     }
 
     /// As [`Sink::resume`](super::Sink::resume).
@@ -204,10 +217,7 @@ impl Life {
 
     /// Asks a broker about one topic, or about all there are.
     pub(super) async fn metadata(&self, topic: Option<&str>) -> Result<(), KafkaError> {
-        let (producer, topic) = (self.producer.clone(), topic.map(str::to_owned));
-        // librdkafka waits in the call.
-        let asked = spawn_blocking(move || ask(producer.client(), topic.as_deref()));
-        asked.await.unwrap_or(Err(KafkaError::Canceled))
+        self.asker().metadata(topic).await
     }
 
     /// Whether there is no broker to which a connection is up, nor comes up for a while. A broker that is only slow to
@@ -239,8 +249,12 @@ impl Life {
             // Else receipts come in, and the time is told with them.
             self.first_records.look_at_the_clock();
         }
+        if self.first_records.admit(partitions, key) == Admission::Wait {
+            self.first_records.look_at_the_clock();
+        }
         match self.first_records.admit(partitions, key) {
             Admission::Wait => Err(Refused::Full),
+            Admission::Later(partition) => Err(Refused::Later(format!("partition {partition}"))),
             admission => Ok(admission),
         }
     }
@@ -270,6 +284,7 @@ impl Life {
                 Err(Refused::Rejected(Rejection::new(code.to_string())))
             }
             Err((KafkaError::MessageProduction(code), record)) if of_a_lost_topic(code) => {
+                self.lost.insert(record.topic.to_owned());
                 let lost = format!("topic {} is gone", record.topic);
                 Err(Refused::Broken(SinkError(lost)))
             }
@@ -393,7 +408,11 @@ impl Life {
                 News::Failed(seq, code, lost) => {
                     self.outstanding -= 1;
                     let reason = match lost {
-                        Some(topic) => format!("topic {topic} is gone"),
+                        Some(topic) => {
+                            let gone = format!("topic {topic} is gone");
+                            self.lost.insert(topic);
+                            gone
+                        }
                         None => code.to_string(),
                     };
                     (reason, Some((seq, code)))
@@ -448,10 +467,15 @@ impl Life {
 
     /// Adds what librdkafka last complained about.
     pub(super) fn with_trouble(&self, reason: String) -> String {
-        match &*self.trouble.borrow() {
-            Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
-            _ => reason,
-        }
+        with_trouble(&self.trouble, reason)
+    }
+}
+
+/// Adds what librdkafka last complained about.
+pub(super) fn with_trouble(trouble: &watch::Sender<Option<String>>, reason: String) -> String {
+    match &*trouble.borrow() {
+        Some(trouble) if !reason.contains(trouble) => format!("{reason} ({trouble})"),
+        _ => reason,
     }
 }
 
@@ -488,7 +512,10 @@ impl ProducerContext for Silent {
 }
 
 /// An answer without brokers, as it comes from one that the controller has fenced, is of no use.
-fn ask<C: ClientContext>(client: &Client<C>, topic: Option<&str>) -> Result<(), KafkaError> {
+pub(super) fn ask<C: ClientContext>(
+    client: &Client<C>,
+    topic: Option<&str>,
+) -> Result<(), KafkaError> {
     let metadata = client.fetch_metadata(topic, ASK_TIMEOUT)?;
     if metadata.brokers().is_empty() {
         return Err(KafkaError::MetadataFetch(Code::BrokerNotAvailable));

@@ -3,6 +3,7 @@
 //! Never retries a record behind the loop's back, never waits in the hand-over, and never turns an outage into a
 //! rejection: with no message timeout librdkafka itself retries for ever, in order.
 
+mod asker;
 mod life;
 mod partition;
 mod polled;
@@ -10,8 +11,10 @@ mod settings;
 mod topic;
 mod transaction;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::future::ready;
 
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
@@ -22,9 +25,10 @@ use self::life::Life;
 use self::partition::Partitions;
 pub use self::partition::partition_of;
 pub use self::settings::{Delivery, Sasl, Settings, Tls, Topics};
+pub use self::topic::Found;
 use self::topic::{ASKS_MAX, ASKS_OF_ABSENT_MAX, MESSAGE_BYTES_DEFAULT, Topic};
 pub use self::transaction::positions_topic;
-use super::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use super::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
 use crate::event::{Record, Rejection, Seq};
 use crate::position::Position;
 
@@ -32,7 +36,10 @@ use crate::position::Position;
 pub struct KafkaSink {
     settings: Settings,
     life: Option<Life>,
-    topics: HashMap<String, (Topic, Partitions)>,
+    /// What is known of topics outlives a life; which of their partitions know the producer does not.
+    topics: HashMap<String, (Topic, Option<Partitions>)>,
+    /// How many were made.
+    created: usize,
     /// One of them, of this life or one before: for questions that any answer would do for. Without a name the brokers would
     /// tell of all topics that there are.
     familiar: Option<String>,
@@ -61,6 +68,7 @@ impl KafkaSink {
             settings,
             life: None,
             topics: HashMap::new(),
+            created: 0,
             familiar: None,
             denied: BTreeSet::new(),
             absent: BTreeSet::new(),
@@ -72,7 +80,9 @@ impl KafkaSink {
 impl Sink for KafkaSink {
     async fn open(&mut self) -> Result<(), SinkError> {
         self.close().await;
-        self.topics.clear();
+        for (_, partitions) in self.topics.values_mut() {
+            *partitions = None;
+        }
         let config = self.settings.producer(self.batch_bytes);
         self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
         Ok(())
@@ -80,7 +90,11 @@ impl Sink for KafkaSink {
 
     async fn close(&mut self) {
         if let Some(life) = self.life.take() {
-            self.denied.extend(life.end().await);
+            let (denied, lost) = life.end().await;
+            for name in denied.iter().chain(&lost) {
+                self.topics.remove(name);
+            }
+            self.denied.extend(denied);
         }
     }
 
@@ -125,47 +139,78 @@ impl Sink for KafkaSink {
             && life.has_nobody(topic).await
     }
 
-    async fn prepare(&mut self, name: &str) -> Result<(), NotPrepared> {
-        // Told once for each life that was refused; the next time it is tried again.
-        if self.denied.remove(name) {
-            let lacks = lacks("Write", &format!("topic {name}"));
-            return Err(NotPrepared::Rejected(Rejection(lacks)));
+    fn look_up(&mut self, names: Vec<String>) -> LookUp {
+        let mut answers = Vec::new();
+        let mut asked = Vec::new();
+        let mut asks_max = ASKS_OF_ABSENT_MAX;
+        for name in names {
+            if let Some(reason) = self.settings.refuses_topic(&name) {
+                answers.push((name, Err(NotPrepared::Rejected(Rejection(reason)))));
+            } else if self.denied.remove(&name) {
+                // Told once for each life that was refused; the next time it is tried again.
+                let lacks = lacks("Write", &format!("topic {name}"));
+                answers.push((name, Err(NotPrepared::Rejected(Rejection(lacks)))));
+            } else {
+                // A broker that has not heard of it yet must not get its events parked; that it is still not there is believed
+                // sooner.
+                if !self.absent.remove(&name) || self.settings.topics.create {
+                    asks_max = ASKS_MAX;
+                }
+                asked.push(name);
+            }
         }
-        let life = self.life.as_mut().ok_or_else(not_open);
-        let life = life.map_err(NotPrepared::Unknown)?;
-        // A broker that has not heard of it yet must not get its events parked; that it is still not there is believed sooner.
-        let asks_max = if self.absent.remove(name) && !self.settings.topics.create {
-            ASKS_OF_ABSENT_MAX
-        } else {
-            ASKS_MAX
+        let Some(life) = self.life.as_ref().filter(|_| !asked.is_empty()) else {
+            let not_open = |name| (name, Err(NotPrepared::Unknown(not_open())));
+            answers.extend(asked.into_iter().map(not_open));
+            return Box::pin(ready(answers));
         };
-        let found = topic::find_or_create(&self.settings, name, asks_max).await;
-        let topic = found.map_err(|error| match error {
-            NotPrepared::Unknown(SinkError(why)) => {
-                NotPrepared::Unknown(SinkError(life.with_trouble(why)))
+        let (settings, producer) = (self.settings.clone(), life.asker());
+        let room = self.settings.topics.max.saturating_sub(self.created);
+        Box::pin(async move {
+            let found = topic::look_up(&settings, asked, asks_max, room).await;
+            answers.extend(producer.introduce(found).await);
+            answers
+        })
+    }
+
+    fn learn(&mut self, name: &str, answer: Result<Known, NotPrepared>) -> Result<(), NotPrepared> {
+        if matches!(answer, Err(NotPrepared::Rejected(_))) {
+            self.topics.remove(name);
+            self.absent.insert(name.to_owned());
+        }
+        let Some(Found { topic, created }) = answer?.0 else {
+            return Ok(());
+        };
+        self.created += usize::from(created);
+        self.familiar = Some(name.to_owned());
+        let bytes = topic.message_bytes_max;
+        // Where it is known already its first records are as well.
+        match self.topics.entry(name.to_owned()) {
+            Entry::Occupied(mut known) if known.get().0.partitions == topic.partitions => {
+                known.get_mut().0 = topic;
             }
-            rejected @ NotPrepared::Rejected(_) => {
-                self.absent.insert(name.to_owned());
-                rejected
+            Entry::Occupied(mut known) => *known.get_mut() = (topic, None),
+            Entry::Vacant(vacant) => {
+                vacant.insert((topic, None));
             }
-        })?;
-        if topic.message_bytes_max < self.batch_bytes {
-            self.batch_bytes = topic.message_bytes_max;
-            return Err(NotPrepared::Unknown(SinkError(format!(
-                "topic {name} takes {} bytes at most: starting again with smaller batches",
-                topic.message_bytes_max
+        }
+        if bytes < self.batch_bytes {
+            self.batch_bytes = bytes;
+            return Err(NotPrepared::Reopen(SinkError(format!(
+                "topic {name} takes {bytes} bytes at most: starting again with smaller batches"
             ))));
         }
-        // Else the producer would ask only when the first record waits for it, and for its own id up to half a second
-        // later: it asks for that when somebody tells it of brokers, or by a slow clock.
-        life.metadata(Some(name)).await.map_err(|error| {
-            let why = format!("ask about topic {name}: {error}");
-            NotPrepared::Unknown(SinkError(life.with_trouble(why)))
-        })?;
-        let partitions = life.first_records.add(topic.partitions);
-        self.topics.insert(name.to_owned(), (topic, partitions));
-        self.familiar = Some(name.to_owned());
         Ok(())
+    }
+
+    fn doubt(&mut self) {
+        for (topic, _) in self.topics.values_mut() {
+            topic.doubt();
+        }
+    }
+
+    fn leaves_behind(&self) -> bool {
+        self.settings.exactly_once().is_none()
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
@@ -173,17 +218,34 @@ impl Sink for KafkaSink {
             return Err(Refused::Unprepared);
         };
         let bytes = record.size_bytes();
-        topic.admit(record, bytes).map_err(Refused::Rejected)?;
+        if let Err(rejection) = topic.admit(record, bytes) {
+            return Err(if topic.is_out_of_date() {
+                Refused::Unprepared
+            } else {
+                Refused::Rejected(rejection)
+            });
+        }
         let queue_bytes = self.settings.queue_bytes.as_u64();
         if bytes as u64 > queue_bytes {
             return Err(Refused::Rejected(Rejection::new(format!(
-                "the record has {bytes} bytes, the queue takes {queue_bytes} (sink.kafka.queue_bytes)"
+                "too large: the record has {bytes} bytes, the queue takes {queue_bytes} (sink.kafka.queue_bytes)"
             ))));
         }
         let Some(life) = &mut self.life else {
             return Err(Refused::Broken(not_open()));
         };
-        let admission = life.admit(*partitions, record.key.as_deref())?;
+        let partitions =
+            *partitions.get_or_insert_with(|| life.first_records.add(topic.partitions));
+        let admission = life
+            .admit(partitions, record.key.as_deref())
+            .map_err(|refused| match refused {
+                Refused::Later(partition) => Refused::Later(format!(
+                    "topic {}, {partition} takes nothing: its first record of this session is not confirmed (has it a \
+                     leader, and enough in-sync replicas?)",
+                    record.topic
+                )),
+                refused => refused,
+            })?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in &record.headers {
             headers = headers.insert(Header {
@@ -201,14 +263,25 @@ impl Sink for KafkaSink {
             headers: Some(headers),
             delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
         };
-        life.hand_over(message, admission)
+        let handed_over = life.hand_over(message, admission);
+        if life.lost.contains(&*record.topic) {
+            self.topics.remove(&*record.topic);
+        }
+        handed_over
     }
 
     async fn receipts(&mut self, into: &mut Vec<Receipt>) -> Result<(), SinkError> {
-        match &mut self.life {
-            Some(life) => life.receipts(into).await,
-            None => Err(not_open()),
+        let Some(life) = &mut self.life else {
+            return Err(not_open());
+        };
+        let known = into.len();
+        let received = life.receipts(into).await;
+        let refused = |receipt: &Receipt| matches!(receipt, Receipt::Rejected(..));
+        if into[known..].iter().any(refused) {
+            // The limits may have been lowered.
+            self.topics.clear();
         }
+        received
     }
 
     fn trouble(&self) -> Option<String> {

@@ -15,6 +15,9 @@ use crate::event::Seq;
 /// Brokers forget a producer that has been silent for a day (`producer.id.expiration.ms`), or for less if so configured.
 const KNOWN_FOR: Duration = Duration::from_mins(10);
 
+/// A first record that takes longer than this holds up its own partition only.
+const WAIT_MAX: Duration = Duration::from_secs(1);
+
 /// The partition, of `count`, that a Java producer picks for a key; librdkafka's `murmur2` picks the same one.
 ///
 /// # Panics
@@ -57,8 +60,8 @@ pub(super) struct FirstRecords {
 #[derive(Clone, Copy)]
 enum Partition {
     Unknown,
-    /// Its first record is on its way.
-    Awaited,
+    /// Its first record is on its way, since then.
+    Awaited(Instant),
     /// The broker knows us there; when it last got a record.
     Known(Instant),
 }
@@ -93,7 +96,8 @@ impl FirstRecords {
         };
         let place = partitions.first + partition_of(key, partitions.count);
         match self.partitions[place] {
-            Partition::Awaited => Admission::Wait,
+            Partition::Awaited(since) if self.now < since + WAIT_MAX => Admission::Wait,
+            Partition::Awaited(_) => Admission::Later(place - partitions.first),
             Partition::Known(at) if self.now < at + KNOWN_FOR => Admission::To(place),
             Partition::Known(_) | Partition::Unknown => Admission::First(place),
         }
@@ -102,11 +106,11 @@ impl FirstRecords {
     pub(super) fn handed_over(&mut self, seq: Seq, admission: Admission) {
         match admission {
             Admission::First(place) => {
-                self.partitions[place] = Partition::Awaited;
+                self.partitions[place] = Partition::Awaited(self.now);
                 self.awaited.insert(seq, place);
             }
             Admission::To(place) => self.partitions[place] = Partition::Known(self.now),
-            Admission::Free | Admission::Wait => {}
+            Admission::Free | Admission::Wait | Admission::Later(_) => {}
         }
     }
 
@@ -134,6 +138,8 @@ pub(super) enum Admission {
     First(usize),
     /// Not before the first record of its partition has arrived.
     Wait,
+    /// The same, and that takes long: this partition of its topic takes nothing at the moment.
+    Later(usize),
 }
 
 #[cfg(test)]
@@ -167,6 +173,9 @@ mod tests {
         first.handed_over(Seq(0), Admission::First(0));
         assert_eq!(first.admit(one, key), Admission::Wait);
         assert_eq!(first.admit(one, None), Admission::Free);
+        tokio::time::advance(WAIT_MAX).await;
+        first.look_at_the_clock();
+        assert_eq!(first.admit(one, key), Admission::Later(0));
         assert_eq!(first.admit(other, key), Admission::First(1));
         first.delivered(Seq(0));
         assert_eq!(first.admit(one, key), Admission::To(0));

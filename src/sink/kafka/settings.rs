@@ -27,6 +27,9 @@ pub struct Settings {
     pub delivery: Delivery,
     /// What the transactional ids of this outbox begin with; needed for exactly-once.
     pub transactional_id: Option<String>,
+    /// The same before the names of pipeline and shard were appended.
+    #[serde(skip)]
+    pub outbox_id: Option<String>,
     /// `none`, `lz4`, `zstd`, `snappy` or `gzip`.
     pub compression: String,
     /// How long a record waits for others to share its batch.
@@ -67,6 +70,8 @@ pub struct Topics {
     pub partitions: i32,
     /// On how many brokers each.
     pub replication_factor: i32,
+    /// How many a pipeline may create while its relay runs.
+    pub max: usize,
     /// Topic settings such as `cleanup.policy`.
     pub config: BTreeMap<String, String>,
 }
@@ -108,6 +113,7 @@ impl fmt::Debug for Settings {
             client_id,
             delivery,
             transactional_id,
+            outbox_id: _,
             compression,
             linger,
             queue_records,
@@ -140,6 +146,7 @@ impl Settings {
     #[must_use]
     pub fn of_shard(mut self, pipeline: &PipelineName, shard: Shard) -> Self {
         if let Some(id) = &mut self.transactional_id {
+            self.outbox_id = Some(id.clone());
             *id = format!("{id}.{pipeline}.{}", shard.index);
         }
         self
@@ -190,6 +197,38 @@ impl Settings {
             Delivery::AtLeastOnce => None,
             Delivery::ExactlyOnce => self.transactional_id.as_deref(),
         }
+    }
+
+    /// Why no event may go to a topic of this name, whatever the brokers say of it.
+    pub(super) fn refuses_topic(&self, name: &str) -> Option<String> {
+        if name.starts_with("__") {
+            return Some(format!(
+                "topic {name} is refused: names that begin with \"__\" belong to Kafka itself"
+            ));
+        }
+        self.is_own_topic(name).then(|| {
+            format!("topic {name} is refused: the relay itself keeps its positions in topics of such names")
+        })
+    }
+
+    /// Whether a pipeline of this outbox has its positions there: `ID.PIPELINE.SHARD.positions`. Kafka takes `.` and `_` for
+    /// the same in names.
+    fn is_own_topic(&self, name: &str) -> bool {
+        let Some(id) = &self.transactional_id else {
+            return false;
+        };
+        let (id, name) = (id.replace('.', "_"), name.replace('.', "_"));
+        let of = |id: &str| {
+            name.strip_prefix(id)
+                .and_then(|rest| rest.strip_suffix("_positions"))
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        };
+        // The id of a shard, or the name before those of pipeline and shard.
+        of(&id)
+            || self
+                .outbox_id
+                .as_ref()
+                .is_some_and(|id| of(&id.replace('.', "_")))
     }
 
     /// For reading what was committed.

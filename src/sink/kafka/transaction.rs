@@ -246,9 +246,9 @@ pub(super) async fn resume(
             .collect::<BTreeMap<_, _>>(),
         ..of_topic.topics
     };
-    match topic::find_or_create(&of_topic, &topic, topic::ASKS_MAX).await {
+    match topic::find_or_create(&of_topic, &topic).await {
         Ok(_) => {}
-        Err(NotPrepared::Unknown(error)) => return Err(error),
+        Err(NotPrepared::Unknown(error) | NotPrepared::Reopen(error)) => return Err(error),
         Err(NotPrepared::Rejected(Rejection(reason))) => return Err(SinkError(reason)),
     }
     let (producer, config) = (producer.clone(), settings.reader(id));
@@ -264,8 +264,19 @@ pub(super) async fn resume(
             .map_err(|error| SinkError(format!("ask about topic {topic}: {error}")))?;
         let unread = |error| SinkError(format!("read the position in topic {topic}: {error}"));
         let consumer: BaseConsumer = config.create().map_err(unread)?;
-        let last = last_value(&consumer, &topic).map_err(unread)?;
-        let committed = last.and_then(|value| position_of(&value, &log, &topic));
+        let last = last_record(&consumer, &topic).map_err(unread)?;
+        let committed = match last {
+            Some(Last { key, .. }) if key.as_deref() != Some(id.as_bytes()) => {
+                tracing::error!(
+                    topic,
+                    "the last record in the topic of the positions has another key than the transactional id: a relay did \
+                     not write it; it is ignored, and the relay goes on from the cursor in the database"
+                );
+                None
+            }
+            Some(Last { value, .. }) => position_of(&value.unwrap_or_default(), &log, &topic),
+            None => None,
+        };
         Ok((consumer, committed))
     });
     let (consumer, committed) = asked
@@ -305,8 +316,14 @@ fn position_of(value: &[u8], log: &str, topic: &str) -> Option<Position> {
     }
 }
 
+/// A record in the topic of the positions.
+struct Last {
+    key: Option<Vec<u8>>,
+    value: Option<Vec<u8>>,
+}
+
 /// The last committed record of a topic with one partition. Behind it may be many that were aborted.
-fn last_value(consumer: &BaseConsumer, topic: &str) -> Result<Option<Vec<u8>>, KafkaError> {
+fn last_record(consumer: &BaseConsumer, topic: &str) -> Result<Option<Last>, KafkaError> {
     let (low, high) = consumer.fetch_watermarks(topic, 0, READ_MAX)?;
     let mut back = 10;
     loop {
@@ -319,11 +336,7 @@ fn last_value(consumer: &BaseConsumer, topic: &str) -> Result<Option<Vec<u8>>, K
     }
 }
 
-fn last_from(
-    consumer: &BaseConsumer,
-    topic: &str,
-    from: i64,
-) -> Result<Option<Vec<u8>>, KafkaError> {
+fn last_from(consumer: &BaseConsumer, topic: &str, from: i64) -> Result<Option<Last>, KafkaError> {
     let mut assignment = TopicPartitionList::new();
     assignment.add_partition_offset(topic, 0, Offset::Offset(from))?;
     consumer.assign(&assignment)?;
@@ -331,7 +344,12 @@ fn last_from(
     while Instant::now() < deadline {
         match consumer.poll(Duration::from_millis(100)) {
             None => {}
-            Some(Ok(record)) => last = record.payload().map(<[u8]>::to_vec),
+            Some(Ok(record)) => {
+                last = Some(Last {
+                    key: record.key().map(<[u8]>::to_vec),
+                    value: record.payload().map(<[u8]>::to_vec),
+                });
+            }
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
             // Passes, or the deadline does.
             Some(Err(error)) => tracing::debug!(%error, "while the position is read"),

@@ -292,7 +292,10 @@ impl PostgresSource {
         let before = self.at.window.clone();
         let now = Instant::now();
         let mut tried = self.resets.due(now);
-        let mut belief = self.resets.tried().clone();
+        let mut belief = match tried {
+            Tried::Rows => self.resets.tried().clone(),
+            Tried::Sequence | Tried::No => self.resets.same().clone(),
+        };
         let (mut cur, mut answer) = self.ask_for_window(&belief, tried).await?;
         let mut verdict = self.resets.judge(tried, &answer, before.ceiling);
         if verdict == Verdict::Doubtful {

@@ -3,8 +3,8 @@
 //! What is new is told by snapshots alone; the ids between which a window looks for it are a belief about how ids are
 //! handed out, and a person can make that belief false. So it is tried, all the time and by what costs next to nothing: the
 //! newest id must not fall; no row of a page may lie where the belief says that none can be, and each page begins a little
-//! below its floor for that; ten times a second, the sequence must still be the same one. At the beginning of a session,
-//! when the sequence is another one, and every 10 s all rows are asked.
+//! below its floor for that; ten times a second, the sequence must still be the same one and no row may lie above it. At the
+//! beginning of a session, when the sequence is another one, and every 10 s all rows are asked.
 
 use std::cmp::Reverse;
 use std::time::Duration;

@@ -147,9 +147,9 @@ pub(super) struct Belief {
 pub(super) enum Tried {
     /// Nothing.
     No,
-    /// Whether the sequence is another one.
+    /// Whether the sequence is another one, and which is the newest row above the floor.
     Sequence,
-    /// That, whether any row contradicts the belief, and which is the newest.
+    /// That, of all rows, and whether any contradicts the belief.
     Rows,
 }
 
@@ -164,12 +164,17 @@ pub(super) fn head(belief: &Belief, tried: Tried) -> String {
         Tried::No => "null::pg_catalog.text",
         Tried::Sequence | Tried::Rows => SEQUENCE_MARK,
     };
+    let newest_row = |above: EventId| {
+        format!(
+            "(select e.id::pg_catalog.int8 from outbox.events e where e.id operator(pg_catalog.>) {above} \
+               order by e.id desc limit 1)"
+        )
+    };
     let (contradicted, newest_row) = match tried {
-        Tried::No | Tried::Sequence => ("false".to_owned(), "null::pg_catalog.int8"),
-        Tried::Rows => (
-            contradicted(belief),
-            "(select e.id::pg_catalog.int8 from outbox.events e order by e.id desc limit 1)",
-        ),
+        Tried::No => ("false".to_owned(), "null::pg_catalog.int8".to_owned()),
+        // The partitions below need not be asked.
+        Tried::Sequence => ("false".to_owned(), newest_row(belief.floor)),
+        Tried::Rows => (contradicted(belief), newest_row(EventId(0))),
     };
     in_transaction(&format!(
         "select {NEWEST_ID}, pg_catalog.pg_current_snapshot()::pg_catalog.text, {mark}, {contradicted}, {newest_row}"

@@ -130,7 +130,7 @@ async fn a_topic_that_is_not_prepared_is_refused(bench: &impl Bench) {
     assert_eq!(refused, Err(Refused::Unprepared));
     publish(&mut sink, &[record(&prepared, b"a", b"1")]).await;
     open(&mut sink, &[]).await;
-    let refused = sink.hand_over(Seq(0), &record(&prepared, b"a", b"2"));
+    let refused = sink.hand_over(Seq(0), &record(&other, b"a", b"2"));
     assert_eq!(refused, Err(Refused::Unprepared), "in a new life");
 }
 

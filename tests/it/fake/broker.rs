@@ -7,7 +7,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use outbox_relay::event::{Record, Rejection, Seq};
 use outbox_relay::position::Position;
-use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use outbox_relay::sink::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::log::{FORBIDDEN, Poison};
@@ -61,13 +61,15 @@ pub struct Broker {
     pub(super) latency_ms: u64,
     /// Whether records are published in transactions, with the position behind them.
     pub transactional: bool,
+    /// Topics about which it can't say anything.
+    pub unready: BTreeSet<String>,
     /// Transactions that were committed.
     pub commits: u32,
     pub(super) committed: Option<Position>,
     /// The life that has initialised the transactional id last.
     pub(super) initialised: u32,
     pub(super) producers: BTreeMap<u32, Producer>,
-    opened: u32,
+    pub opened: u32,
     reject_next: Option<i64>,
     /// Whether the last receipts of a producer come together with the word that it is dead; by chance when none.
     pub last_words: Option<bool>,
@@ -85,6 +87,7 @@ impl Broker {
             queue_records: [rng.usize(1..4), rng.usize(1..30)][rng.usize(0..2)],
             latency_ms: rng.u64(1..40),
             transactional: rng.bool(),
+            unready: BTreeSet::new(),
             commits: 0,
             committed: None,
             initialised: 0,
@@ -536,27 +539,48 @@ impl Sink for FakeSink {
             .with(|world| world.is_cut_off(self.life()) && !world.is_down(Instant::now()))
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
-        self.shared.dawdle().await;
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            shared.dawdle().await;
+            let answers = shared.with(|world| {
+                let answer = |topic: String| {
+                    let often = world.faults.prepare_error;
+                    let unready = world.broker.unready.contains(&topic);
+                    let answer = if unready || world.is_down(Instant::now()) || world.chance(often)
+                    {
+                        Err(NotPrepared::Unknown(down()))
+                    } else if topic == FORBIDDEN {
+                        Err(NotPrepared::Rejected(Rejection::new("not allowed")))
+                    } else {
+                        Ok(Known::default())
+                    };
+                    (topic, answer)
+                };
+                topics.into_iter().map(answer).collect()
+            });
+            shared.dawdle().await;
+            answers
+        })
+    }
+
+    fn learn(
+        &mut self,
+        topic: &str,
+        answer: Result<Known, NotPrepared>,
+    ) -> Result<(), NotPrepared> {
+        answer?;
         let life = self.life();
-        let prepared = self.shared.with(|world| {
-            let often = world.faults.prepare_error;
-            if world.is_down(Instant::now()) || world.chance(often) {
-                return Err(NotPrepared::Unknown(down()));
-            }
-            if topic == FORBIDDEN {
-                return Err(NotPrepared::Rejected(Rejection::new("not allowed")));
-            }
-            let producer = world
-                .broker
-                .producers
-                .get_mut(&life)
-                .expect("it was opened");
+        self.shared.with(|world| {
+            let producer = world.broker.producers.get_mut(&life);
+            let producer = producer.expect("it was opened");
             producer.prepared.insert(topic.to_owned());
-            Ok(())
         });
-        self.shared.dawdle().await;
-        prepared
+        Ok(())
+    }
+
+    fn leaves_behind(&self) -> bool {
+        self.shared.with(|world| !world.broker.transactional)
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {

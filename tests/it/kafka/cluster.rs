@@ -35,6 +35,7 @@ pub(crate) fn settings(brokers: &str) -> Settings {
         client_id: "outbox-relay".to_owned(),
         delivery: Delivery::AtLeastOnce,
         transactional_id: None,
+        outbox_id: None,
         compression: "lz4".to_owned(),
         linger: Duration::ZERO,
         queue_records: 20_000,
@@ -43,6 +44,7 @@ pub(crate) fn settings(brokers: &str) -> Settings {
             create: true,
             partitions: 4,
             replication_factor: -1,
+            max: 1000,
             config: BTreeMap::new(),
         },
         tls: Tls {
@@ -123,7 +125,7 @@ pub(crate) async fn open(sink: &mut impl Sink, topics: &[&str]) {
         for topic in topics {
             match sink.prepare(topic).await {
                 Ok(()) => {}
-                Err(NotPrepared::Unknown(error)) => {
+                Err(NotPrepared::Unknown(error) | NotPrepared::Reopen(error)) => {
                     eprintln!("{topic}: {error}");
                     sleep(Duration::from_millis(100)).await;
                     continue 'lives;

@@ -359,3 +359,116 @@ fn limited(brokers: &str, bytes: usize) -> Settings {
     settings.topics.config = [("max.message.bytes".to_owned(), bytes.to_string())].into();
     settings
 }
+
+/// One look-up for all of them: a relay that begins again does not wait for each.
+#[tokio::test]
+async fn many_topics_are_made_and_found_together() {
+    let Some(brokers) = brokers("kafka::topic::many_topics_are_made_and_found_together") else {
+        return;
+    };
+    let prefix = topic("many");
+    let names: Vec<String> = (0..60).map(|number| format!("{prefix}-{number}")).collect();
+    let mut settings = settings(&brokers);
+    settings.topics.partitions = 1;
+    let mut sink = opened(settings.clone(), &[]).await;
+    for (name, answer) in sink.look_up(names.clone()).await {
+        sink.learn(&name, answer).expect("made");
+    }
+    for (seq, name) in (0..).zip(&names) {
+        hand_over(&mut sink, seq, &record(name, b"a", b"1")).await;
+    }
+    // What is known outlives a session: no topic is asked for again.
+    sink.open().await.expect("open");
+    let again = sink.hand_over(Seq(0), &record(&names[59], b"a", b"2"));
+    assert_eq!(again, Ok(()));
+    let mut other = opened(settings, &[]).await;
+    let answers = other.look_up(names).await;
+    assert_eq!(answers.len(), 60);
+    assert!(
+        answers.iter().all(|(_, answer)| answer.is_ok()),
+        "{answers:?}"
+    );
+}
+
+/// Refuses a topic, and says why.
+async fn refusal(sink: &mut KafkaSink, topic: &str) -> String {
+    match sink.prepare(topic).await {
+        Err(NotPrepared::Rejected(rejection)) => rejection.to_string(),
+        other => panic!("{topic}: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn names_that_can_not_be_are_refused_with_the_reason() {
+    let Some(brokers) = brokers("kafka::topic::names_that_can_not_be_are_refused_with_the_reason")
+    else {
+        return;
+    };
+    let taken = format!("{}.taken", topic("names"));
+    let mut settings = settings(&brokers);
+    settings.topics.max = 1;
+    settings.transactional_id = Some("shop".to_owned());
+    let mut sink = opened(settings, &[&taken]).await;
+    let refused = refusal(&mut sink, "__consumer_offsets").await;
+    assert!(refused.contains("belong to Kafka"), "{refused}");
+    for own in ["shop.main.0.positions", "shop_other_7.positions"] {
+        let refused = refusal(&mut sink, own).await;
+        assert!(refused.contains("keeps its positions"), "{refused}");
+    }
+    let refused = refusal(&mut sink, &topic("one-more")).await;
+    assert!(refused.contains("sink.kafka.topics.max is 1"), "{refused}");
+    let collides = taken.replace('.', "_");
+    let mut sink = opened(self::settings(&brokers), &[]).await;
+    let refused = refusal(&mut sink, &collides).await;
+    assert!(
+        refused.contains(&format!("collides with topic {taken}")),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn the_setting_that_the_broker_refuses_is_named() {
+    let Some(brokers) = brokers("kafka::topic::the_setting_that_the_broker_refuses_is_named")
+    else {
+        return;
+    };
+    let mut settings = settings(&brokers);
+    settings.topics.config = [
+        ("cleanup.policy".to_owned(), "compact".to_owned()),
+        ("retention.ms".to_owned(), "soon".to_owned()),
+    ]
+    .into();
+    let mut sink = opened(settings, &[]).await;
+    let Err(NotPrepared::Unknown(error)) = sink.prepare(&topic("settings")).await else {
+        panic!("no number");
+    };
+    assert!(
+        error.to_string().contains("\"retention.ms\" = \"soon\""),
+        "{error}"
+    );
+}
+
+/// An operator raises the limit and tries again, without a new start.
+#[tokio::test]
+async fn a_raised_limit_is_noticed() {
+    let Some(brokers) = brokers("kafka::topic::a_raised_limit_is_noticed") else {
+        return;
+    };
+    let topic = topic("raised");
+    let mut sink = opened(limited(&brokers, 10_000), &[&topic]).await;
+    let large = vec![b'x'; 20_000];
+    let large = record(&topic, b"a", &large);
+    let refused = sink.hand_over(Seq(0), &large);
+    let Err(Refused::Rejected(rejection)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        rejection.to_string().starts_with("too large: "),
+        "{rejection}"
+    );
+    lower_limit(&brokers, &topic, "30000").await;
+    sink.doubt();
+    assert_eq!(sink.hand_over(Seq(0), &large), Err(Refused::Unprepared));
+    sink.prepare(&topic).await.expect("asked again");
+    assert_eq!(sink.hand_over(Seq(0), &large), Ok(()));
+}

@@ -11,7 +11,7 @@ use outbox_relay::ledger::{
     Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
 };
 use outbox_relay::position::Position;
-use outbox_relay::sink::{NotPrepared, Receipt, Refused, Sink, SinkError};
+use outbox_relay::sink::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
 use outbox_relay::source::{Page, PageLimits, Source, SourceError};
 use tokio::time::{advance, sleep};
 
@@ -113,8 +113,16 @@ impl Sink for Doubted {
         self.sink.is_cut_off().await
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
-        self.sink.prepare(topic).await
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
+        self.sink.look_up(topics)
+    }
+
+    fn learn(
+        &mut self,
+        topic: &str,
+        answer: Result<Known, NotPrepared>,
+    ) -> Result<(), NotPrepared> {
+        self.sink.learn(topic, answer)
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {
@@ -178,8 +186,16 @@ impl<F: FnMut(usize) -> Result<(), SinkError> + Send> Sink for AtReceipts<F> {
         self.sink.check().await
     }
 
-    async fn prepare(&mut self, topic: &str) -> Result<(), NotPrepared> {
-        self.sink.prepare(topic).await
+    fn look_up(&mut self, topics: Vec<String>) -> LookUp {
+        self.sink.look_up(topics)
+    }
+
+    fn learn(
+        &mut self,
+        topic: &str,
+        answer: Result<Known, NotPrepared>,
+    ) -> Result<(), NotPrepared> {
+        self.sink.learn(topic, answer)
     }
 
     fn hand_over(&mut self, seq: Seq, record: &Record<'_>) -> Result<(), Refused> {

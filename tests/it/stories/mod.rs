@@ -547,3 +547,30 @@ fn a_transaction_does_not_wait_for_a_slow_page() {
         assert_eq!(commits, [1, 2], "a transaction for each page");
     });
 }
+
+/// A topic that can't be made holds up its own events, and later ones of their entities: no session ends for it.
+#[test]
+fn a_topic_that_is_not_ready_holds_up_only_its_own_events() {
+    story(async |shared| {
+        let unready = |shared: &Shared, unready: &[&str]| {
+            let unready = unready.iter().map(ToString::to_string).collect();
+            shared.with(|world| world.broker.unready = unready);
+        };
+        unready(&shared, &["invoice"]);
+        for _ in 0..3 {
+            commit(&shared, &[("invoice", "1", None), ("order", "1", None)]);
+        }
+        let appended = |shared: &Shared| shared.with(|world| world.broker.appended.len());
+        let later = async {
+            sleep(Duration::from_secs(8)).await;
+            assert_eq!(appended(&shared), 3, "the orders");
+            unready(&shared, &[]);
+            sleep(Duration::from_secs(8)).await;
+            assert_eq!(appended(&shared), 6);
+        };
+        let relay = relay(source(&shared), sink(&shared), ledger(&shared));
+        tokio::join!(run_for(Duration::from_secs(20), relay), later);
+        assert_eq!(shared.with(|world| world.broker.opened), 1, "sessions");
+        is_well(&shared);
+    });
+}
