@@ -202,13 +202,7 @@ impl<K: Sink> Publisher<'_, K> {
                 Ok(()) = self.answered.changed() => ticked = true,
                 _ = ticks.tick() => ticked = true,
             }
-            match pause {
-                Pause::Starved => self.metrics.starved(paused_at.elapsed()),
-                Pause::Blocked | Pause::Full | Pause::Later(_) => {
-                    self.metrics.blocked(paused_at.elapsed())
-                }
-                Pause::Turn | Pause::Topic(_) => {}
-            }
+            self.count_pause(&pause, paused_at.elapsed());
             // The receipts that came before the sink lost its place count, above all one that says why it did.
             let ended = self.settle(life, &mut receipts);
             if let Some(ended) = ended.or(lost.map(Ended::Sink)) {
@@ -234,6 +228,14 @@ impl<K: Sink> Publisher<'_, K> {
                     _ => return ended,
                 }
             }
+        }
+    }
+
+    fn count_pause(&self, pause: &Pause, time: Duration) {
+        match pause {
+            Pause::Starved => self.metrics.starved(time),
+            Pause::Blocked | Pause::Full | Pause::Later(_) => self.metrics.blocked(time),
+            Pause::Turn | Pause::Topic(_) => {}
         }
     }
 

@@ -193,21 +193,7 @@ impl PostgresSource {
                 });
             }
         }
-        let (read, rows_max, ids_max) = loop {
-            let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
-            match self.fetch(limits).await {
-                Ok(read) => break (read, rows_max, ids_max),
-                // One of the rows can't be sent: it is among fewer and fewer, and then it is known.
-                Err(error) if is_of_a_row(&error) && rows_max > 1 => {
-                    self.page_rows = rows_max / 2;
-                }
-                Err(error) if is_of_a_row(&error) => {
-                    let read = self.fetch_skeleton(limits, &error).await?;
-                    break (read, rows_max, ids_max);
-                }
-                Err(error) => return Err(error),
-            }
-        };
+        let (read, rows_max, ids_max) = self.fetch_readable(limits).await?;
         if read.contradicted {
             let window = self.at.window.clone();
             let found = Answer {
@@ -390,6 +376,28 @@ impl PostgresSource {
             newest_row: newest_row.map(EventId),
         };
         Ok((cur.parse().context("decode the snapshot")?, answer))
+    }
+
+    /// A page without what can't be read; where its first row can't, that row alone. With the bounds that it had.
+    async fn fetch_readable(
+        &mut self,
+        limits: PageLimits,
+    ) -> Result<(Read, usize, i64), anyhow::Error> {
+        loop {
+            let (rows_max, ids_max) = (self.rows_max(limits), self.ids_max(limits));
+            match self.fetch(limits).await {
+                Ok(read) => return Ok((read, rows_max, ids_max)),
+                // One of the rows can't be sent: it is among fewer and fewer, and then it is known.
+                Err(error) if is_of_a_row(&error) && rows_max > 1 => {
+                    self.page_rows = rows_max / 2;
+                }
+                Err(error) if is_of_a_row(&error) => {
+                    let read = self.fetch_skeleton(limits, &error).await?;
+                    return Ok((read, rows_max, ids_max));
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     async fn fetch(&mut self, limits: PageLimits) -> Result<Read, anyhow::Error> {

@@ -27,6 +27,10 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// A row of the log.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every row is an event, and it is moved on at once"
+)]
 pub enum Row {
     /// An event, with its content or with the reason why that was left in the log.
     Event(Event),

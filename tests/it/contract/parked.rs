@@ -677,7 +677,7 @@ async fn an_id_that_comes_again_is_another_event<B: Books>(mut books: B) {
     let old = parked(5, "a", Some("bad"));
     let mut new = parked(5, "b", Some("bad"));
     new.event.event_id = key(7).event_id;
-    ledger.park(&[old.clone()]).await.unwrap();
+    ledger.park(std::slice::from_ref(&old)).await.unwrap();
     ledger.park(&[new.clone(), old.clone()]).await.unwrap();
     assert_eq!(books.show(&id(5)).await.len(), 2);
     books.mark(&wish(Action::Redrive, id(5))).await;
