@@ -57,6 +57,9 @@ fn describe(kind: &Kind, path: &str) -> String {
             format!("{}: no such setting{}", inside(key), nearest(key, valid))
         }
         Kind::MissingField(key) => format!("{}: is missing", inside(key)),
+        Kind::UnknownVariant(_, valid) if is_secret(path) => {
+            format!("{path}: has to be one of {}", valid.join(", "))
+        }
         Kind::UnknownVariant(value, valid) => {
             format!(
                 "{path} = {value:?}: has to be one of {}{}",
@@ -65,18 +68,35 @@ fn describe(kind: &Kind, path: &str) -> String {
             )
         }
         Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
-            format!("{path} = {}: has to be {}", show(actual), plain(expected))
+            format!(
+                "{path} = {}: has to be {}",
+                show(actual, path),
+                plain(expected)
+            )
         }
+        // The lines in between repeat a line of the file, which may hold a secret.
         Kind::Message(reason) if path.is_empty() => {
-            reason.split_whitespace().collect::<Vec<_>>().join(" ")
+            let told = reason.lines().filter(|line| !line.contains('|'));
+            let words = told.flat_map(str::split_whitespace);
+            words.collect::<Vec<_>>().join(" ")
         }
         Kind::Message(reason) => format!("{path}: {reason}"),
         other => format!("{path}: {other}"),
     }
 }
 
-fn show(actual: &Actual) -> String {
+/// Whether a setting may hold a secret, or is of a table of settings that may.
+fn is_secret(path: &str) -> bool {
+    path.split('.').any(|part| {
+        ["password", "url", "token", "properties"]
+            .iter()
+            .any(|secret| part.contains(secret))
+    })
+}
+
+fn show(actual: &Actual, path: &str) -> String {
     match actual {
+        _ if is_secret(path) => "(not shown)".to_owned(),
         Actual::Str(text) => format!("{text:?}"),
         other => other.to_string(),
     }

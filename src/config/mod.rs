@@ -4,6 +4,7 @@
 
 mod environment;
 mod error;
+mod level;
 mod pipeline;
 mod retention;
 
@@ -163,6 +164,7 @@ impl Admin {
 #[serde(deny_unknown_fields)]
 pub struct Log {
     /// Directives of `tracing_subscriber::EnvFilter`.
+    #[serde(deserialize_with = "level::deserialize")]
     pub level: String,
     /// Text for people or JSON for machines.
     pub format: LogFormat,
@@ -261,7 +263,7 @@ impl Config {
             }
             figment = figment.merge(Toml::file_exact(path));
         }
-        let environment = Environment::new(&figment, env);
+        let environment = Environment::new(&figment, DEFAULTS, env)?;
         let figment = figment.merge(environment);
         let raw: Raw = figment
             .extract()

@@ -206,7 +206,7 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         relay.toml: pipelines.orders.topic: {customer} is not known; a template may use {aggregate_type}, {aggregate_id} and {event_type}
         relay.toml: pipelines.orders.start: "yesterday" is neither "earliest" nor "latest" nor a time such as "2026-01-31T00:00:00Z"
         relay.toml: admin.listen: invalid socket address syntax
-        relay.toml: TOML parse error at line 1, column 5 | 1 | [log | ^ invalid table header expected `.`, `]`
+        relay.toml: TOML parse error at line 1, column 5 invalid table header expected `.`, `]`
         RELAY_LOG__FORMAT: log.format = "xml": has to be one of text, json; there is text, json
         RELAY_LOG__COLOUR: log.colour: no such setting; there is level, format
         source.postgres.url and source.postgres.url_file are both set
@@ -240,5 +240,66 @@ fn a_wrong_url_is_refused_without_repeating_it() {
             "{error}"
         );
         assert!(!error.contains("planted-secret"), "{error}");
+    }
+}
+
+#[test]
+fn an_empty_variable_is_not_set() {
+    let level = ("RELAY_LOG__LEVEL", "");
+    let types = ("RELAY_PIPELINE__FILTER__AGGREGATE_TYPES", "");
+    let config = load("", &[URL, level, types]).unwrap();
+    assert_eq!(config.log.level, "info");
+    let refused = load("", &[("RELAY_SOURCE__POSTGRES__URL", "")]).unwrap_err();
+    assert!(refused.contains("source.postgres.url"), "{refused}");
+}
+
+#[test]
+fn one_underscore_too_few_is_refused() {
+    for (given, meant) in [
+        ("RELAY_SINK_KAFKA_BROKERS", "RELAY_SINK__KAFKA__BROKERS"),
+        ("RELAY_SOURCE_POSTGRES_URL", "RELAY_SOURCE__POSTGRES__URL"),
+        (
+            "RELAY_PIPELINE_FILTER_AGGREGATE_TYPES",
+            "RELAY_PIPELINE__FILTER__AGGREGATE_TYPES",
+        ),
+        ("RELAY_ADMIN_TOKEN_FILE", "RELAY_ADMIN__TOKEN_FILE"),
+    ] {
+        let refused = load("", &[URL, (given, "planted-secret")]).unwrap_err();
+        assert_eq!(
+            refused,
+            format!("{given}: no such setting; did you mean {meant} (two underscores)?")
+        );
+    }
+    // Of another program.
+    load("", &[URL, ("RELAY_RACE", "4x100")]).unwrap();
+}
+
+#[test]
+fn a_secret_is_in_no_message() {
+    let planted = "planted-secret";
+    let secrets = [
+        "[source.postgres]\nurl = {}",
+        "[source.postgres]\ndirect_url = {}",
+        "[sink.kafka.sasl]\npassword = {}",
+        "[sink.kafka.tls]\nkey_password = {}",
+        "[sink.kafka.properties]\n\"sasl.password\" = {}",
+        "[admin]\ntoken = {}",
+    ];
+    for secret in secrets {
+        let quoted = format!("\"{planted}\"");
+        for value in [
+            quoted.clone(),
+            format!("[{quoted}]"),
+            format!("{{ a = {quoted} }}"),
+        ] {
+            if let Err(refused) = load(&secret.replace("{}", &value), &[URL]) {
+                assert!(!refused.contains(planted), "{secret} {value}: {refused}");
+            }
+        }
+        // A syntax error, which quotes the line where the parser shows it.
+        let broken = secret.replace("{}", &format!("{quoted} x"));
+        let refused = load(&broken, &[URL]).unwrap_err();
+        assert!(!refused.contains(planted), "{refused}");
+        assert!(refused.contains("line 2"), "{refused}");
     }
 }
