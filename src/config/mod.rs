@@ -2,6 +2,7 @@
 //!
 //! Parses, does not validate afterwards: a [`Config`] that exists can be run. Knows no database and no broker.
 
+mod database_url;
 mod environment;
 mod error;
 mod level;
@@ -389,13 +390,9 @@ impl RawPostgres {
 /// # Errors
 /// When the text is no PostgreSQL URL; the error does not repeat it, for it may hold a password.
 pub fn postgres_options(key: &str, url: &SecretString) -> Result<PgConnectOptions, ConfigError> {
-    let scheme = ["postgres://", "postgresql://"]
-        .iter()
-        .any(|scheme| url.expose_secret().starts_with(scheme));
-    let options = PgConnectOptions::from_str(url.expose_secret())
-        .ok()
-        .filter(|_| scheme);
-    let options = options.ok_or_else(|| {
+    database_url::check(url.expose_secret())
+        .map_err(|why| ConfigError::new(format!("{key} {why}")))?;
+    let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
         ConfigError::new(format!(
             "{key} is not a URL such as postgres://user:password@host:5432/database"
         ))
