@@ -33,6 +33,8 @@ type Answers = Vec<(String, Result<Known, NotPrepared>)>;
 #[derive(Default)]
 pub(super) struct Lookups {
     running: Option<LookUp>,
+    /// Whether one has ended. Until then no topic is known, and there is nothing that could go on beside what waits.
+    ended_once: bool,
     wanted: BTreeMap<String, Wanted>,
     /// In log order.
     events: VecDeque<Held>,
@@ -100,7 +102,7 @@ impl Lookups {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.places < HELD_MAX
+        self.ended_once && self.places < HELD_MAX
     }
 
     /// Whether an earlier event of the entity waits.
@@ -198,6 +200,7 @@ impl Lookups {
             () = until(late) => return Vec::new(),
         };
         self.running = None;
+        self.ended_once = true;
         answers
     }
 

@@ -125,6 +125,100 @@ async fn deleted_rows_and_idle_looks_leave_the_order_alone() {
     migrate::sqlite(log.file.options.clone()).await.unwrap();
 }
 
+/// The uuids of what is new to a relay whose cursor stands where the last one stopped, which a ledger has written down.
+async fn read_and_note(log: &SqliteLog, at: &mut Position) -> Vec<Uuid> {
+    let mut source = log.source();
+    source.seek(at.clone());
+    let mut uuids = Vec::new();
+    loop {
+        let page = source.capture(ROOMY, at).await.unwrap();
+        if page.events.is_empty() {
+            break;
+        }
+        uuids.extend(page.events.iter().map(|event| event.event_id));
+        *at = page.end;
+    }
+    sqlx::query("insert or replace into outbox_cursors (pipeline, ceiling, last_id) values ('main', ?1, ?1)")
+        .bind(at.last_id.0)
+        .execute(&mut log.connect().await)
+        .await
+        .unwrap();
+    uuids
+}
+
+#[tokio::test]
+async fn ids_of_sqlite_that_began_anew_lose_nothing() {
+    let mut log = SqliteLog::create().await.unwrap();
+    let mut at = Position::beginning();
+    let uuids = |events: Vec<Event>| -> Vec<Uuid> {
+        events.into_iter().map(|event| event.event_id).collect()
+    };
+    let batch = |events: usize| (0..events).map(|_| event("e")).collect::<Vec<_>>();
+    let first = uuids(log.emit(batch(10)).await);
+    assert_eq!(read_and_note(&log, &mut at).await, first);
+    // As many as there were, fewer and more; the sequence is forgotten, or set back.
+    for (events, reset) in [
+        (10, "delete from sqlite_sequence"),
+        (3, "update sqlite_sequence set seq = 0"),
+        (25, "update sqlite_sequence set seq = 1"),
+    ] {
+        let statement = format!("delete from outbox_events; {reset}");
+        execute_sqlite(log.writer(), &statement).await;
+        let again = uuids(log.emit(batch(events)).await);
+        assert_eq!(read_and_note(&log, &mut at).await, again, "{reset}");
+        // Several rows of one statement, and what comes after them.
+        execute_sqlite(
+            log.writer(),
+            "delete from outbox_events; delete from sqlite_sequence; \
+             insert into outbox_events (aggregate_type, aggregate_id, event_type) \
+             values ('thing', 'e', 'a'), ('thing', 'e', 'b'), ('thing', 'e', 'c')",
+        )
+        .await;
+        let after = uuids(log.emit(batch(1)).await);
+        let read = read_and_note(&log, &mut at).await;
+        assert_eq!(read.len(), 4, "{reset}");
+        assert_eq!(read.last(), after.last(), "{reset}");
+    }
+}
+
+async fn execute_sqlite(connection: &mut sqlx::sqlite::SqliteConnection, statement: &str) {
+    connection
+        .execute(sqlx::raw_sql(sqlx::AssertSqlSafe(statement.to_owned())))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn content_of_sqlite_that_is_too_large_stays_in_the_log() {
+    let mut log = SqliteLog::create().await.unwrap();
+    let mut at = Position::beginning();
+    log.emit(vec![event("e")]).await;
+    execute_sqlite(
+        log.writer(),
+        "insert into outbox_events (aggregate_type, aggregate_id, event_type, payload_bytes) \
+         values ('thing', 'e', 'large', zeroblob(20000000)), \
+                ('thing', cast(zeroblob(9000000) as text), 'large', null)",
+    )
+    .await;
+    log.emit(vec![event("e")]).await;
+    let mut source = log.source();
+    source.seek(at.clone());
+    let mut unread = Vec::new();
+    loop {
+        let page = source.capture(ROOMY, &at).await.unwrap();
+        if page.events.is_empty() {
+            break;
+        }
+        unread.extend(
+            page.events
+                .iter()
+                .map(|event| matches!(event.payload, Payload::Unread(_))),
+        );
+        at = page.end;
+    }
+    assert_eq!(unread, [false, true, true, false]);
+}
+
 /// A reader with a transaction open would let the write-ahead log grow for ever.
 #[tokio::test]
 async fn reading_sqlite_does_not_hold_the_write_ahead_log() {
