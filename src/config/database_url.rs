@@ -4,8 +4,8 @@
 
 const EXAMPLE: &str = "postgres://user:password@host:5432/database";
 
-/// What the client knows, as libpq names it.
-const PARAMETERS: [&str; 11] = [
+/// What the client knows, by the names of libpq; the last is the client's own.
+const PARAMETERS: [&str; 13] = [
     "sslmode",
     "sslrootcert",
     "sslcert",
@@ -17,6 +17,8 @@ const PARAMETERS: [&str; 11] = [
     "user",
     "password",
     "application_name",
+    "options",
+    "statement-cache-capacity",
 ];
 
 const SSL_MODES: [&str; 6] = [
@@ -95,13 +97,7 @@ fn known(name: &str) -> Result<(), String> {
     let plain = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
     // A part of a password may have come to stand here.
     let shown = if name.len() <= 30 && plain(name) && !nearest(name, &PARAMETERS).is_empty()
-        || [
-            "channel_binding",
-            "target_session_attrs",
-            "options",
-            "sslpassword",
-        ]
-        .contains(&name)
+        || ["channel_binding", "target_session_attrs", "sslpassword"].contains(&name)
     {
         format!("the parameter {name}, which this client does not know")
     } else {
@@ -135,6 +131,7 @@ mod tests {
             "postgres://relay@%2Fvar%2Frun%2Fpostgresql/app",
             "postgres:///app?host=/var/run/postgresql",
             "postgres://db",
+            "postgres://db?sslmode=prefer&statement-cache-capacity=100",
             "postgres://relay@[::1]:5432/app?application_name=shop",
         ] {
             assert_eq!(check(url), Ok(()), "{url}");

@@ -57,7 +57,7 @@ pub(super) async fn dead_letters(
     Ok(readable(settings, &rows, 0, key))
 }
 
-/// What can be read of the rows. A column of a file takes values of any type: a row that somebody spoilt is one bad row.
+/// What can be read of the rows. A column of a file takes values of any type: a row that was spoilt by hand is one bad row.
 fn readable<T, E: Into<anyhow::Error>>(
     settings: &Settings,
     rows: &[SqliteRow],

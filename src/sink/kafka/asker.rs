@@ -29,7 +29,7 @@ impl Asker {
     }
 
     /// Else the producer would ask only when the first record waits for it, and for its own id up to half a second later: it
-    /// asks for that when somebody tells it of brokers, or by a slow clock.
+    /// asks for that when a broker tells it of others, or by a slow clock.
     pub(super) async fn introduce(
         &self,
         found: Vec<(String, Result<Found, NotPrepared>)>,

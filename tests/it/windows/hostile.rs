@@ -1,5 +1,5 @@
-//! A database whose settings and objects are somebody else's: the source reads what it reads elsewhere, and calls nothing
-//! that a stranger has made.
+//! A database with settings and objects that a stranger has chosen: the source reads what it reads elsewhere, and calls none of
+//! these objects.
 
 use outbox_relay::event::{Payload, Start};
 use sqlx::postgres::PgConnection;
@@ -112,7 +112,7 @@ async fn the_source_calls_no_object_of_a_stranger_and_depends_on_no_setting() {
         sql(&mut late, &format!("begin; {}", emit_many(500, 500))).await;
         plant(&mut writer).await;
         settings(&mut writer, database).await;
-        // It is a trap: whoever resolves a name through the path falls into it.
+        // A statement that resolves a name through the path calls the look-alike.
         let mut fresh = database.connect().await;
         let trapped = ask(&mut fresh, "select 'a'::pg_catalog.text").await;
         assert_eq!(trapped, "a");
