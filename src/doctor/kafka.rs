@@ -355,7 +355,7 @@ mod tests {
     fn settings(toml: &[(&str, &str)]) -> (Settings, Vec<PipelineConfig>) {
         let env = toml
             .iter()
-            .chain(&[("RELAY_SOURCE__POSTGRES__URL", "postgres://relay@db/app")])
+            .chain(&[("RELAY_SOURCE__POSTGRES__URL", "postgres://db/app")])
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let config = Config::load(None, env).unwrap();
         match config.sink {

@@ -154,7 +154,7 @@ mod tests {
 
     fn settings(more: &[(&str, &str)]) -> Settings {
         let env = [
-            ("SOURCE__POSTGRES__URL", "postgres://relay@db/app"),
+            ("SOURCE__POSTGRES__URL", "postgres://db/app"),
             ("SINK__KAFKA__DELIVERY", "exactly-once"),
             ("SINK__KAFKA__TRANSACTIONAL_ID", "shop"),
         ];

@@ -14,10 +14,10 @@ use uuid::Uuid;
 use crate::event::{Event, EventId, Payload, Rejection};
 use crate::source::too_large;
 
-/// What [`columns`](super::statement::columns) selects.
+/// The columns of a page.
 pub const FIELDS: usize = 12;
 
-/// The fields of a row in the order of [`columns`](super::statement::columns); none for null.
+/// The fields of a row in the order of the page's columns; none for null.
 pub type Fields<'a> = [Option<&'a [u8]>; FIELDS];
 
 /// PostgreSQL counts time from 2000-01-01, Unix from 1970-01-01.
