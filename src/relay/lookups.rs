@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytestring::ByteString;
 use tokio::time::{Instant, sleep_until};
 
-use super::publish::{Ended, Life, Pause, Publisher, until};
+use super::publish::{Ended, Life, Pause, Publisher};
 use super::topics::Topics;
 use crate::event::{Event, PipelineName, Seq};
 use crate::sink::{Known, LookUp, NotPrepared, Sink, SinkError};
@@ -357,5 +357,13 @@ impl Life {
     pub(super) fn hold(&mut self, event: &Event, bytes: usize, topic: Option<String>) {
         let seq = self.place(event, bytes, Topics::NONE);
         self.lookups.hold(seq, event, bytes, topic);
+    }
+}
+
+/// Waits for the deadline, for ever without one.
+pub(super) async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
 use super::books::Order;
 use super::lease::LeaseEnd;
-use super::lookups::Lookups;
+use super::lookups::{Lookups, until};
 use super::redrive::{Redrive, Try};
 use super::reject::Full;
 use super::status::Status;
@@ -591,12 +591,5 @@ impl Life {
     /// Nothing is at hand, and nothing in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty() && self.in_flight.rows() == 0
-    }
-}
-
-pub(super) async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
     }
 }

@@ -78,10 +78,13 @@ async fn a_sqlite_outbox_is_emptied_behind_its_cursors() {
     relay.ready().await;
     let options = SqliteConnectOptions::new().filename(&file);
     let mut connection = options.connect().await.unwrap();
+    // The cursor comes last: events get ids above all that cursors have passed.
     for statement in [
-        "insert into outbox_cursors (pipeline, last_id) values ('slow', 100)",
+        "begin immediate",
         "with recursive n (n) as (select 1 union all select n + 1 from n where n < 2500)
          insert into outbox_events (aggregate_type, aggregate_id, event_type) select 'order', n, 'placed' from n",
+        "insert into outbox_cursors (pipeline, last_id) values ('slow', 100)",
+        "commit",
     ] {
         sqlx::query(statement)
             .execute(&mut connection)

@@ -453,9 +453,9 @@ async fn a_sqlite_outbox_is_audited_too() {
         ),
         // What was deleted is not held against anybody.
         (
-            "update outbox_cursors set last_id = 31;
-             delete from outbox_events where id = 11;
-             insert into outbox_events (aggregate_type, aggregate_id, event_type) values ('order', '1', 'x')",
+            "delete from outbox_events where id = 11;
+             insert into outbox_events (aggregate_type, aggregate_id, event_type) values ('order', '1', 'x');
+             update outbox_cursors set last_id = 31",
             [2, 0, 1, 1, 0],
         ),
     ] {

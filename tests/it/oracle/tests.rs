@@ -190,9 +190,9 @@ fn i5_refuses_more_than_the_bounds() {
 
     let ahead = Fact::Captured {
         owner: 1,
-        ids: (1..=7).collect(),
+        ids: (1..=9).collect(),
     };
-    let facts = (1..=7).map(|id| committed(id, "a")).chain([ahead]);
+    let facts = (1..=9).map(|id| committed(id, "a")).chain([ahead]);
     assert_eq!(broken(facts), [Promise::I5]);
 }
 
