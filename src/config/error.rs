@@ -87,6 +87,20 @@ fn describe(kind: &Kind, path: &str) -> String {
 
 /// Whether a setting may hold a secret, or is of a table of settings that may.
 fn is_secret(path: &str) -> bool {
+    // A value in place of a whole table may be one that was meant for a secret in it.
+    const TABLES: [&str; 7] = [
+        "source",
+        "source.postgres",
+        "sink",
+        "sink.kafka",
+        "sink.kafka.sasl",
+        "sink.kafka.tls",
+        "admin",
+    ];
+    let table = path.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.');
+    if TABLES.contains(&table) {
+        return true;
+    }
     path.split('.').any(|part| {
         ["password", "url", "token", "properties"]
             .iter()

@@ -284,6 +284,9 @@ fn a_secret_is_in_no_message() {
         "[sink.kafka.tls]\nkey_password = {}",
         "[sink.kafka.properties]\n\"sasl.password\" = {}",
         "[admin]\ntoken = {}",
+        "[sink.kafka]\nsasl = {}",
+        "[sink.kafka]\ntls = {}",
+        "[source]\npostgres = {}",
     ];
     for secret in secrets {
         let quoted = format!("\"{planted}\"");

@@ -4,8 +4,8 @@
 //! protocol, without prepared statements, which a transaction-mode pooler has none of. Everything inlined is a number, a
 //! snapshot or a list of numbers that this program formatted itself.
 //!
-//! A page is a plain `select`, so that `pg_stat_statements` counts all pages as one statement; of `copy` each text would be
-//! a statement of its own. Names and operators are those of `pg_catalog`, spelled out, and literals have their types:
+//! A page is a plain `select`, whose constants `pg_stat_statements` leaves out; of `copy` each text would be an entry of its
+//! own. Names and operators are those of `pg_catalog`, spelled out, and literals have their types:
 //! nothing is resolved through a schema in which a stranger may make look-alikes.
 //!
 //! Planning costs more than running at the end of the log, and it grows with the partitions that a statement may touch. So a
