@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Write;
+use std::marker::PhantomData;
 use std::time::{Duration, UNIX_EPOCH};
 
 use base64::Engine;
@@ -41,28 +42,26 @@ pub struct Encoding {
     pub cloudevents_source: String,
 }
 
-/// Names that belong to the relay; an event with a header of such a name is rejected.
-const RESERVED: [&str; 5] = ["id", "type", "sequence", "content-type", "replay"];
-/// The attributes that the relay sets itself, and members that CloudEvents in JSON have besides; other names that start with
-/// `ce_` are extensions.
-const RESERVED_ATTRIBUTES: [&str; 10] = [
-    "specversion",
+/// Names that belong to the relay: its own headers, and with `ce_` the attributes of CloudEvents that it sets and the members
+/// that CloudEvents in JSON have besides. An event with a header of such a name is rejected; other names that start with `ce_`
+/// are extensions. The migrations refuse the same names in the transaction of the writer.
+pub const RESERVED_HEADERS: [&str; 15] = [
     "id",
-    "source",
     "type",
-    "time",
     "sequence",
-    "subject",
-    "datacontenttype",
-    "data",
-    "data_base64",
+    "content-type",
+    "replay",
+    "ce_specversion",
+    "ce_id",
+    "ce_source",
+    "ce_type",
+    "ce_time",
+    "ce_sequence",
+    "ce_subject",
+    "ce_datacontenttype",
+    "ce_data",
+    "ce_data_base64",
 ];
-
-/// Whether an event's own header may not have this name.
-fn is_reserved(name: &str) -> bool {
-    let attribute = name.strip_prefix("ce_");
-    RESERVED.contains(&name) || attribute.is_some_and(|name| RESERVED_ATTRIBUTES.contains(&name))
-}
 
 type Headers<'a> = Vec<RecordHeader<'a>>;
 
@@ -131,7 +130,10 @@ pub fn encode<'a>(
         Cow::Owned(key) => Cow::Owned(key.into_bytes()),
     };
     let own = parse_headers(event.headers.as_deref())?;
-    if let Some((name, _)) = own.iter().find(|(name, _)| is_reserved(name)) {
+    if let Some((name, _)) = own
+        .iter()
+        .find(|(name, _)| RESERVED_HEADERS.contains(&name.as_ref()))
+    {
         return Err(Rejection::new(format!(
             "the event has a header {name:?}, a name that belongs to the relay: emit it under another name"
         )));
@@ -347,17 +349,24 @@ fn into_bytes(text: Cow<'_, str>) -> Cow<'_, [u8]> {
 /// One header of an event: its name, and its value unless that is null.
 pub type OwnHeader<'a> = (Cow<'a, str>, Option<Cow<'a, str>>);
 
-/// Reads the headers of an event: a JSON object of strings and nulls, in its order, or nothing.
+/// Reads the headers of an event: a JSON object, in its order, or nothing. A number or a boolean leaves as its JSON text, and null
+/// as a header without a value.
 ///
 /// # Errors
-/// When it is anything else, or a name is empty or has a zero byte (Kafka's clients can't carry it).
+/// When it is anything else: not an object, a value that is an object or an array, or a name that is empty or has a zero byte
+/// (Kafka's clients can't carry it). The reason names the header.
 pub fn parse_headers(json: Option<&str>) -> Result<Vec<OwnHeader<'_>>, Rejection> {
     let Some(json) = json else {
         return Ok(Vec::new());
     };
-    let OwnHeaders(headers) = serde_json::from_str(json).map_err(|error| {
-        Rejection::new(format!("headers are not a JSON object of strings: {error}"))
-    })?;
+    // Nearly all headers are texts, which this reads in one pass.
+    let headers = match serde_json::from_str::<Object<'_, Option<Text<'_>>>>(json) {
+        Ok(Object(headers)) => headers
+            .into_iter()
+            .map(|(name, value)| (name, value.map(|Text(value)| value)))
+            .collect(),
+        Err(_) => parse_scalars(json)?,
+    };
     match headers
         .iter()
         .find(|(name, _)| name.is_empty() || name.contains('\0'))
@@ -369,31 +378,51 @@ pub fn parse_headers(json: Option<&str>) -> Result<Vec<OwnHeader<'_>>, Rejection
     }
 }
 
-struct OwnHeaders<'a>(Vec<OwnHeader<'a>>);
+/// The same for objects that have values other than texts.
+fn parse_scalars(json: &str) -> Result<Vec<OwnHeader<'_>>, Rejection> {
+    let Object(headers) = serde_json::from_str::<Object<'_, &RawValue>>(json).map_err(|error| {
+        Rejection::new(format!(
+            "the headers are not a JSON object of texts: {error}"
+        ))
+    })?;
+    headers
+        .into_iter()
+        .map(|(name, raw)| match raw.get().as_bytes().first() {
+            Some(b'{' | b'[') => Err(Rejection::new(format!(
+                "the header {name:?} is an object or an array: emit it as a text"
+            ))),
+            Some(b'"' | b'n') => serde_json::from_str::<Option<Text<'_>>>(raw.get())
+                .map(|value| (name, value.map(|Text(value)| value)))
+                .map_err(|error| Rejection::new(format!("the headers can't be read: {error}"))),
+            _ => Ok((name, Some(Cow::Borrowed(raw.get())))),
+        })
+        .collect()
+}
 
-impl<'de: 'a, 'a> Deserialize<'de> for OwnHeaders<'a> {
+/// The members of a JSON object in their order; of members with the same name each one.
+struct Object<'a, V>(Vec<(Cow<'a, str>, V)>);
+
+impl<'de: 'a, 'a, V: Deserialize<'de>> Deserialize<'de> for Object<'a, V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
+        struct Members<V>(PhantomData<V>);
 
-        impl<'de> Visitor<'de> for Object {
-            type Value = OwnHeaders<'de>;
+        impl<'de, V: Deserialize<'de>> Visitor<'de> for Members<V> {
+            type Value = Object<'de, V>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of strings")
+                f.write_str("an object")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut headers = Vec::with_capacity(map.size_hint().unwrap_or(4));
-                while let Some((Text(name), value)) =
-                    map.next_entry::<Text<'de>, Option<Text<'de>>>()?
-                {
-                    headers.push((name, value.map(|Text(value)| value)));
+                let mut members = Vec::with_capacity(map.size_hint().unwrap_or(4));
+                while let Some((Text(name), value)) = map.next_entry::<Text<'de>, V>()? {
+                    members.push((name, value));
                 }
-                Ok(OwnHeaders(headers))
+                Ok(Object(members))
             }
         }
 
-        deserializer.deserialize_map(Object)
+        deserializer.deserialize_map(Members(PhantomData))
     }
 }
 

@@ -22,6 +22,60 @@ $$;
 
 grant usage on schema outbox to outbox_writer, outbox_relay;
 
+-- Refuses headers that can never leave, in the transaction of the writer, who can still do something about them. An event
+-- without headers does not call it, and headers without brackets and escapes, which nearly all are, need one expression. What a
+-- writer calls has no search path of its own, which would take 1 us each time: it names all that it uses in full.
+create function outbox.headers_can_leave(headers pg_catalog.json)
+returns pg_catalog.bool
+language plpgsql immutable strict parallel safe
+as $$
+begin
+    return pg_catalog.strpos(headers::pg_catalog.text, '{') operator(pg_catalog.=) 1
+           and pg_catalog.strpos(pg_catalog.substr(headers::pg_catalog.text, 2), '{') operator(pg_catalog.=) 0
+           and pg_catalog.strpos(headers::pg_catalog.text, '[') operator(pg_catalog.=) 0
+           and pg_catalog.strpos(headers::pg_catalog.text, pg_catalog.chr(92)) operator(pg_catalog.=) 0
+           -- As in outbox.name_bad_header.
+           and not headers::pg_catalog.jsonb operator(pg_catalog.?|)
+               '{"",id,type,sequence,content-type,replay,ce_specversion,ce_id,ce_source,ce_type,ce_time,ce_sequence,ce_subject,ce_datacontenttype,ce_data,ce_data_base64}'::pg_catalog.text[]
+        or outbox.name_bad_header(headers);
+end
+$$;
+
+-- Looks at each header; true when all of them can leave, an error that names the first one that can't.
+create function outbox.name_bad_header(headers json)
+returns boolean
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    header record;
+    kind text := json_typeof(headers);
+    -- The relay's own headers, and the attributes and members of CloudEvents. A header without a name can't leave either.
+    reserved constant text[] := array['', 'id', 'type', 'sequence', 'content-type', 'replay', 'ce_specversion', 'ce_id',
+        'ce_source', 'ce_type', 'ce_time', 'ce_sequence', 'ce_subject', 'ce_datacontenttype', 'ce_data', 'ce_data_base64'];
+begin
+    if kind <> 'object' then
+        raise exception 'headers must be a JSON object of texts, got %', kind
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example: ''{"tenant": "acme"}''.';
+    end if;
+    for header in select key, value from json_each(headers) loop
+        kind := json_typeof(header.value);
+        if kind in ('object', 'array') then
+            raise exception 'the header "%" is an %', header.key, kind
+                using errcode = 'invalid_parameter_value',
+                      hint = 'A header is a text, a number, a boolean or null: pass the JSON as a text.';
+        elsif header.key = any (reserved) then
+            raise exception 'the header "%" can''t be emitted: %', header.key,
+                case header.key when '' then 'it has no name' else 'the name belongs to the relay' end
+                using errcode = 'invalid_parameter_value',
+                      hint = 'Emit it under another name.';
+        end if;
+    end loop;
+    return true;
+end
+$$;
+
 -- cache 1: ids must be handed out in the order in which they are asked for, whichever session asks.
 create sequence outbox.events_id_seq as bigint cache 1;
 
@@ -38,11 +92,16 @@ create table outbox.events (
     payload        json,
     payload_bytes  bytea,
     content_type   text,
-    headers        json        default nullif(current_setting('outbox.context', true), '')::json,
+    headers        json        default
+        -- What outbox.context has set for this transaction. What another transaction has left in the session, by a set without
+        -- local behind a pooler, is not of this one.
+        case when current_setting('outbox.context_of', true) = pg_current_xact_id()::text
+             then current_setting('outbox.context', true)::json end,
     occurred_at    timestamptz not null default clock_timestamp(),
     constraint events_pkey primary key (id),
     constraint events_aggregate_type_not_empty check (aggregate_type <> ''),
-    constraint events_one_payload check (payload is null or payload_bytes is null)
+    constraint events_one_payload check (payload is null or payload_bytes is null),
+    constraint events_headers_can_leave check (outbox.headers_can_leave(headers))
 ) partition by range (id);
 
 alter sequence outbox.events_id_seq owned by outbox.events.id;
@@ -128,14 +187,14 @@ select outbox.make_partitions();
 create function outbox.context(headers json)
 returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if json_typeof(headers) <> 'object' then
-        raise exception 'outbox.context expects a JSON object of strings, got %', json_typeof(headers)
-            using errcode = 'invalid_parameter_value';
+    if headers is null then
+        perform pg_catalog.set_config('outbox.context_of', '', true);
+    elsif outbox.headers_can_leave(headers) then
+        perform pg_catalog.set_config('outbox.context_of', pg_catalog.pg_current_xact_id()::pg_catalog.text, true),
+                pg_catalog.set_config('outbox.context', headers::pg_catalog.text, true);
     end if;
-    perform set_config('outbox.context', headers::text, true);
 end
 $$;
 
@@ -144,45 +203,85 @@ create function outbox.merged_headers(headers json)
 returns json
 language plpgsql
 stable
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-    context json := nullif(current_setting('outbox.context', true), '')::json;
+    -- The default of outbox.events.headers.
+    context pg_catalog.json := case
+        when pg_catalog.current_setting('outbox.context_of', true)
+             operator(pg_catalog.=) pg_catalog.pg_current_xact_id()::pg_catalog.text
+        then pg_catalog.current_setting('outbox.context', true)::pg_catalog.json end;
 begin
     if headers is null then
         return context;
     end if;
-    if json_typeof(headers) <> 'object' then
-        raise exception 'headers must be a JSON object of strings, got %', json_typeof(headers)
-            using errcode = 'invalid_parameter_value',
-                  hint = 'For example: ''{"tenant": "acme"}''.';
-    end if;
-    if context is null then
+    if context is null or pg_catalog.json_typeof(headers) operator(pg_catalog.<>) 'object' then
         return headers;
     end if;
-    return (context::jsonb || headers::jsonb)::json;
+    return (context::pg_catalog.jsonb operator(pg_catalog.||) headers::pg_catalog.jsonb)::pg_catalog.json;
 end
 $$;
 
 -- The way in. Call it after the entity's own row was changed or locked, in the same transaction: the order of the events
--- of one entity is the order of those locks. A null payload is a tombstone. Returns the event's uuid, which consumers
--- see as the header "id".
+-- of one entity is the order of those locks. The id may be a text, a number or a uuid. A null payload is a tombstone. Returns
+-- the event's uuid, which consumers see as the header "id".
 create function outbox.emit(
     aggregate_type text,
-    aggregate_id text,
+    aggregate_id anycompatiblenonarray,
     event_type text,
-    payload json default null,
+    payload text default null,
     headers json default null
 )
 returns uuid
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-    event_id uuid := gen_random_uuid();
+    event_id pg_catalog.uuid := pg_catalog.gen_random_uuid();
 begin
     insert into outbox.events (event_id, aggregate_type, aggregate_id, event_type, payload, headers)
-    values (event_id, aggregate_type, aggregate_id, event_type, payload, outbox.merged_headers(headers));
+    values (event_id, aggregate_type, aggregate_id::pg_catalog.text, event_type, payload::pg_catalog.json,
+            outbox.merged_headers(headers));
+    return event_id;
+end
+$$;
+
+-- The same for a json, which is published exactly as it was written.
+create function outbox.emit(
+    aggregate_type text,
+    aggregate_id anycompatiblenonarray,
+    event_type text,
+    payload json,
+    headers json default null
+)
+returns uuid
+language plpgsql
+as $$
+declare
+    event_id pg_catalog.uuid := pg_catalog.gen_random_uuid();
+begin
+    insert into outbox.events (event_id, aggregate_type, aggregate_id, event_type, payload, headers)
+    values (event_id, aggregate_type, aggregate_id::pg_catalog.text, event_type, payload,
+            outbox.merged_headers(headers));
+    return event_id;
+end
+$$;
+
+-- The same for a jsonb, which is published as the text that the server makes of it.
+create function outbox.emit(
+    aggregate_type text,
+    aggregate_id anycompatiblenonarray,
+    event_type text,
+    payload jsonb,
+    headers jsonb default null
+)
+returns uuid
+language plpgsql
+as $$
+declare
+    event_id pg_catalog.uuid := pg_catalog.gen_random_uuid();
+begin
+    insert into outbox.events (event_id, aggregate_type, aggregate_id, event_type, payload, headers)
+    values (event_id, aggregate_type, aggregate_id::pg_catalog.text, event_type, payload::pg_catalog.json,
+            outbox.merged_headers(headers::pg_catalog.json));
     return event_id;
 end
 $$;
@@ -190,7 +289,7 @@ $$;
 -- The same for payloads that are encoded already (Avro, Protobuf).
 create function outbox.emit_bytes(
     aggregate_type text,
-    aggregate_id text,
+    aggregate_id anycompatiblenonarray,
     event_type text,
     payload bytea,
     content_type text,
@@ -198,15 +297,15 @@ create function outbox.emit_bytes(
 )
 returns uuid
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-    event_id uuid := gen_random_uuid();
+    event_id pg_catalog.uuid := pg_catalog.gen_random_uuid();
 begin
     insert into outbox.events
         (event_id, aggregate_type, aggregate_id, event_type, payload_bytes, content_type, headers)
     values
-        (event_id, aggregate_type, aggregate_id, event_type, payload, content_type, outbox.merged_headers(headers));
+        (event_id, aggregate_type, aggregate_id::pg_catalog.text, event_type, payload, content_type,
+         outbox.merged_headers(headers));
     return event_id;
 end
 $$;
@@ -219,12 +318,13 @@ $$;
 create function outbox.notify_relay()
 returns trigger
 language plpgsql
-set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if current_setting('outbox.notify', true) is distinct from 'off'
-       and pg_try_advisory_xact_lock(1868721016, 1) then
-        perform pg_notify('outbox_events', '');
+    if pg_catalog.current_setting('outbox.notify', true) operator(pg_catalog.=) 'off' then
+        return null;
+    end if;
+    if pg_catalog.pg_try_advisory_xact_lock(1868721016, 1) then
+        perform pg_catalog.pg_notify('outbox_events', '');
     end if;
     return null;
 end
@@ -656,9 +756,11 @@ begin
 end
 $$;
 
--- Writers may only emit: no column that orders the log, and no reading. The sequence's usage lets its default work.
+-- Writers may only emit: no column that orders the log, and no reading of what was emitted. The sequence's usage lets its default work.
 grant insert (event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at)
     on outbox.events to outbox_writer;
+-- What the server has filled in, for insert ... returning as ORMs send it.
+grant select (id, event_id, occurred_at) on outbox.events to outbox_writer;
 grant usage on sequence outbox.events_id_seq to outbox_writer;
 
 grant select on outbox.events to outbox_relay;
@@ -672,15 +774,13 @@ grant select on outbox.resets to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.
 grant select, insert (who, action, pipeline, selector, events, reason) on outbox.acts to outbox_relay;
 
-revoke all on function
-    outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
-    outbox.context(json), outbox.merged_headers(json), outbox.make_partitions(integer, bigint),
-    outbox.retire_partition(interval, text[], interval), outbox.is_restored(), outbox.adopt(),
-    outbox.repair_sequence(), outbox.shard_of(text, text, integer)
-    from public;
+revoke all on all functions in schema outbox from public;
 grant execute on function
-    outbox.emit(text, text, text, json, json), outbox.emit_bytes(text, text, text, bytea, text, json),
-    outbox.context(json), outbox.merged_headers(json)
+    outbox.emit(text, anycompatiblenonarray, text, text, json), outbox.emit(text, anycompatiblenonarray, text, json, json),
+    outbox.emit(text, anycompatiblenonarray, text, jsonb, jsonb),
+    outbox.emit_bytes(text, anycompatiblenonarray, text, bytea, text, json),
+    outbox.context(json), outbox.merged_headers(json), outbox.headers_can_leave(json),
+    outbox.name_bad_header(json)
     to outbox_writer;
 grant execute on function
     outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),

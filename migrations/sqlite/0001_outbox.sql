@@ -39,6 +39,22 @@ begin
     select raise(abort, 'outbox_events: leave the id to the table, an event below the newest id would never be published');
 end;
 
+-- Headers that can never leave are refused in the transaction of the writer, who can still do something about them.
+create trigger outbox_events_headers_can_leave
+before insert on outbox_events
+when json_valid(new.headers)
+begin
+    select raise(abort, 'outbox_events: headers must be a JSON object of texts')
+     where json_type(new.headers) <> 'object';
+    select raise(abort, 'outbox_events: a header is an object or an array, pass the JSON as a text')
+     where exists (select 1 from json_each(new.headers) where type in ('object', 'array'));
+    select raise(abort, 'outbox_events: a header has no name, or a name that belongs to the relay (id, type, sequence, content-type, replay, or an attribute of CloudEvents with ce_)')
+     where exists (select 1 from json_each(new.headers)
+                    where key in ('', 'id', 'type', 'sequence', 'content-type', 'replay', 'ce_specversion', 'ce_id',
+                                  'ce_source', 'ce_type', 'ce_time', 'ce_sequence', 'ce_subject', 'ce_datacontenttype',
+                                  'ce_data', 'ce_data_base64'));
+end;
+
 -- The relay's books.
 
 create table outbox_cursors (

@@ -20,6 +20,7 @@ mod contract {
 }
 mod cost;
 mod demo;
+mod emit;
 mod end_to_end;
 mod examples;
 mod fake;

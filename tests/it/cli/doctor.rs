@@ -179,7 +179,7 @@ async fn what_is_broken_is_found_and_mended_by_its_remedy() {
         ),
         (
             "writers_rights",
-            "revoke execute on function outbox.emit from outbox_writer; \
+            "revoke execute on function outbox.context from outbox_writer; \
              revoke usage on sequence outbox.events_id_seq from outbox_writer",
         ),
         (

@@ -16,7 +16,8 @@ async fn emit_bad(pool: &PgPool, entity: &str, payload: &str) {
     run(
         pool,
         format!(
-            "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, headers)
+            "alter table outbox.events drop constraint if exists events_headers_can_leave;
+             insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, headers)
              values ('order', '{entity}', 'bad', '{payload}', '[1]')"
         ),
     )

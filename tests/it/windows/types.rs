@@ -10,7 +10,7 @@ use super::schedules::Relay;
 async fn kindred_types_are_read_as_what_they_should_be() {
     with_database("kindred_types", async |database| {
         let mut writer = database.connect().await;
-        let alter = "alter table outbox.events \
+        let alter = "alter table outbox.events drop constraint events_headers_can_leave, \
              alter column payload type jsonb, alter column headers drop default, alter column headers type jsonb, \
              alter column aggregate_type type varchar(20), alter column aggregate_id type bigint using 1";
         sql(&mut writer, alter).await;
