@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, bail, ensure};
 use serde::{Deserialize, Serialize};
+use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
 
 use crate::database::Database;
@@ -176,15 +177,18 @@ impl Books {
         );
         job.id = match &mut self.database {
             Database::Postgres(connection) => {
-                let row = connection.fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)));
-                row.await.and_then(|row| row.try_get_unchecked(0))
+                let mut transaction = begin(connection).await?;
+                let row = transaction.fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)));
+                let id = row.await.and_then(|row| row.try_get_unchecked(0));
+                let id = id.context("note the replay")?;
+                transaction.commit().await.context("note the replay")?;
+                id
             }
             Database::Sqlite(connection) => {
                 let id = sqlx::query_scalar(AssertSqlSafe(statement));
-                id.fetch_one(connection).await
+                id.fetch_one(connection).await.context("note the replay")?
             }
-        }
-        .context("note the replay")?;
+        };
         Ok(())
     }
 
@@ -303,7 +307,12 @@ impl Books {
     async fn execute(&mut self, statement: String) -> Result<u64, Error> {
         let statement = sqlx::raw_sql(AssertSqlSafe(statement));
         Ok(match &mut self.database {
-            Database::Postgres(connection) => connection.execute(statement).await?.rows_affected(),
+            Database::Postgres(connection) => {
+                let mut transaction = begin(connection).await?;
+                let done = transaction.execute(statement).await?;
+                transaction.commit().await?;
+                done.rows_affected()
+            }
             Database::Sqlite(connection) => connection.execute(statement).await?.rows_affected(),
         })
     }
@@ -336,4 +345,13 @@ impl Books {
             Database::Sqlite(_) => "0",
         }
     }
+}
+
+/// As long as a question of the commands may take.
+const STATEMENT_MAX: Duration = Duration::from_secs(5);
+
+async fn begin(
+    connection: &mut PgConnection,
+) -> Result<sqlx::Transaction<'_, sqlx::Postgres>, Error> {
+    ask::begin(connection, ask::Isolation::ReadCommitted, STATEMENT_MAX).await
 }

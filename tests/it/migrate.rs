@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use expect_test::expect_file;
 use outbox_relay::migrate::{self, Kind};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
@@ -69,6 +70,123 @@ async fn a_failed_migration_of_postgres_leaves_nothing_behind() {
     .await
     .unwrap();
     assert_eq!(tables, 1, "only the view");
+}
+
+/// After a change of the migration: `UPDATE_EXPECT=1 tests/run -- migrate::the_objects`.
+#[tokio::test]
+async fn the_objects_that_are_expected_are_those_of_a_migrated_database() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let objects = migrate::objects::describe(database.options.clone()).await;
+    // The partitions that were made have no rights of their own.
+    expect_file!["../../src/migrate/objects.txt"].assert_eq(&objects.unwrap());
+}
+
+/// What `pg_dump --schema-only --no-privileges` leaves of the schema: no rows, no rights.
+const COPIED: &str = "
+delete from outbox.migrations;
+do $$
+declare command text;
+begin
+    for command in
+        select format('revoke all on %s %s from outbox_relay, outbox_writer', kind, name) from (
+            select 'table' as kind, c.oid::regclass::text as name from pg_class c
+             where c.relnamespace = 'outbox'::regnamespace and c.relkind in ('r', 'p')
+            union all select 'sequence', c.oid::regclass::text from pg_class c
+             where c.relnamespace = 'outbox'::regnamespace and c.relkind = 'S'
+            union all select 'function', p.oid::regprocedure::text from pg_proc p
+             where p.pronamespace = 'outbox'::regnamespace
+            union all select 'schema', 'outbox') o
+        union all
+        select format('grant execute on function %s to public', p.oid::regprocedure) from pg_proc p
+         where p.pronamespace = 'outbox'::regnamespace
+    loop execute command; end loop;
+end $$";
+
+#[tokio::test]
+async fn a_copy_of_the_schema_is_recognised_and_given_its_rights() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let before = migrate::objects::describe(database.options.clone())
+        .await
+        .unwrap();
+    let mut connection = database.connect().await;
+    for rows in [COPIED, &format!("{COPIED}; drop table outbox.migrations")] {
+        execute(&mut connection, rows.to_owned()).await;
+        let report = migrate::postgres(database.options.clone()).await.unwrap();
+        assert_eq!(report.applied.len(), 1, "written down");
+        let after = migrate::objects::describe(database.options.clone())
+            .await
+            .unwrap();
+        assert_eq!(after, before);
+        let again = migrate::postgres(database.options.clone()).await.unwrap();
+        assert_eq!(again.applied, []);
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_was_changed_is_not_taken_for_ours() {
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let mut connection = database.connect().await;
+    let changed = "delete from outbox.migrations; \
+                   alter table outbox.events alter column event_id set default null; \
+                   drop table outbox.resets";
+    execute(&mut connection, changed.to_owned()).await;
+    let refused = migrate::postgres(database.options.clone())
+        .await
+        .unwrap_err();
+    let refused = format!("{refused:#}");
+    for part in [
+        "column outbox.events.event_id is \"uuid not null\" instead of \"uuid not null default gen_random_uuid()\"",
+        "column outbox.resets.at is missing",
+        "and no list of migrations",
+    ] {
+        assert!(refused.contains(part), "{part}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn the_schema_of_a_stranger_is_refused() {
+    let Some(database) = TestDatabase::create_empty().await else {
+        return;
+    };
+    let mut connection = database.connect().await;
+    execute(
+        &mut connection,
+        "create schema outbox; alter schema outbox owner to needs_password".to_owned(),
+    )
+    .await;
+    let refused = migrate::postgres(database.options.clone())
+        .await
+        .unwrap_err();
+    let refused = format!("{refused:#}");
+    for part in ["needs_password", "alter schema outbox owner to postgres"] {
+        assert!(refused.contains(part), "{part}: {refused}");
+    }
+    execute(
+        &mut connection,
+        "alter schema outbox owner to postgres".to_owned(),
+    )
+    .await;
+    migrate::postgres(database.options.clone()).await.unwrap();
+}
+
+/// Whatever advisory lock somebody holds, nobody waits for it.
+#[tokio::test]
+async fn no_lock_of_a_stranger_holds_up_a_migration() {
+    let Some(database) = TestDatabase::create_empty().await else {
+        return;
+    };
+    let mut stranger = database.connect().await;
+    let locks = "select pg_advisory_lock(1868721016, n) from generate_series(1, 9) n";
+    execute(&mut stranger, locks.to_owned()).await;
+    let migrated = migrate::postgres(database.options.clone());
+    let migrated = tokio::time::timeout(std::time::Duration::from_secs(60), migrated).await;
+    migrated.expect("does not wait").unwrap();
 }
 
 #[tokio::test]

@@ -1,14 +1,15 @@
 //! Questions about the state of the database, for people: each answer is one JSON document that becomes a type.
 //!
-//! Simple protocol and one statement each, so that they work through any pooler; each has a limit of its own, so that no
-//! question holds up a server that is in trouble already. Never asked by the loop.
+//! Each is a transaction, or in one that [`begin`] has begun, with settings and a limit of its own, so that it works through a pooler that keeps transactions
+//! together, means the same in every database, and does not hold up a server that is in trouble already. Never asked by the
+//! loop.
 
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use serde::de::DeserializeOwned;
 use sqlx::postgres::PgConnection;
-use sqlx::{AssertSqlSafe, Executor, Row};
+use sqlx::{AssertSqlSafe, Connection, Executor, Postgres, Row, Transaction};
 use tokio::time::timeout;
 
 /// Of the server for one answer; the connection gets a little more.
@@ -78,12 +79,17 @@ async fn ask(
     question: &str,
     limit: Duration,
 ) -> Result<String, anyhow::Error> {
-    // Several statements of one message are one transaction: the limit ends with it, also behind a pooler.
-    let statement = format!(
-        "set local statement_timeout = {}; {question}",
-        limit.as_millis()
-    );
-    let asked = connection.fetch_all(sqlx::raw_sql(AssertSqlSafe(statement)));
+    let asked = async {
+        if connection.is_in_transaction() {
+            let question = sqlx::raw_sql(AssertSqlSafe(question.to_owned()));
+            return Ok(connection.fetch_all(question).await?);
+        }
+        let mut transaction = begin(connection, Isolation::ReadCommitted, limit).await?;
+        let question = sqlx::raw_sql(AssertSqlSafe(question.to_owned()));
+        let rows = transaction.fetch_all(question).await?;
+        transaction.commit().await?;
+        Ok::<_, anyhow::Error>(rows)
+    };
     let rows = timeout(limit + Duration::from_secs(2), asked)
         .await
         .map_err(|_| anyhow!("no answer within {} s", limit.as_secs() + 2))??;
@@ -91,8 +97,51 @@ async fn ask(
     row.try_get_unchecked(0).context("decode the answer")
 }
 
-/// Quotes a text for SQL as SQLite wants it, and PostgreSQL with `standard_conforming_strings` on, which it is since 9.1 unless
-/// somebody changes that: then a backslash would mean something.
+/// What a transaction sees of others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isolation {
+    /// Each statement what was committed before it.
+    ReadCommitted,
+    /// All statements what was committed before the first one; they can write nothing.
+    OneSnapshot,
+}
+
+/// Begins a transaction whose statements mean the same in every database: names belong to `pg_catalog`, so that an object that
+/// a stranger made in another schema is never called, and no setting of the database, the role or the session changes how a
+/// text is read or written. All of it ends with the transaction, also behind a pooler, and so does the limit of each statement;
+/// a limit of zero is none.
+///
+/// # Errors
+/// When the server refuses, or can't be reached.
+pub(crate) async fn begin(
+    connection: &mut PgConnection,
+    isolation: Isolation,
+    limit: Duration,
+) -> Result<Transaction<'_, Postgres>, anyhow::Error> {
+    let isolation = match isolation {
+        Isolation::ReadCommitted => "read committed",
+        Isolation::OneSnapshot => "repeatable read read only",
+    };
+    let begin = format!(
+        "begin isolation level {isolation}; \
+         select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
+                pg_catalog.set_config('standard_conforming_strings', 'on', true), \
+                pg_catalog.set_config('bytea_output', 'hex', true), \
+                pg_catalog.set_config('datestyle', 'ISO', true), \
+                pg_catalog.set_config('intervalstyle', 'postgres', true), \
+                pg_catalog.set_config('timezone', 'UTC', true), \
+                pg_catalog.set_config('extra_float_digits', '1', true), \
+                pg_catalog.set_config('statement_timeout', '{}', true)",
+        limit.as_millis()
+    );
+    connection
+        .begin_with(AssertSqlSafe(begin))
+        .await
+        .context("begin a transaction")
+}
+
+/// Quotes a text for SQL as SQLite wants it, and PostgreSQL with `standard_conforming_strings` on, as in every transaction of
+/// [`begin`].
 pub(crate) fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

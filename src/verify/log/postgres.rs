@@ -1,13 +1,16 @@
 //! The log and the books in PostgreSQL. Works through a pooler: each question is one transaction.
 
+use std::time::Duration;
+
 use anyhow::Context;
 use futures_util::TryStreamExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 use uuid::Uuid;
 
 use super::{Books, Cursor, Emitted, Retained, Settled, gaps};
 use crate::event::PipelineName;
+use crate::source::postgres::ask::{Isolation, begin};
 
 pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
     PgConnection::connect_with(&options.clone().disable_statement_logging())
@@ -146,17 +149,13 @@ async fn rows(
 }
 
 /// Long reads are what an audit is.
-async fn unlimited(
-    connection: &mut PgConnection,
-) -> Result<sqlx::Transaction<'_, sqlx::Postgres>, anyhow::Error> {
-    let mut transaction = connection
-        .begin_with("begin isolation level repeatable read read only")
+async fn unlimited(connection: &mut PgConnection) -> Result<Transaction<'_>, anyhow::Error> {
+    begin(connection, Isolation::OneSnapshot, Duration::ZERO)
         .await
-        .context("begin to read the log")?;
-    let limit = sqlx::raw_sql("set local statement_timeout = 0");
-    transaction.execute(limit).await?;
-    Ok(transaction)
+        .context("begin to read the log")
 }
+
+type Transaction<'c> = sqlx::Transaction<'c, sqlx::Postgres>;
 
 /// One pass in the order of the primary key; memory is that of one row.
 pub(super) async fn read(

@@ -3,16 +3,21 @@
 //! The migrations are part of the program. Applying them is idempotent, all or nothing, and may be done by many at once.
 //! The books of what was applied lie beside the tables, under a name that does not meet the service's own migrations.
 
+pub mod objects;
+
 use std::fmt::{self, Write};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
+use serde::Deserialize;
 use sqlx::migrate::{Migration, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::sleep;
 
+use self::objects::Comparison;
+use crate::source::postgres::ask::{self, Isolation};
 use crate::source::{postgres, sqlite};
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
@@ -53,26 +58,48 @@ pub struct Report {
 
 /// Brings a PostgreSQL database up to date, in one transaction that also works through a transaction-mode pooler.
 ///
-/// Writes nothing, and needs no right to, when there is nothing to do.
+/// Writes nothing, and needs no right to, when there is nothing to do. What a copy of the schema has without its list of
+/// migrations, it recognises, lists, and gives the rights to anew.
 ///
 /// # Errors
-/// When the server can't be reached, the rights do not suffice, or what was applied before is not what this program
-/// knows (it is older than the database, or a migration was changed since). Nothing was changed then.
+/// When the server can't be reached, the rights do not suffice, what was applied before is not what this program
+/// knows (it is older than the database, or a migration was changed since), or the schema has other objects of these names.
+/// Nothing was changed then.
 pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
-    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
-    let mut transaction = connection.begin().await.context("begin to migrate")?;
-    // One at a time, by a lock that ends with the transaction: one of the session would stay with the pooler.
-    transaction
-        .execute("select pg_advisory_xact_lock(1868721016, 3)")
+    /// Each attempt that fails like this was overtaken by another migration, which is complete then.
+    const ATTEMPTS: u32 = 5;
+    let options = options.disable_statement_logging();
+    let mut attempt = 1;
+    loop {
+        match migrate_postgres(&options).await {
+            Err(error) if attempt < ATTEMPTS && was_overtaken(&error) => attempt += 1,
+            done => return done,
+        }
+    }
+}
+
+async fn migrate_postgres(options: &PgConnectOptions) -> anyhow::Result<Report> {
+    let mut connection = postgres::connect(options).await?;
+    let mut transaction = ask::begin(&mut connection, Isolation::ReadCommitted, Duration::ZERO)
         .await
-        .context("wait for other migrations")?;
+        .context("begin to migrate")?;
     let applied = applied_in_postgres(&mut transaction).await?;
     let pending = pending(Kind::Postgres, &applied)?;
-    for (migration, statements) in steps(Kind::Postgres, &pending) {
+    if !pending.is_empty() {
+        // Migrations that run at the same time meet at the names that they make, where nobody else can keep them waiting.
+        own_schema(&mut transaction).await?;
+        let statements = match objects::compare(&objects::present(&mut transaction).await?) {
+            Comparison::Nothing => steps(Kind::Postgres, &pending).map(|(_, s)| s).collect(),
+            Comparison::Same => recognised(&pending),
+            Comparison::Different(_) if !applied.is_empty() => {
+                steps(Kind::Postgres, &pending).map(|(_, s)| s).collect()
+            }
+            Comparison::Different(differences) => bail!(different(&differences)),
+        };
         transaction
             .execute(sqlx::raw_sql(AssertSqlSafe(statements)))
             .await
-            .with_context(|| format!("apply migration {}", version(migration)))?;
+            .context("apply the migrations")?;
     }
     let report = report(Kind::Postgres, &pending);
     transaction
@@ -81,6 +108,69 @@ pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
         .context("commit the migrations")?;
     connection.close().await.context("close the connection")?;
     Ok(report)
+}
+
+/// For a schema that has everything but the list of migrations: the list, and the rights, which copies leave out.
+fn recognised(pending: &[&Migration]) -> String {
+    let mut statements = POSTGRES_BOOKS.to_owned();
+    for migration in pending {
+        statements.push_str(&listed(Kind::Postgres, migration));
+    }
+    statements + &objects::grants()
+}
+
+fn different(differences: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = differences[..differences.len().min(SHOWN)].join("; ");
+    let more = differences.len().saturating_sub(SHOWN);
+    let more = match more {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    format!(
+        "the schema outbox has tables of an outbox, but not as this program makes them ({shown}{more}), and no list of \
+         migrations (outbox.migrations): restore the list, or move these tables to another schema and migrate again"
+    )
+}
+
+/// Whoever owns the schema may drop what is in it.
+async fn own_schema(connection: &mut PgConnection) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct Schema {
+        owner: Option<String>,
+        me: String,
+        trusted: bool,
+    }
+    let Schema { owner, me, trusted } = ask::one(
+        connection,
+        "select r.rolname::text as owner, current_user::text as me, \
+                coalesce(r.rolname = current_user or r.rolsuper or r.rolname = 'pg_database_owner', true) as trusted \
+           from (values (1)) one \
+           left join pg_namespace s on s.nspname = 'outbox' \
+           left join pg_roles r on r.oid = s.nspowner",
+    )
+    .await
+    .context("look at the owner of the schema outbox")?;
+    ensure!(
+        trusted,
+        "the schema outbox belongs to the role {owner}, who may drop what is in it, and you are {me}: migrate as {owner}, or run \
+         alter schema outbox owner to {me}",
+        owner = owner.unwrap_or_default()
+    );
+    Ok(())
+}
+
+/// Whether the error says that somebody else has made an object of the same name meanwhile.
+fn was_overtaken(error: &anyhow::Error) -> bool {
+    // unique_violation, and duplicate schema, table, function and object.
+    const CODES: [&str; 5] = ["23505", "42P06", "42P07", "42723", "42710"];
+    let code = error.chain().find_map(|cause| {
+        cause
+            .downcast_ref::<sqlx::Error>()?
+            .as_database_error()?
+            .code()
+    });
+    code.is_some_and(|code| CODES.contains(&&*code))
 }
 
 /// Brings a SQLite file up to date and switches it to the write-ahead log, with which the relay's reading does not block
@@ -157,6 +247,12 @@ pub fn print(kind: Kind) -> String {
         script.push_str("pragma journal_mode = wal;\n\n");
     }
     script.push_str("begin;\n\n");
+    // As in the program: no object of another schema is called, and no text is read in another way.
+    if kind == Kind::Postgres {
+        script.push_str(
+            "set local search_path = pg_catalog, pg_temp;\nset local standard_conforming_strings = on;\n\n",
+        );
+    }
     let all: Vec<&Migration> = migrator(kind).iter().collect();
     for (_, statements) in steps(kind, &all) {
         script.push_str(&statements);
@@ -191,20 +287,32 @@ fn steps<'m>(
     kind: Kind,
     migrations: &[&'m Migration],
 ) -> impl Iterator<Item = (&'m Migration, String)> {
-    let (books, table) = match kind {
-        Kind::Postgres => (POSTGRES_BOOKS, "outbox.migrations"),
-        Kind::Sqlite => (SQLITE_BOOKS, "outbox_migrations"),
+    let books = match kind {
+        Kind::Postgres => POSTGRES_BOOKS,
+        Kind::Sqlite => SQLITE_BOOKS,
     };
     migrations.iter().map(move |migration| {
         let statements = format!(
-            "{}{books}insert into {table} (version, description, checksum)\nvalues ({}, '{}', '{}');\n",
+            "{}{books}{}",
             migration.sql.as_str(),
-            migration.version,
-            migration.description.replace('\'', "''"),
-            checksum(migration)
+            listed(kind, migration)
         );
         (*migration, statements)
     })
+}
+
+/// The statement that notes a migration in the list.
+fn listed(kind: Kind, migration: &Migration) -> String {
+    let table = match kind {
+        Kind::Postgres => "outbox.migrations",
+        Kind::Sqlite => "outbox_migrations",
+    };
+    format!(
+        "insert into {table} (version, description, checksum)\nvalues ({}, '{}', '{}');\n",
+        migration.version,
+        migration.description.replace('\'', "''"),
+        checksum(migration)
+    )
 }
 
 fn migrator(kind: Kind) -> &'static Migrator {
@@ -260,7 +368,7 @@ async fn applied_in_postgres(connection: &mut PgConnection) -> anyhow::Result<Ve
     // By the simple protocol: a pooler would give the next transaction somebody else's prepared statements.
     let there = connection
         .fetch_one(sqlx::raw_sql(
-            "select to_regclass('outbox.migrations') is not null",
+            "select pg_catalog.to_regclass('outbox.migrations') is not null",
         ))
         .await
         .context("look for the applied migrations")?;
