@@ -17,7 +17,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::sleep;
 
 use self::objects::Comparison;
-use crate::source::postgres::ask::{self, Isolation};
+use crate::source::postgres::ask;
 use crate::source::{postgres, sqlite};
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
@@ -80,7 +80,7 @@ pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
 
 async fn migrate_postgres(options: &PgConnectOptions) -> anyhow::Result<Report> {
     let mut connection = postgres::connect(options).await?;
-    let mut transaction = ask::begin(&mut connection, Isolation::ReadCommitted, Duration::ZERO)
+    let mut transaction = ask::begin(&mut connection, Duration::ZERO)
         .await
         .context("begin to migrate")?;
     let applied = applied_in_postgres(&mut transaction).await?;

@@ -38,7 +38,7 @@ select o.kind, o.name, o.definition
            concat_ws(' ', format_type(a.atttypid, a.atttypmod), case when a.attnotnull then 'not null' end,
                      case when a.attidentity <> '' then 'identity' end,
                      case a.attgenerated when 's' then 'generated' end,
-                     'default ' || translate(pg_get_expr(d.adbin, d.adrelid), chr(10), ' '))
+                     'default ' || regexp_replace(trim(pg_get_expr(d.adbin, d.adrelid), chr(10) || ' '), '[[:space:]]+', ' ', 'g'))
       from pg_class c
       join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
       left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum

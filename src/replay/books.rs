@@ -353,5 +353,5 @@ const STATEMENT_MAX: Duration = Duration::from_secs(5);
 async fn begin(
     connection: &mut PgConnection,
 ) -> Result<sqlx::Transaction<'_, sqlx::Postgres>, Error> {
-    ask::begin(connection, ask::Isolation::ReadCommitted, STATEMENT_MAX).await
+    ask::begin(connection, STATEMENT_MAX).await
 }

@@ -1,6 +1,7 @@
 //! Looks at the PostgreSQL end, probe by probe.
 
 mod books;
+mod need;
 mod partitions;
 mod pooler;
 mod rights;
@@ -64,7 +65,6 @@ async fn examine_outbox(
         "table",
         table::examine(connection, settings.mode).await,
     ));
-    findings.extend(answered("writers", rights::writers(connection).await));
     if enough {
         findings.extend(answered(
             "books",

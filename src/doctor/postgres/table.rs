@@ -8,26 +8,33 @@ use sqlx::postgres::PgConnection;
 
 use super::super::Finding;
 use super::partitions::{self, Partition};
+use crate::migrate::objects;
 use crate::source::postgres::{CaptureMode, ask};
 
-/// Column, type, and what its default has to contain.
-const COLUMNS: [(&str, &str, Option<&str>); 11] = [
-    ("xid", "xid8", Some("pg_current_xact_id()")),
-    ("id", "bigint", Some("events_id_seq")),
-    ("event_id", "uuid", Some("gen_random_uuid()")),
-    ("aggregate_type", "text", None),
-    ("aggregate_id", "text", None),
-    ("event_type", "text", None),
-    ("payload", "json", None),
-    ("payload_bytes", "bytea", None),
-    ("content_type", "text", None),
-    ("headers", "json", None),
-    (
-        "occurred_at",
-        "timestamp with time zone",
-        Some("clock_timestamp()"),
-    ),
+/// Column and type.
+const COLUMNS: [(&str, &str); 11] = [
+    ("xid", "xid8"),
+    ("id", "bigint"),
+    ("event_id", "uuid"),
+    ("aggregate_type", "text"),
+    ("aggregate_id", "text"),
+    ("event_type", "text"),
+    ("payload", "json"),
+    ("payload_bytes", "bytea"),
+    ("content_type", "text"),
+    ("headers", "json"),
+    ("occurred_at", "timestamp with time zone"),
 ];
+
+/// The default that the migrations give a column, as the server writes it.
+fn migrated_default(name: &str) -> Option<String> {
+    let name = format!("outbox.events.{name}");
+    let column = objects::expected()
+        .into_iter()
+        .find(|object| object.kind == "column" && object.name == name)?;
+    let (_, default) = column.definition.split_once("default ")?;
+    Some(default.to_owned())
+}
 
 const EXISTS: &str = "
 select exists (
@@ -47,7 +54,7 @@ select c.relkind = 'p' as partitioned,
        current_user::text as role,
        (select coalesce(json_agg(a order by a.attnum), '[]') from (
             select a.attname as name, format_type(a.atttypid, a.atttypmod) as type,
-                   pg_get_expr(d.adbin, d.adrelid) as \"default\", a.attnum
+                   regexp_replace(trim(pg_get_expr(d.adbin, d.adrelid), chr(10) || ' '), '[[:space:]]+', ' ', 'g') as \"default\", a.attnum
               from pg_attribute a
               left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
              where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a) as columns,
@@ -155,7 +162,8 @@ pub(super) async fn examine(
 
 fn columns(columns: &[Column]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (name, expected, default) in COLUMNS {
+    for (name, expected) in COLUMNS {
+        let default = migrated_default(name);
         let Some(column) = columns.iter().find(|column| column.name == name) else {
             findings.push(
                 Finding::error(
@@ -163,7 +171,7 @@ fn columns(columns: &[Column]) -> Vec<Finding> {
                     format!("outbox.events has no column {name}"),
                     "the relay reads it",
                 )
-                .sql(add_column(name, expected, default)),
+                .sql(add_column(name, expected, default.as_deref())),
             );
             continue;
         };
@@ -184,24 +192,21 @@ fn columns(columns: &[Column]) -> Vec<Finding> {
                 )),
             );
         }
-        let has_default = |part: &str| column.default.as_ref().is_some_and(|d| d.contains(part));
-        if let Some(default) = default.filter(|default| !has_default(default)) {
-            findings.push(wrong_default(name, column.default.as_deref(), default));
+        // Where the columns stand in the wrong order, this makes up for it.
+        let asks_first = name == "id" && column.default.as_deref() == Some(ASKS_FIRST);
+        if let Some(default) = default.filter(|default| column.default.as_ref() != Some(default))
+            && !asks_first
+        {
+            findings.push(wrong_default(name, column.default.as_deref(), &default));
         }
     }
     findings
 }
 
-fn default_of(name: &str, default: &str) -> String {
-    match name {
-        "id" => "nextval('outbox.events_id_seq')".to_owned(),
-        _ => default.to_owned(),
-    }
-}
-
 fn add_column(name: &str, expected: &str, default: Option<&str>) -> String {
     let default = default.map_or(String::new(), |default| {
-        format!(" not null default {}", default_of(name, default))
+        let required = if name == "headers" { "" } else { " not null" };
+        format!("{required} default {default}")
     });
     let grant = match name {
         "xid" | "id" => String::new(),
@@ -226,23 +231,23 @@ fn wrong_default(name: &str, found: Option<&str>, expected: &str) -> Finding {
             what,
             "now() is the start of the transaction: ages, latencies and the time of the records are off by its length",
         ),
+        "headers" => Finding::warning("columns", what, "what outbox.context sets is not published"),
         _ => Finding::warning("columns", what, "writers have to give it themselves"),
     };
     finding.sql(format!(
-        "alter table outbox.events alter column {name} set default {}",
-        default_of(name, expected)
+        "alter table outbox.events alter column {name} set default {expected}"
     ))
 }
+
+/// A default of id that takes the number of the transaction first, as the server writes it.
+const ASKS_FIRST: &str = "CASE WHEN (pg_current_xact_id() IS NOT NULL) THEN nextval('outbox.events_id_seq'::regclass) ELSE \
+                          NULL::bigint END";
 
 /// Defaults are evaluated in column order. A default of id that asks for the transaction itself is as good.
 fn order(columns: &[Column]) -> Option<Finding> {
     let place = |name: &str| columns.iter().position(|column| column.name == name);
     let (xid, id) = (place("xid")?, place("id")?);
-    let default = columns[id].default.as_deref().unwrap_or_default();
-    let asks_first = default
-        .find("pg_current_xact_id()")
-        .zip(default.find("nextval("))
-        .is_some_and(|(xid, id)| xid < id);
+    let asks_first = columns[id].default.as_deref() == Some(ASKS_FIRST);
     (xid > id && !asks_first).then(|| {
         Finding::error(
             "column_order",
@@ -399,13 +404,7 @@ mod tests {
     fn as_migrated() -> Vec<Column> {
         COLUMNS
             .iter()
-            .map(|(name, r#type, default)| {
-                column(
-                    name,
-                    r#type,
-                    default.map(|default| default_of(name, default)).as_deref(),
-                )
-            })
+            .map(|(name, r#type)| column(name, r#type, migrated_default(name).as_deref()))
             .collect()
     }
 
@@ -420,11 +419,7 @@ mod tests {
         let mut swapped = as_migrated();
         swapped.swap(0, 1);
         assert_eq!(order(&swapped).unwrap().severity, Severity::Error);
-        swapped[0].default = Some(
-            "CASE WHEN (pg_current_xact_id() IS NOT NULL) THEN nextval('outbox.events_id_seq'::regclass) ELSE \
-             NULL::bigint END"
-                .to_owned(),
-        );
+        swapped[0].default = Some(ASKS_FIRST.to_owned());
         assert_eq!(order(&swapped), None);
         assert_eq!(columns(&swapped), []);
     }
@@ -435,6 +430,11 @@ mod tests {
         found[6] = column("payload", "jsonb", None);
         found[3] = column("aggregate_type", "character varying(64)", None);
         found[10] = column("occurred_at", "timestamp with time zone", Some("now()"));
+        found[1] = column(
+            "id",
+            "bigint",
+            Some("public.nextval('outbox.events_id_seq'::text)"),
+        );
         found.remove(8);
         let found: Vec<_> = columns(&found)
             .into_iter()
@@ -443,6 +443,11 @@ mod tests {
         assert_eq!(
             found,
             [
+                (
+                    Severity::Error,
+                    "the default of column id of outbox.events is public.nextval('outbox.events_id_seq'::text)"
+                        .to_owned()
+                ),
                 (
                     Severity::Error,
                     "column payload of outbox.events is jsonb, not json".to_owned()

@@ -84,7 +84,7 @@ async fn ask(
             let question = sqlx::raw_sql(AssertSqlSafe(question.to_owned()));
             return Ok(connection.fetch_all(question).await?);
         }
-        let mut transaction = begin(connection, Isolation::ReadCommitted, limit).await?;
+        let mut transaction = begin(connection, limit).await?;
         let question = sqlx::raw_sql(AssertSqlSafe(question.to_owned()));
         let rows = transaction.fetch_all(question).await?;
         transaction.commit().await?;
@@ -97,15 +97,6 @@ async fn ask(
     row.try_get_unchecked(0).context("decode the answer")
 }
 
-/// What a transaction sees of others.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Isolation {
-    /// Each statement what was committed before it.
-    ReadCommitted,
-    /// All statements what was committed before the first one; they can write nothing.
-    OneSnapshot,
-}
-
 /// Begins a transaction whose statements mean the same in every database: names belong to `pg_catalog`, so that an object that
 /// a stranger made in another schema is never called, and no setting of the database, the role or the session changes how a
 /// text is read or written. All of it ends with the transaction, also behind a pooler, and so does the limit of each statement;
@@ -115,15 +106,10 @@ pub(crate) enum Isolation {
 /// When the server refuses, or can't be reached.
 pub(crate) async fn begin(
     connection: &mut PgConnection,
-    isolation: Isolation,
     limit: Duration,
 ) -> Result<Transaction<'_, Postgres>, anyhow::Error> {
-    let isolation = match isolation {
-        Isolation::ReadCommitted => "read committed",
-        Isolation::OneSnapshot => "repeatable read read only",
-    };
     let begin = format!(
-        "begin isolation level {isolation}; \
+        "begin isolation level read committed; \
          select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
                 pg_catalog.set_config('standard_conforming_strings', 'on', true), \
                 pg_catalog.set_config('bytea_output', 'hex', true), \

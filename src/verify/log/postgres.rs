@@ -1,7 +1,5 @@
 //! The log and the books in PostgreSQL. Works through a pooler: each question is one transaction.
 
-use std::time::Duration;
-
 use anyhow::Context;
 use futures_util::TryStreamExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
@@ -10,7 +8,6 @@ use uuid::Uuid;
 
 use super::{Books, Cursor, Emitted, Retained, Settled, gaps};
 use crate::event::PipelineName;
-use crate::source::postgres::ask::{Isolation, begin};
 
 pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
     PgConnection::connect_with(&options.clone().disable_statement_logging())
@@ -148,11 +145,17 @@ async fn rows(
     Ok(rows)
 }
 
-/// Long reads are what an audit is.
+/// Long reads are what an audit is. Names belong to `pg_catalog`, whatever a schema of the path has, and texts are read and written
+/// in one way, whatever the database is set to; all of it ends with the transaction.
+const BEGIN: &str = "begin isolation level repeatable read read only; \
+    select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
+           pg_catalog.set_config('standard_conforming_strings', 'on', true), \
+           pg_catalog.set_config('timezone', 'UTC', true), \
+           pg_catalog.set_config('statement_timeout', '0', true)";
+
 async fn unlimited(connection: &mut PgConnection) -> Result<Transaction<'_>, anyhow::Error> {
-    begin(connection, Isolation::OneSnapshot, Duration::ZERO)
-        .await
-        .context("begin to read the log")
+    let transaction = connection.begin_with(BEGIN).await;
+    transaction.context("begin to read the log")
 }
 
 type Transaction<'c> = sqlx::Transaction<'c, sqlx::Postgres>;

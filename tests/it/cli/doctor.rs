@@ -124,13 +124,16 @@ create table outbox.events (
     event_id uuid not null default gen_random_uuid(),
     aggregate_type text not null, aggregate_id text not null, event_type text not null,
     payload json, payload_bytes bytea, content_type text,
-    headers json, occurred_at timestamptz not null default clock_timestamp()) partition by range (id);
+    headers json default case when current_setting('outbox.context_of', true) = pg_current_xact_id()::text
+                              then current_setting('outbox.context', true)::json end,
+    occurred_at timestamptz not null default clock_timestamp()) partition by range (id);
 create index on outbox.events (xid, id);
 create table outbox.events_default partition of outbox.events default;
 create trigger events_notify after insert on outbox.events for each statement execute function outbox.notify_relay();
 grant select on outbox.events to outbox_relay;
 grant insert (event_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, content_type, headers, occurred_at)
     on outbox.events to outbox_writer;
+grant select (id, event_id, occurred_at) on outbox.events to outbox_writer;
 select outbox.make_partitions()";
 
 const NO_PARTITIONS: &str = "

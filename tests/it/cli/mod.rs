@@ -2,6 +2,7 @@
 
 mod admin;
 mod doctor;
+mod doctor_rights;
 mod status;
 
 use std::fmt::Write;
