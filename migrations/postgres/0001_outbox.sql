@@ -50,6 +50,7 @@ as $$
 declare
     header record;
     kind text := json_typeof(headers);
+    zero constant text := '(zero byte)';
     -- The relay's own headers, and the attributes and members of CloudEvents. A header without a name can't leave either.
     reserved constant text[] := array['', 'id', 'type', 'sequence', 'content-type', 'replay', 'ce_specversion', 'ce_id',
         'ce_source', 'ce_type', 'ce_time', 'ce_sequence', 'ce_subject', 'ce_datacontenttype', 'ce_data', 'ce_data_base64'];
@@ -59,7 +60,11 @@ begin
             using errcode = 'invalid_parameter_value',
                   hint = 'For example: ''{"tenant": "acme"}''.';
     end if;
-    for header in select key, value from json_each(headers) loop
+    -- A value may have a zero byte, which json_each refuses: such an escape is replaced by words before.
+    for header in
+        select key, value
+          from json_each(replace(replace(headers::text, chr(92) || chr(92), 'x'), chr(92) || 'u0000', zero)::json)
+    loop
         kind := json_typeof(header.value);
         if kind in ('object', 'array') then
             raise exception 'the header "%" is an %', header.key, kind
@@ -68,6 +73,10 @@ begin
         elsif header.key = any (reserved) then
             raise exception 'the header "%" can''t be emitted: %', header.key,
                 case header.key when '' then 'it has no name' else 'the name belongs to the relay' end
+                using errcode = 'invalid_parameter_value',
+                      hint = 'Emit it under another name.';
+        elsif strpos(header.key, zero) > 0 then
+            raise exception 'the header "%" can''t be emitted: its name has a zero byte', header.key
                 using errcode = 'invalid_parameter_value',
                       hint = 'Emit it under another name.';
         end if;
@@ -385,10 +394,9 @@ create table outbox.pipelines (
 create function outbox.shard_of(aggregate_type text, aggregate_id text, shards integer)
 returns integer
 language sql immutable parallel safe
-as $$
-    select ((hashtextextended(aggregate_id collate "C", hashtextextended(aggregate_type collate "C", 0))
-             & 9223372036854775807) % shards)::integer
-$$;
+-- Its names are resolved here, once, and not where it is called.
+return ((hashtextextended(aggregate_id collate "C", hashtextextended(aggregate_type collate "C", 0))
+         & 9223372036854775807) % shards)::integer;
 
 -- Where the shards stood when their number changed. The cursors of the new ones begin where none of the old ones had
 -- been yet, and leave out what the old shard of an event had passed.

@@ -72,7 +72,7 @@ async fn headers_that_can_never_leave_are_refused_by_name() {
             (r#" "x""#, REFUSED, "headers must be a JSON object of texts, got string"),
             (r#"7"#, REFUSED, "headers must be a JSON object of texts, got number"),
             (r#"{"a": "\ud800"}"#, "22P02", "invalid input syntax for type json"),
-            (r#"{"a\u0000": "x"}"#, "22P05", "unsupported Unicode escape sequence"),
+            (r#"{"a\u0000": "x"}"#, REFUSED, "its name has a zero byte"),
         ];
         for (headers, code, message) in cases {
             let quoted = headers.replace('\'', "''");
@@ -130,6 +130,7 @@ async fn headers_that_are_taken_can_leave() {
             r#"{"brackets": "a{b}[c]", "escapes": "\"\\\ud83d\uddfd"}"#,
             r#"{ "ce_tenant": "acme", "ID": "x", "Type": "y", "ids": "id", "type ": "id" }"#,
             r#"{"a": "1", "a": "2"}"#,
+            r#"{"zero": "\u0000", "backslash": "\\u0000"}"#,
             "{}",
             " \n{\t}",
         ];

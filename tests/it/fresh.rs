@@ -8,6 +8,8 @@ use futures_util::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection};
 
+use crate::harness::hostile;
+
 /// What `migrate` applies.
 pub(crate) const MIGRATIONS: [&str; 1] =
     [include_str!("../../migrations/postgres/0001_outbox.sql")];
@@ -64,6 +66,7 @@ pub(crate) async fn empty_database(test: &str, work: impl AsyncFnOnce(&Database)
         options: server.database(&name),
         name,
     };
+    hostile::spoil(&mut database.superuser().await).await;
     let outcome = AssertUnwindSafe(work(&database)).catch_unwind().await;
     let name = &database.name;
     run(&mut admin, &format!("drop database {name} with (force)")).await;
@@ -85,7 +88,7 @@ pub(crate) async fn empty_database(test: &str, work: impl AsyncFnOnce(&Database)
 impl Database {
     /// A connection that may do everything.
     pub(crate) async fn superuser(&self) -> PgConnection {
-        PgConnection::connect_with(&self.options)
+        PgConnection::connect_with(&hostile::of_tests(self.options()))
             .await
             .expect("connect")
     }
@@ -106,7 +109,7 @@ impl Database {
 
     /// A connection as a role made by `login`.
     pub(crate) async fn connect(&self, role: &str) -> PgConnection {
-        let options = self.options().username(role).password(PASSWORD);
+        let options = hostile::of_tests(self.options().username(role).password(PASSWORD));
         PgConnection::connect_with(&options).await.expect("connect")
     }
 

@@ -28,6 +28,7 @@ mod fresh;
 mod fuzz;
 mod harness {
     pub mod books;
+    pub mod hostile;
     pub mod log;
     pub mod postgres;
     pub mod sqlite;

@@ -75,7 +75,7 @@ async fn shares_processes(options: &PgConnectOptions) -> Result<bool, anyhow::Er
     let mut shared = false;
     for _ in 0..5 {
         let before = pid(&mut ours).await?;
-        let mut holding = other.begin().await.context("begin a transaction")?;
+        let mut holding = ask::begin(&mut other, ARRIVES_WITHIN).await?;
         // While this transaction holds its process, a pooler has to give us another one.
         let held = pid(&mut holding).await?;
         let after = pid(&mut ours).await?;

@@ -304,7 +304,8 @@ pub(super) async fn due(
                  cross join lateral ( \
                     select coalesce(octet_length(p.payload), 0) + coalesce(octet_length(p.payload_bytes), 0) \
                            + coalesce(octet_length(p.headers), 0)) s (bytes)) \
-             select id, event_id::text, aggregate_type, aggregate_id, event_type, payload, payload_bytes, \
+             select id, event_id::text, aggregate_type, aggregate_id, event_type, payload, \
+                    chr(92) || 'x' || encode(payload_bytes, 'hex'), \
                     content_type, headers, \
                     case occurred_at when 'infinity' then 9223372036854775807 \
                                      when '-infinity' then -9223372036854775808 \

@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
 use super::{
-    BEGIN, LedgerError, Settings, connect, execute, fetch_one, get, literal, restored,
+    BEGIN, LedgerError, Settings, connect, execute, fetch_one, get, in_path, literal, restored,
     set_position, stored_position,
 };
 use crate::event::PipelineName;
@@ -161,7 +161,7 @@ impl Roster {
             literal(&self.holder)
         );
         let mut connection = self.connected().await?;
-        let left = connection.execute(sqlx::raw_sql(AssertSqlSafe(statement)));
+        let left = connection.execute(sqlx::raw_sql(AssertSqlSafe(in_path(&statement))));
         timeout(ANSWER_MAX, left)
             .await
             .context("no answer from the database")?

@@ -719,7 +719,7 @@ async fn no_setting_or_object_of_the_database_matters(books: PolledPostgres) {
                 'octet_length(text) returns integer',
                 'to_char(timestamp, text) returns text',
                 'jsonb_array_length(jsonb) returns integer'] loop
-                execute format('create function public.%s language plpgsql as %L', one,
+                execute format('create or replace function public.%s language plpgsql as %L', one,
                                'begin raise ''a function of public was called''; end');
             end loop;
             foreach one in array array[

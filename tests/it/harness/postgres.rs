@@ -7,6 +7,8 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use uuid::Uuid;
 
+use super::hostile;
+
 /// The server that tests may create databases on, or none, which is then said aloud.
 ///
 /// # Panics
@@ -61,20 +63,23 @@ impl TestDatabase {
         .await;
         connection.close().await.unwrap();
         let options = server.clone().database(&name);
-        Some(Self {
+        let database = Self {
             url: options.to_url_lossy().to_string(),
             pool: PgPoolOptions::new()
                 .max_connections(10)
-                .connect_lazy_with(options.clone()),
+                .connect_lazy_with(hostile::of_tests(options.clone())),
             options,
             server,
             name,
-        })
+        };
+        hostile::spoil(&mut database.connect().await).await;
+        Some(database)
     }
 
     /// A connection of its own.
     pub async fn connect(&self) -> PgConnection {
-        PgConnection::connect_with(&self.options).await.unwrap()
+        let options = hostile::of_tests(self.options.clone());
+        PgConnection::connect_with(&options).await.unwrap()
     }
 
     async fn remove(server: PgConnectOptions, name: String) {

@@ -12,6 +12,8 @@ use outbox_relay::source::postgres::{CaptureMode, PostgresSource, Settings};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 
+use crate::harness::hostile;
+
 const MIGRATION: &str = include_str!("../../../migrations/postgres/0001_outbox.sql");
 
 /// One database of the server at `DATABASE_URL`.
@@ -52,7 +54,10 @@ pub(crate) async fn with_database_in(
         options: server.clone().database(&database.name),
         ..database
     };
-    sql(&mut database.connect().await, MIGRATION).await;
+    let mut owner = database.connect().await;
+    hostile::spoil(&mut owner).await;
+    sql(&mut owner, MIGRATION).await;
+    drop(owner);
     let end = AssertUnwindSafe(work(&database)).catch_unwind().await;
     // A prepared transaction outlives its session and would keep the database.
     let mut connection = database.connect().await;
@@ -126,7 +131,7 @@ pub(crate) async fn ask(connection: &mut PgConnection, text: &str) -> String {
 
 impl Database {
     pub(crate) async fn connect(&self) -> PgConnection {
-        connect(&self.options).await
+        connect(&hostile::of_tests(self.options.clone())).await
     }
 
     /// The same database through PgBouncer.

@@ -2,102 +2,13 @@
 //! these objects.
 
 use outbox_relay::event::{Payload, Start};
+use sqlx::Connection;
 use sqlx::postgres::PgConnection;
 
-use super::database::{Database, ask, sql, with_database};
+use crate::harness::hostile;
+
+use super::database::{ask, sql, with_database};
 use super::schedules::{Relay, emit_many};
-
-/// What the statements of the source are made of; the look-alikes take arguments that fit as well or better.
-const FUNCTIONS: [&str; 14] = [
-    "pg_visible_in_snapshot(xid8, pg_snapshot)",
-    "pg_visible_in_snapshot(xid8, text)",
-    "pg_sequence_last_value(regclass)",
-    "pg_sequence_last_value(text)",
-    "pg_relation_filenode(text)",
-    "pg_column_size(json)",
-    "pg_column_size(text)",
-    "octet_length(text)",
-    "octet_length(bytea)",
-    "encode(bytea, text)",
-    "timestamptz_send(timestamptz)",
-    "convert_to(text, name)",
-    "coalesce(bigint, bigint)",
-    "unnest(xid8[])",
-];
-
-const OPERATORS: [&str; 6] = ["=", "<=", ">", ">=", "+", "||"];
-
-/// Everything that is called in `public` fails, and says so.
-async fn plant(connection: &mut PgConnection) {
-    let mut statement = String::from(
-        "create function public.trap() returns bigint language plpgsql as \
-         $$ begin raise exception 'a stranger''s object was called'; end $$;",
-    );
-    for function in FUNCTIONS {
-        // A keyword is no name.
-        if function.starts_with("coalesce") {
-            continue;
-        }
-        let returns = match function {
-            "pg_visible_in_snapshot(xid8, pg_snapshot)" | "pg_visible_in_snapshot(xid8, text)" => {
-                "boolean"
-            }
-            "timestamptz_send(timestamptz)" | "convert_to(text, name)" => "bytea",
-            "encode(bytea, text)" => "text",
-            "unnest(xid8[])" => "setof xid8",
-            _ => "bigint",
-        };
-        statement.push_str(&format!(
-            "create function public.{function} returns {returns} language plpgsql as \
-             $$ begin raise exception 'a stranger''s object was called'; end $$;"
-        ));
-    }
-    for (n, left) in ["bigint", "xid8", "text", "integer"].iter().enumerate() {
-        for (m, right) in ["bigint", "integer", "xid8", "text"].iter().enumerate() {
-            statement.push_str(&format!(
-                "create function public.trap_{n}_{m}({left}, {right}) returns boolean language plpgsql as \
-                 $$ begin raise exception 'a stranger''s operator was called'; end $$;"
-            ));
-            for operator in OPERATORS {
-                statement.push_str(&format!(
-                    "create operator public.{operator} (leftarg = {left}, rightarg = {right}, function = public.trap_{n}_{m});"
-                ));
-            }
-        }
-    }
-    for domain in [
-        "text",
-        "int8",
-        "bigint",
-        "uuid",
-        "json",
-        "bytea",
-        "xid8",
-        "timestamptz",
-        "regclass",
-    ] {
-        statement.push_str(&format!(
-            "create domain public.\"{domain}\" as pg_catalog.varchar check (value is null);"
-        ));
-    }
-    sql(connection, &statement).await;
-}
-
-async fn settings(connection: &mut PgConnection, database: &Database) {
-    for (name, value) in [
-        ("search_path", "public, pg_catalog"),
-        ("standard_conforming_strings", "off"),
-        ("bytea_output", "escape"),
-        ("default_transaction_isolation", "serializable"),
-        ("datestyle", "German"),
-        ("intervalstyle", "sql_standard"),
-        ("timezone", "'Asia/Kathmandu'"),
-        ("extra_float_digits", "'-5'"),
-    ] {
-        let statement = format!("alter database {} set {name} = {value}", database.name);
-        sql(connection, &statement).await;
-    }
-}
 
 #[tokio::test]
 async fn the_source_calls_no_object_of_a_stranger_and_depends_on_no_setting() {
@@ -110,10 +21,12 @@ async fn the_source_calls_no_object_of_a_stranger_and_depends_on_no_setting() {
         sql(&mut writer, bytes).await;
         let mut late = database.connect().await;
         sql(&mut late, &format!("begin; {}", emit_many(500, 500))).await;
-        plant(&mut writer).await;
-        settings(&mut writer, database).await;
+        if !hostile::wanted() {
+            hostile::plant(&mut writer).await;
+            hostile::set(&mut writer).await;
+        }
         // A statement that resolves a name through the path calls the look-alike.
-        let mut fresh = database.connect().await;
+        let mut fresh = PgConnection::connect_with(&database.options).await.unwrap();
         let trapped = ask(&mut fresh, "select 'a'::pg_catalog.text").await;
         assert_eq!(trapped, "a");
         let called = sqlx::raw_sql("select octet_length('a'::pg_catalog.text)")

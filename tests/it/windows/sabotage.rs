@@ -12,6 +12,8 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use tokio::time::sleep;
 
+use crate::harness::hostile;
+
 use super::database::{sql, with_database};
 use super::oracle::Fault;
 use super::schedules::{NOTHING, drain, emit};
@@ -92,7 +94,7 @@ impl Source for WrongSource {
         );
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => PgConnection::connect_with(&self.options)
+            None => PgConnection::connect_with(&hostile::of_tests(self.options.clone()))
                 .await
                 .expect("connect"),
         };
