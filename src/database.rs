@@ -6,10 +6,13 @@ use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::config::Source;
+use crate::event::{EventId, PipelineName, Start};
 use crate::ledger::acts::{
     self, Action, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
 };
+use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
 use crate::ledger::view::{self, Books};
+use crate::ledger::{self, Pause};
 use crate::source::{postgres, sqlite};
 use crate::supervise::sqlite_options;
 
@@ -75,6 +78,99 @@ impl Database {
         match self {
             Self::Postgres(connection) => acts::postgres::acts(connection, limit).await,
             Self::Sqlite(connection) => acts::sqlite::acts(connection, limit).await,
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn pause(
+        &mut self,
+        pipeline: &PipelineName,
+        act: &Act,
+    ) -> Result<Option<Pause>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::pause(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::pause(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn resume(
+        &mut self,
+        pipeline: &PipelineName,
+        act: &Act,
+    ) -> Result<Option<Pause>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::resume(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::resume(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn seek(
+        &mut self,
+        pipeline: &PipelineName,
+        to: Start,
+        types: &[String],
+        act: Option<&Act>,
+    ) -> Result<Seek, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::seek(connection, pipeline, to, types, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::seek(connection, pipeline, to, types, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn skip(
+        &mut self,
+        pipeline: &PipelineName,
+        event: EventName,
+        act: Option<&Act>,
+    ) -> Result<Skip, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::skip(connection, pipeline, event, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::skip(connection, pipeline, event, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn remove(
+        &mut self,
+        pipeline: &PipelineName,
+        act: Option<&Act>,
+    ) -> Result<Remains, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::remove(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::remove(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn id_of(&mut self, event: EventName) -> Result<EventId, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::id_of(connection, event).await
+            }
+            Self::Sqlite(connection) => ledger::sqlite::pipelines::id_of(connection, event).await,
         }
         .map_err(with_next_step)
     }

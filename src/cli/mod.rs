@@ -5,11 +5,13 @@ mod demo;
 mod doctor;
 mod migrate;
 mod parked;
+mod pipelines;
 mod redrive;
 mod replay;
 mod run;
 mod show;
 mod status;
+mod time;
 mod verify;
 
 use std::path::PathBuf;
@@ -53,6 +55,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Look at events that were set aside, publish them after all, or give them up.
     Parked(parked::Parked),
+    /// Pause, resume or move whole pipelines, lead one past an event, forget one.
+    Pipelines(pipelines::Pipelines),
     /// Show what operators asked for: when, who, of which events, why.
     Acts(redrive::Acts),
     /// Publish retained events again.
@@ -87,6 +91,11 @@ enum Outcome {
     Findings,
 }
 
+/// The command line does not say what is needed; exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
 /// Runs the command line; decides the exit code, here and nowhere else.
 pub async fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -98,6 +107,7 @@ pub async fn main() -> ExitCode {
         Command::Doctor(doctor) => doctor.run().await,
         Command::Status(status) => status.run().await,
         Command::Parked(parked) => parked.run().await,
+        Command::Pipelines(pipelines) => pipelines.run().await,
         Command::Acts(acts) => acts.run().await,
         Command::Replay(replay) => replay.run().await,
         Command::Verify(verify) => verify.run().await,
@@ -116,7 +126,8 @@ pub async fn main() -> ExitCode {
         Ok(Outcome::Findings) => ExitCode::from(3),
         Err(error) => {
             anstream::eprintln!("outbox-relay: {}", reason(&error));
-            ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
+            let wrong = error.is::<ConfigError>() || error.is::<Usage>();
+            ExitCode::from(if wrong { 2 } else { 1 })
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `outbox-relay replay`: retained events are published again.
 
 use std::io::IsTerminal;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Error, bail};
 use clap::{Args, Subcommand};
@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::redrive::who;
+use super::time::time;
 use super::{ConfigArgs, Outcome, show};
 use crate::config::{Config, Sink as SinkConfig, Source};
 use crate::database::{Database, with_next_step};
@@ -112,14 +113,6 @@ fn entity(text: &str) -> Result<(String, String), String> {
     text.split_once('/')
         .map(|(name, id)| (name.to_owned(), id.to_owned()))
         .ok_or_else(|| "expected an aggregate type and an id, as in order/4711".to_owned())
-}
-
-fn time(text: &str) -> Result<i64, String> {
-    humantime::parse_rfc3339_weak(text)
-        .ok()
-        .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
-        .and_then(|since| i64::try_from(since.as_micros()).ok())
-        .ok_or_else(|| "expected a time as in 2026-01-31T00:00:00Z".to_owned())
 }
 
 impl Replay {

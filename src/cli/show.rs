@@ -3,6 +3,8 @@
 use anstyle::{AnsiColor, Style};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 
+use crate::ledger::view::PipelineBooks;
+
 pub(super) const BOLD: Style = Style::new().bold();
 pub(super) const RED: Style = AnsiColor::Red.on_default().bold();
 pub(super) const YELLOW: Style = AnsiColor::Yellow.on_default();
@@ -34,6 +36,25 @@ pub(super) fn print_table(table: &mut Table) {
 pub(super) fn number(value: Option<i64>) -> Cell {
     Cell::new(value.map_or("-".to_owned(), |value| value.to_string()))
         .set_alignment(CellAlignment::Right)
+}
+
+/// `1 event`, `2 events`; the word is the singular of a regular noun.
+pub(super) fn count(number: impl Into<i64>, word: &str) -> String {
+    let number = number.into();
+    let word = match word.strip_suffix('y') {
+        _ if number == 1 => word.to_owned(),
+        Some(stem) => format!("{stem}ies"),
+        None => format!("{word}s"),
+    };
+    format!("{number} {word}")
+}
+
+/// Parked events and their entities.
+pub(super) fn parked(row: &PipelineBooks) -> String {
+    match row.parked_events {
+        0 => "-".to_owned(),
+        events => format!("{events} ({})", count(row.parked_entities, "entity")),
+    }
 }
 
 /// Text that others wrote: without control characters, which a terminal would obey.

@@ -225,6 +225,7 @@ fn state(seen: &Seen, row: &PipelineBooks) -> Cell {
         Some(State::Starting) => ("starting", Some(Yellow)),
         Some(State::Stalled { .. }) => ("STALLED", Some(Red)),
         Some(State::Halted { .. }) => ("HALTED", Some(Red)),
+        Some(State::Paused { .. }) => ("PAUSED", Some(Yellow)),
         Some(State::Stopped) => ("stopped", Some(Yellow)),
         None => elsewhere,
     };

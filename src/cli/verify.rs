@@ -2,13 +2,13 @@
 
 use std::io::{IsTerminal, Write, stderr};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anstyle::Style;
-use anyhow::{Context, Error};
+use anyhow::Error;
 use clap::Args;
 
 use super::show::{self, BOLD, DIM, GREEN, RED, YELLOW};
+use super::time::time;
 use super::{ConfigArgs, Outcome};
 use crate::database::with_next_step;
 use crate::event::PipelineName;
@@ -28,9 +28,9 @@ pub(super) struct Verify {
     /// Of this pipeline only.
     #[arg(long, value_name = "NAME")]
     pipeline: Option<PipelineName>,
-    /// Only from the first event at or after this time, such as "2026-01-31T00:00:00Z".
+    /// Only from the first event at or after this time: 2026-01-31T00:00:00Z, 2026-01-31, or 1h for an hour ago.
     #[arg(long, value_name = "TIME", value_parser = time)]
-    since: Option<SystemTime>,
+    since: Option<i64>,
     /// Only from the event with this sequence on.
     #[arg(long, value_name = "ID")]
     from_id: Option<i64>,
@@ -49,25 +49,12 @@ outbox_relay, and to read and describe the topics.
 
 Exit codes: 0 every promise holds as far as can be judged, 3 something was found, 1 one side could not be read.";
 
-fn time(text: &str) -> Result<SystemTime, String> {
-    humantime::parse_rfc3339_weak(text).map_err(|error| error.to_string())
-}
-
 impl Verify {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
-        let since_us = match self.since {
-            Some(time) => {
-                let since = time
-                    .duration_since(UNIX_EPOCH)
-                    .context("--since: the time is before 1970")?;
-                Some(i64::try_from(since.as_micros()).context("--since: the time is too late")?)
-            }
-            None => None,
-        };
         let options = Options {
             pipeline: self.pipeline,
-            since_us,
+            since_us: self.since,
             from_id: self.from_id,
             no_duplicates: self.no_duplicates,
         };

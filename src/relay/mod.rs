@@ -180,7 +180,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str(), self.shard);
         let mut backoff = backoff();
-        while let Some((tenure, lease_end)) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, lease_end)) = self.stand_by(&metrics, &stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
             let mut turn = self.turn.clone();
@@ -194,7 +194,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             match over {
                 Over::Stopped if stop.is_cancelled() => break,
                 Over::Stopped => {
-                    tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the shard up");
+                    tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the lease back");
                 }
                 Over::LeaseLost(loss) => {
                     let shard = self.shard.index;
@@ -217,6 +217,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     /// Waits for the lease, and says when it ends; none when asked to stop.
     async fn stand_by(
         &mut self,
+        metrics: &PipelineMetrics,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
     ) -> Option<(Tenure, LeaseEnd)> {
@@ -225,12 +226,22 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 return None;
             }
             let lease_end = LeaseEnd::asked_now(self.settings.lease_ttl, (self.now_us)());
-            match self.acquire(stop).await? {
+            let acquired = self.acquire(stop).await?;
+            if let Ok(acquired) = &acquired {
+                metrics.paused(matches!(acquired, Acquired::Paused(_)));
+            }
+            match acquired {
                 Ok(Acquired::Ours(tenure)) => return Some((tenure, lease_end)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
                     let look = expires_in.clamp(Duration::from_millis(10), STANDBY_LOOK);
                     if !self.linger(look, stop).await {
+                        return None;
+                    }
+                }
+                Ok(Acquired::Paused(pause)) => {
+                    self.set_state(State::Paused { pause });
+                    if !self.linger(STANDBY_LOOK, stop).await {
                         return None;
                     }
                 }
@@ -342,6 +353,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             durable,
             orders: orders_taken,
             lease_end,
+            until: stop.clone(),
             now_us: self.now_us,
         };
         let pace = Pace {
@@ -366,6 +378,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             waiting: Waiting::new(held),
             dead_letters: dead_letters.into_iter().collect(),
             condemned: HashMap::new(),
+            skipped: HashMap::new(),
             full: None,
             suspects: Suspects::default(),
             durable: durable_seen,

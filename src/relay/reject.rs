@@ -6,7 +6,7 @@ use super::redrive::Try;
 use super::topics::Topics;
 use super::{Pipeline, Policy};
 use crate::encode::{Texts, dead_letter};
-use crate::event::{Event, EventId, Rejection};
+use crate::event::{Event, EventId, EventKey, PipelineName, Rejection};
 use crate::ledger::Parked;
 use crate::sink::{Refused, Sink};
 
@@ -19,6 +19,38 @@ pub(super) struct Full {
     margin: usize,
     /// With what to type.
     pub(super) reason: String,
+}
+
+/// An event at which the pipeline stops.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Halt {
+    pub(super) event: EventKey,
+    /// Type and id of its entity.
+    entity: String,
+    pub(super) rejection: Rejection,
+}
+
+impl Halt {
+    pub(super) fn of(event: &Event, rejection: Rejection) -> Self {
+        Self {
+            event: event.key(),
+            entity: format!("{}/{}", event.aggregate_type, event.aggregate_id),
+            rejection,
+        }
+    }
+
+    /// With what to type.
+    pub(super) fn reason(&self, pipeline: &PipelineName) -> String {
+        let Self {
+            event: EventKey { id, event_id },
+            entity,
+            rejection,
+        } = self;
+        format!(
+            "event {id} of {entity:?} can't be published: {rejection}. The pipeline stops here (on_rejected = \"halt\"): mend the cause \
+             and restart the relay, or leave this event out with `outbox-relay pipelines skip {pipeline} {event_id} --reason …`"
+        )
+    }
 }
 
 impl<K: Sink> Publisher<'_, K> {
@@ -48,8 +80,27 @@ impl<K: Sink> Publisher<'_, K> {
                 life.in_flight.settle(seq);
                 Ok(None)
             }
-            Policy::Halt => Err(Ended::Halted(event.key(), rejection)),
+            Policy::Halt => Err(Ended::Halted(Halt::of(event, rejection))),
         }
+    }
+
+    /// Stores an event that an operator wants left out as a dead letter: its entity goes on.
+    pub(super) fn skip(&mut self, life: &mut Life, event: &Event, bytes: usize, reason: String) {
+        tracing::warn!(
+            pipeline = %self.pipeline.name,
+            event = event.id.0,
+            reason,
+            "left an event out and keeps it as a dead letter; later events of its entity go on"
+        );
+        self.dead_letters.insert(event.key());
+        self.suspects.acquit(event.key());
+        let seq = life.place(event, bytes, Topics::NONE);
+        life.parking_seqs.push(seq);
+        life.parking.push(Parked {
+            event: event.clone(),
+            error: Some(reason),
+            holds: false,
+        });
     }
 
     /// Parks an event; its entity waits from now on.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::event::PipelineName;
+use crate::ledger::Pause;
 
 /// What a pipeline is doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,15 +30,24 @@ pub enum State {
         /// The event and why.
         reason: String,
     },
+    /// An operator has paused the pipeline: no relay owns it, and its position stands.
+    Paused {
+        /// Since when, by whom, why.
+        #[serde(flatten)]
+        pause: Pause,
+    },
     /// Stopped on request.
     Stopped,
 }
 
 impl State {
-    /// Whether a load balancer or an operator may take the pipeline for healthy.
+    /// Whether a load balancer or an operator may take the pipeline for healthy. One that is paused does what it was told.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        matches!(self, Self::Running | Self::Standby { .. })
+        matches!(
+            self,
+            Self::Running | Self::Standby { .. } | Self::Paused { .. }
+        )
     }
 }
 
@@ -76,6 +86,11 @@ impl Status {
             }
             State::Halted { reason } => tracing::error!(%pipeline, %reason, "halted"),
             State::Standby { holder } => tracing::info!(%pipeline, %holder, "standing by"),
+            State::Paused { pause } => {
+                let Pause { since, by, reason } = pause;
+                tracing::warn!(%pipeline, since, by, reason,
+                    "paused: `outbox-relay pipelines resume {pipeline}` lets it go on");
+            }
             State::Running if matches!(self.state, State::Stalled { .. }) => {
                 tracing::info!(%pipeline, "moving again");
             }

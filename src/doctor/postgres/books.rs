@@ -126,6 +126,7 @@ mod tests {
             oldest_unpublished_unknown: None,
             parked_events: 0,
             parked_entities: 0,
+            paused: None,
             moved,
         };
         let books = Books {

@@ -7,6 +7,8 @@ pub mod sqlite;
 
 use serde::{Deserialize, Serialize};
 
+use super::Pause;
+
 /// What the database knows about all pipelines.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Books {
@@ -57,6 +59,8 @@ pub struct PipelineBooks {
     pub parked_events: i64,
     /// Their entities.
     pub parked_entities: i64,
+    /// That an operator has paused it.
+    pub paused: Option<Pause>,
     /// Where the cursor was written, when not in this database: a relay that takes the lease makes it fit.
     pub moved: Option<Moved>,
 }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod doctor;
+mod pipelines;
 mod status;
 
 use std::fmt::Write;
@@ -74,6 +75,13 @@ async fn the_help_is_pinned() {
         &["parked", "show"],
         &["parked", "redrive"],
         &["parked", "drop"],
+        &["pipelines"],
+        &["pipelines", "list"],
+        &["pipelines", "pause"],
+        &["pipelines", "resume"],
+        &["pipelines", "seek"],
+        &["pipelines", "skip"],
+        &["pipelines", "remove"],
         &["acts"],
         &["replay"],
         &["replay", "start"],
@@ -175,6 +183,13 @@ async fn a_database_that_is_not_there_is_named() {
         &["status"][..],
         &["parked", "list"],
         &["parked", "redrive", "--all"],
+        &["pipelines"],
+        &["pipelines", "list"],
+        &["pipelines", "pause"],
+        &["pipelines", "resume"],
+        &["pipelines", "seek"],
+        &["pipelines", "skip"],
+        &["pipelines", "remove"],
         &["acts"],
         &["migrate"],
     ] {
