@@ -6,15 +6,28 @@ use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::config::Source;
-use crate::event::{EventId, PipelineName, Start};
+use crate::event::{EventId, PipelineName, Shard, Start};
 use crate::ledger::acts::{
     self, Action, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
 };
 use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
 use crate::ledger::view::{self, Books};
 use crate::ledger::{self, Pause};
+use crate::position::Position;
 use crate::source::{postgres, sqlite};
 use crate::supervise::sqlite_options;
+
+/// Where a shard of a pipeline stands, or would begin.
+pub(crate) struct Place {
+    pub(crate) shard: Shard,
+    pub(crate) position: Position,
+}
+
+/// Where the sequence of the ids is, and the highest id that is used.
+pub(crate) struct SequencePlace {
+    pub(crate) stands: i64,
+    pub(crate) used: i64,
+}
 
 pub(crate) enum Database {
     Postgres(PgConnection),
@@ -161,6 +174,91 @@ impl Database {
             Self::Sqlite(connection) => {
                 ledger::sqlite::pipelines::remove(connection, pipeline, act).await
             }
+        }
+        .map_err(with_next_step)
+    }
+
+    /// Where one begins to look who writes nothing.
+    pub(crate) async fn look_from(&mut self, from: Start) -> Result<Position, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::look_from(connection, from).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::look_from(connection, from).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    /// Where each shard of a pipeline stands; of one that has not begun, where it would.
+    pub(crate) async fn places(
+        &mut self,
+        pipeline: &PipelineName,
+        start: Start,
+    ) -> Result<Vec<Place>, Error> {
+        let mut places = Vec::new();
+        let stored = match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::positions(connection, pipeline).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::positions(connection, pipeline).await
+            }
+        };
+        for (shard, position) in stored.map_err(with_next_step)? {
+            let position = match position {
+                Some(position) => position,
+                None => self.look_from(start).await?,
+            };
+            places.push(Place { shard, position });
+        }
+        if places.is_empty() {
+            places.push(Place {
+                shard: Shard::whole(),
+                position: self.look_from(start).await?,
+            });
+        }
+        Ok(places)
+    }
+
+    /// How many events are retained, counted as far as that takes no time.
+    pub(crate) async fn retained(&mut self) -> Result<String, Error> {
+        const MOST: i64 = 100_000;
+        let events = match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::retained(connection, MOST + 1).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::retained(connection, MOST + 1).await
+            }
+        }
+        .map_err(with_next_step)?;
+        Ok(if events > MOST {
+            format!("more than {MOST}")
+        } else {
+            events.to_string()
+        })
+    }
+
+    /// Where the sequence of the ids is; none in a file, whose trigger sees to it.
+    pub(crate) async fn sequence(&mut self) -> Result<Option<SequencePlace>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                let (stands, used) = ledger::postgres::places::sequence(connection)
+                    .await
+                    .map_err(with_next_step)?;
+                Ok(Some(SequencePlace { stands, used }))
+            }
+            Self::Sqlite(_) => Ok(None),
+        }
+    }
+
+    /// How far relays have come.
+    pub(crate) async fn furthest_position(&mut self) -> Result<Position, Error> {
+        match self {
+            Self::Postgres(connection) => ledger::postgres::places::furthest(connection).await,
+            Self::Sqlite(_) => Ok(Position::beginning()),
         }
         .map_err(with_next_step)
     }

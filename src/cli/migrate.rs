@@ -2,6 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
+use super::show::say;
 use super::{ConfigArgs, Outcome};
 use crate::config::Source;
 use crate::migrate::{self, Kind};
@@ -39,10 +40,10 @@ impl Migrate {
             Source::Sqlite { path, .. } => migrate::sqlite(sqlite_options(&path)).await?,
         };
         for version in &report.applied {
-            anstream::println!("applied {version}");
+            say!("applied {version}");
         }
         if report.applied.is_empty() {
-            anstream::println!(
+            say!(
                 "nothing to do: {} migrations are applied",
                 report.present.len()
             );

@@ -11,6 +11,7 @@ mod replay;
 mod run;
 mod show;
 mod status;
+mod tail;
 mod time;
 mod verify;
 
@@ -53,6 +54,8 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Show where every pipeline stands.
     Status(status::StatusArgs),
+    /// Show committed events as they come, and change nothing.
+    Tail(tail::Tail),
     /// Look at events that were set aside, publish them after all, or give them up.
     Parked(parked::Parked),
     /// Pause, resume or move whole pipelines, lead one past an event, forget one.
@@ -106,6 +109,7 @@ pub async fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Doctor(doctor) => doctor.run().await,
         Command::Status(status) => status.run().await,
+        Command::Tail(tail) => tail.run().await,
         Command::Parked(parked) => parked.run().await,
         Command::Pipelines(pipelines) => pipelines.run().await,
         Command::Acts(acts) => acts.run().await,

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use comfy_table::Cell;
 
 use super::redrive::{Drop, Redrive};
-use super::show::{self, BOLD, DIM};
+use super::show::{self, BOLD, DIM, say};
 use super::{ConfigArgs, Outcome};
 use crate::config::Config;
 use crate::database::Database;
@@ -117,7 +117,7 @@ impl List {
         let selector = self.filter.selector(None);
         let parked = database.parked(&selector, self.limit).await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&parked.events)?);
+            say!("{}", serde_json::to_string_pretty(&parked.events)?);
         } else {
             show_table(&parked);
         }
@@ -138,7 +138,7 @@ fn state(event: &ParkedEvent) -> &'static str {
 pub(super) fn show_table(parked: &ParkedEvents) {
     let ParkedEvents { events, total } = parked;
     if events.is_empty() {
-        anstream::println!("nothing is parked");
+        say!("nothing is parked");
         return;
     }
     let mut table = show::table(&[
@@ -168,7 +168,7 @@ pub(super) fn show_table(parked: &ParkedEvents) {
     show::print_table(&mut table);
     let shown = i64::try_from(events.len()).unwrap_or(i64::MAX);
     if shown < *total {
-        anstream::println!("{shown} of {total} events; --limit {total} shows all");
+        say!("{shown} of {total} events; --limit {total} shows all");
     }
 }
 
@@ -205,7 +205,7 @@ impl Show {
         }
         for detail in &found {
             if self.json {
-                anstream::println!("{}", serde_json::to_string_pretty(detail)?);
+                say!("{}", serde_json::to_string_pretty(detail)?);
             } else {
                 show_detail(detail);
             }
@@ -226,8 +226,8 @@ fn show_detail(detail: &ParkedDetail) {
         payload_hex,
         payload_bytes,
     } = detail;
-    let line = |name: &str, value: &str| anstream::println!("{DIM}{name:<13}{DIM:#}{value}");
-    anstream::println!("{BOLD}event {} of {}{BOLD:#}", event.id, entity(event));
+    let line = |name: &str, value: &str| say!("{DIM}{name:<13}{DIM:#}{value}");
+    say!("{BOLD}event {} of {}{BOLD:#}", event.id, entity(event));
     line("pipeline", &event.pipeline);
     line("event id", &event.event_id);
     line("event type", &show::plain(&event.event_type));
@@ -259,6 +259,6 @@ fn show_detail(detail: &ParkedDetail) {
     let shown_bytes = payload.as_ref().map_or(0, String::len)
         + payload_hex.as_ref().map_or(0, |hex| hex.len() / 2);
     if i64::try_from(shown_bytes).unwrap_or(i64::MAX) < *payload_bytes {
-        anstream::println!("({shown_bytes} of {payload_bytes} bytes; --payload shows all)");
+        say!("({shown_bytes} of {payload_bytes} bytes; --payload shows all)");
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::time::sleep;
 
 use super::redrive::who;
-use super::show::{self, YELLOW, count};
+use super::show::{self, YELLOW, count, say};
 use super::time::time;
 use super::{ConfigArgs, Outcome, Usage};
 use crate::config::Config;
@@ -256,7 +256,7 @@ async fn open(config: &Config, name: &PipelineName) -> Result<(Database, Books),
 }
 
 fn json(document: &impl Serialize) -> Result<Outcome, Error> {
-    anstream::println!("{}", serde_json::to_string_pretty(document)?);
+    say!("{}", serde_json::to_string_pretty(document)?);
     Ok(Outcome::Done)
 }
 
@@ -325,7 +325,7 @@ impl List {
         for row in &rows {
             if let Some(pause) = row.books.and_then(|books| books.paused.as_ref()) {
                 let name = row.books.map(PipelineBooks::name).unwrap_or_default();
-                anstream::println!(
+                say!(
                     "{YELLOW}{name}{YELLOW:#}: paused {}",
                     show::plain(&pause.to_string())
                 );
@@ -374,19 +374,19 @@ impl Pause {
             }));
         }
         match before {
-            Some(pause) => anstream::println!(
+            Some(pause) => say!(
                 "pipeline {name} is paused already, {}",
                 show::plain(&pause.to_string())
             ),
-            None => anstream::println!("paused pipeline {name}"),
+            None => say!("paused pipeline {name}"),
         }
         for owner in owners {
-            anstream::println!(
+            say!(
                 "{} publishes what is in flight and gives the lease back within seconds",
                 show::plain(&owner)
             );
         }
-        anstream::println!("`outbox-relay pipelines resume {name}` lets it go on");
+        say!("`outbox-relay pipelines resume {name}` lets it go on");
         Ok(Outcome::Done)
     }
 }
@@ -416,11 +416,11 @@ impl Resume {
             }));
         }
         match ended {
-            Some(pause) => anstream::println!(
+            Some(pause) => say!(
                 "pipeline {name} goes on; it was paused {}",
                 show::plain(&pause.to_string())
             ),
-            None => anstream::println!("pipeline {name} is not paused"),
+            None => say!("pipeline {name} is not paused"),
         }
         Ok(Outcome::Done)
     }
@@ -465,14 +465,14 @@ fn show_seek(seek: &Seek, dry_run: bool) {
     } else {
         "moved"
     };
-    anstream::println!(
+    say!(
         "{would} pipeline {pipeline} from {} to {to}",
         from.join(", ")
     );
     let tell = |events: &Option<i64>, what: &str| match events {
         Some(0) => {}
-        Some(events) => anstream::println!("  {} {what}", count(*events, "event")),
-        None => anstream::println!("  more events than can be counted in 10 s: {what}"),
+        Some(events) => say!("  {} {what}", count(*events, "event")),
+        None => say!("  more events than can be counted in 10 s: {what}"),
     };
     tell(again, "behind the old position: published again");
     tell(
@@ -480,13 +480,11 @@ fn show_seek(seek: &Seek, dry_run: bool) {
         "between the old position and the new one: left out, never published",
     );
     match oldest_id {
-        Some(oldest) => anstream::println!("  the log has the events {oldest} to {newest_id}"),
-        None => anstream::println!("  the log has no event"),
+        Some(oldest) => say!("  the log has the events {oldest} to {newest_id}"),
+        None => say!("  the log has no event"),
     }
     if !dry_run {
-        anstream::println!(
-            "`outbox-relay pipelines resume {pipeline}` lets it go on, if it is paused"
-        );
+        say!("`outbox-relay pipelines resume {pipeline}` lets it go on, if it is paused");
     }
 }
 
@@ -513,16 +511,16 @@ impl SkipArgs {
             show::plain(&format!("{aggregate_type}/{aggregate_id}"))
         );
         if *known {
-            anstream::println!("{event} is to be left out already");
+            say!("{event} is to be left out already");
         } else if self.dry_run {
-            anstream::println!("dry run: pipeline {pipeline} would leave {event} out");
+            say!("dry run: pipeline {pipeline} would leave {event} out");
         } else {
-            anstream::println!("pipeline {pipeline} leaves {event} out when it halts there");
+            say!("pipeline {pipeline} leaves {event} out when it halts there");
         }
         match owners(&books, name).first() {
-            Some(owner) => anstream::println!("{} does it within seconds", show::plain(owner)),
+            Some(owner) => say!("{} does it within seconds", show::plain(owner)),
             None => {
-                anstream::println!("no relay owns the pipeline now: the next one that runs does it")
+                say!("no relay owns the pipeline now: the next one that runs does it")
             }
         }
         Ok(Outcome::Done)
@@ -562,15 +560,15 @@ fn show_remains(remains: &Remains, done: bool) {
         parked,
     } = remains;
     let verb = if done { "removed" } else { "would remove" };
-    anstream::println!("{verb} pipeline {pipeline}: {}", count(*cursors, "cursor"));
+    say!("{verb} pipeline {pipeline}: {}", count(*cursors, "cursor"));
     match waiting {
-        Some(events) => anstream::println!(
+        Some(events) => say!(
             "  {} of the log that it has not published (before its filter): never published by it",
             count(*events, "event")
         ),
-        None => anstream::println!(
-            "  more events of the log than can be counted in 10 s that it has not published"
-        ),
+        None => {
+            say!("  more events of the log than can be counted in 10 s that it has not published")
+        }
     }
-    anstream::println!("  {}: given up", count(*parked, "parked event"));
+    say!("  {}: given up", count(*parked, "parked event"));
 }

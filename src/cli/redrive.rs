@@ -8,7 +8,7 @@ use clap::Args;
 use comfy_table::Cell;
 
 use super::parked::{Filter, show_table};
-use super::show;
+use super::show::{self, say};
 use super::{ConfigArgs, Outcome};
 use crate::database::Database;
 use crate::ledger::acts::{Action, Marked, Wish};
@@ -108,11 +108,11 @@ async fn ask(config: &ConfigArgs, wish: Wish, how: &How) -> Result<Outcome, Erro
     }
     let marked = database.mark(&wish).await?;
     if how.json {
-        anstream::println!("{}", serde_json::to_string_pretty(&marked)?);
+        say!("{}", serde_json::to_string_pretty(&marked)?);
         return Ok(Outcome::Done);
     }
     if marked.is_empty() {
-        anstream::println!("nothing that is parked matches");
+        say!("nothing that is parked matches");
         return Ok(Outcome::Done);
     }
     let books = database.books().await?;
@@ -126,13 +126,13 @@ async fn ask(config: &ConfigArgs, wish: Wish, how: &How) -> Result<Outcome, Erro
             Some(owner) => format!("its owner {} does it within seconds", owner.holder),
             None => "no relay owns it now: the next one that runs does it".to_owned(),
         };
-        anstream::println!(
+        say!(
             "{} of pipeline {pipeline} {}: {who}",
             count(*events),
             verb(wish.action)
         );
     }
-    anstream::println!("`outbox-relay parked list` shows what is left");
+    say!("`outbox-relay parked list` shows what is left");
     Ok(Outcome::Done)
 }
 
@@ -147,7 +147,7 @@ async fn would(database: &mut Database, wish: &Wish) -> Result<Outcome, Error> {
             (Action::Drop, true) => "and what waits behind them too",
             _ => "and what waits behind them published, in order",
         };
-        anstream::println!(
+        say!(
             "dry run: {} would be {}, {waiting}",
             count(parked.total),
             match wish.action {
@@ -206,11 +206,11 @@ impl Acts {
         let mut database = Database::open(&config.source).await?;
         let acts = database.acts(self.limit).await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&acts)?);
+            say!("{}", serde_json::to_string_pretty(&acts)?);
             return Ok(Outcome::Done);
         }
         if acts.is_empty() {
-            anstream::println!("nobody has asked for anything");
+            say!("nobody has asked for anything");
             return Ok(Outcome::Done);
         }
         let mut table = show::table(&[

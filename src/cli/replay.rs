@@ -11,8 +11,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::redrive::who;
+use super::show::{self, say};
 use super::time::time;
-use super::{ConfigArgs, Outcome, show};
+use super::{ConfigArgs, Outcome};
 use crate::config::{Config, Sink as SinkConfig, Source};
 use crate::database::{Database, with_next_step};
 use crate::event::{EventId, PipelineName};
@@ -161,7 +162,7 @@ impl Start {
             let mut history = history(&config.source);
             let (events, entities) = replay::count(&job, pipeline, &mut history).await?;
             let whereto = job.topic.as_deref().unwrap_or("their own topics");
-            anstream::println!(
+            say!(
                 "would publish {events} events of {entities} entities to {whereto}, in about {} (ids {} to {})",
                 show::age(estimate(events, job.rate)),
                 EventId(from.0 + 1),
@@ -197,7 +198,7 @@ impl List {
         let config = self.config.load()?;
         let listed = open(&config).await?.list().await.map_err(with_next_step)?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&listed)?);
+            say!("{}", serde_json::to_string_pretty(&listed)?);
         } else {
             show_table(&listed);
         }
@@ -212,7 +213,7 @@ impl Cancel {
         if !cancelled.map_err(with_next_step)? {
             bail!("there is no open replay {}", self.id);
         }
-        anstream::println!("cancelled replay {}", self.id);
+        say!("cancelled replay {}", self.id);
         Ok(Outcome::Done)
     }
 }
@@ -272,7 +273,7 @@ async fn work(
     let id = job.id;
     match ended {
         Some(Ok(End::Done)) => {
-            anstream::println!(
+            say!(
                 "replay {id} is done: published {}, left out {}",
                 job.published,
                 job.skipped
@@ -346,7 +347,7 @@ impl Progress {
 
 fn show_table(listed: &[Listed]) {
     if listed.is_empty() {
-        anstream::println!("nothing was replayed");
+        say!("nothing was replayed");
         return;
     }
     let mut table = show::table(&[

@@ -7,7 +7,7 @@ use anstyle::Style;
 use anyhow::Error;
 use clap::Args;
 
-use super::show::{self, BOLD, DIM, GREEN, RED, YELLOW};
+use super::show::{self, BOLD, DIM, GREEN, RED, YELLOW, say};
 use super::time::time;
 use super::{ConfigArgs, Outcome};
 use crate::database::with_next_step;
@@ -71,7 +71,7 @@ impl Verify {
         }
         let report = report.map_err(with_next_step)?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&report)?);
+            say!("{}", serde_json::to_string_pretty(&report)?);
         } else {
             report.pipelines.iter().for_each(show_pipeline);
         }
@@ -128,7 +128,7 @@ fn show_pipeline(report: &PipelineReport) {
         duplicates_allowed,
         notes,
     } = report;
-    anstream::println!(
+    say!(
         "{BOLD}pipeline {pipeline}{BOLD:#}: {events} events in the log, {records} records in {} topics",
         topics.len()
     );
@@ -151,18 +151,18 @@ fn show_pipeline(report: &PipelineReport) {
     show_finding("unknown", unknown, "in a topic, and never committed");
     show_doubled(doubled, *duplicates_allowed);
     for note in notes {
-        anstream::println!("  {YELLOW}note{YELLOW:#}          {}", show::plain(note));
+        say!("  {YELLOW}note{YELLOW:#}          {}", show::plain(note));
     }
     if *holds {
-        anstream::println!("  {GREEN}every promise holds, as far as can be judged{GREEN:#}");
+        say!("  {GREEN}every promise holds, as far as can be judged{GREEN:#}");
     } else {
-        anstream::println!("  {RED}a promise is broken{RED:#}");
+        say!("  {RED}a promise is broken{RED:#}");
     }
 }
 
 fn line(word: &str, count: u64, style: Style, text: &str) {
     let text = show::plain(text);
-    anstream::println!("  {style}{word:<13}{style:#} {count:<8} {DIM}{text}{DIM:#}");
+    say!("  {style}{word:<13}{style:#} {count:<8} {DIM}{text}{DIM:#}");
 }
 
 /// What is worth a line only when there is some.
@@ -255,9 +255,9 @@ fn show_examples(examples: &[Example], count: u64) {
         words.extend(partition.map(|partition| format!("partition {partition}")));
         words.extend(offset.map(|offset| format!("offset {offset}")));
         let what = what.map_or(String::new(), |what| format!(": {what}"));
-        anstream::println!("                {}{what}", show::plain(&words.join(", ")));
+        say!("                {}{what}", show::plain(&words.join(", ")));
     }
     if count > examples.len() as u64 {
-        anstream::println!("                ...");
+        say!("                ...");
     }
 }

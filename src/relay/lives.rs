@@ -247,8 +247,9 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
     }
 
     fn set_state(&self, state: State) {
+        let now_us = (self.now_us)();
         self.status
-            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+            .send_modify(|status| status.set_state(&self.pipeline.name, state, now_us));
     }
 }
 

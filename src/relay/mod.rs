@@ -418,8 +418,9 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     }
 
     fn set_state(&self, state: State) {
+        let now_us = (self.now_us)();
         self.status
-            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+            .send_modify(|status| status.set_state(&self.pipeline.name, state, now_us));
     }
 }
 

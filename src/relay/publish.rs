@@ -590,14 +590,6 @@ impl Life {
         self.redrive.cut();
     }
 
-    fn try_of(&self, seq: Seq) -> Try {
-        if self.copies.contains(&seq) {
-            Try::DeadLetter
-        } else {
-            self.redrive.try_of(seq).unwrap_or(Try::First)
-        }
-    }
-
     /// Nothing is at hand, and nothing in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty() && self.in_flight.rows() == 0

@@ -105,6 +105,15 @@ impl Redrive {
 }
 
 impl Life {
+    /// Which try of its event has this number.
+    pub(super) fn try_of(&self, seq: Seq) -> Try {
+        if self.copies.contains(&seq) {
+            Try::DeadLetter
+        } else {
+            self.redrive.try_of(seq).unwrap_or(Try::First)
+        }
+    }
+
     /// Takes a batch as the next page.
     pub(super) fn begin_batch(&mut self, due: Vec<Due>) {
         // Who asks for another try has perhaps just made the topic.

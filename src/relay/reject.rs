@@ -80,7 +80,13 @@ impl<K: Sink> Publisher<'_, K> {
                 life.in_flight.settle(seq);
                 Ok(None)
             }
-            Policy::Halt => Err(Ended::Halted(Halt::of(event, rejection))),
+            Policy::Halt => {
+                // What is in flight would be published again after the halt.
+                if let Some(pause) = self.pause_for_flight(life) {
+                    return Ok(Some(pause));
+                }
+                Err(Ended::Halted(Halt::of(event, rejection)))
+            }
         }
     }
 
@@ -294,14 +300,19 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Ends the life once nothing is in flight, so that nothing is published twice for it.
     fn fill(&mut self, life: &mut Life, full: Full) -> Result<Option<Pause>, Ended> {
+        match self.pause_for_flight(life) {
+            Some(pause) => Ok(Some(pause)),
+            None => Err(Ended::Full(full)),
+        }
+    }
+
+    /// As long as something is in flight or about to be stored.
+    fn pause_for_flight(&mut self, life: &mut Life) -> Option<Pause> {
         if !life.parking.is_empty() {
-            return Ok(Some(Pause::Turn));
+            return Some(Pause::Turn);
         }
         self.advance(life);
-        if life.awaited() > 0 {
-            return Ok(Some(Pause::Blocked));
-        }
-        Err(Ended::Full(full))
+        (life.awaited() > 0).then_some(Pause::Blocked)
     }
 
     /// Waits until what was set aside is durable; only then is it settled.

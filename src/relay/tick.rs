@@ -100,7 +100,7 @@ impl<K: Sink> Publisher<'_, K> {
         let last_id = self.settled.borrow().last_id.0;
         self.status.send_modify(|status| {
             if let Some(state) = state {
-                status.set_state(&self.pipeline.name, state);
+                status.set_state(&self.pipeline.name, state, (self.now_us)());
             }
             status.last_id = last_id;
             status.in_flight_events = life.in_flight.rows();

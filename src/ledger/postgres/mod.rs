@@ -5,6 +5,7 @@
 
 mod parked;
 pub mod pipelines;
+pub mod places;
 mod restored;
 pub mod roster;
 

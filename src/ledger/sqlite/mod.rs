@@ -218,7 +218,7 @@ async fn acquire(
         return Ok(Err(not_free));
     }
     let epoch = take_lease(&mut transaction, settings).await?;
-    let position = match stored_position(&mut transaction, settings).await? {
+    let position = match stored_position(&mut transaction, settings.pipeline.as_str()).await? {
         Some(position) => position,
         None => {
             let position = starting_position(&mut transaction, settings.start).await?;
@@ -347,13 +347,13 @@ type CursorRow = (Option<String>, Option<String>, i64, i64, i64, i64);
 
 async fn stored_position(
     connection: &mut SqliteConnection,
-    settings: &Settings,
+    pipeline: &str,
 ) -> Result<Option<Position>, anyhow::Error> {
     let row: CursorRow = sqlx::query_as(
         "select prev, cur, coalesce(floor, 0), coalesce(ceiling, 0), coalesce(next_floor, 0), coalesce(last_id, 0)
            from outbox_cursors where pipeline = ?1 and shard = 0",
     )
-    .bind(settings.pipeline.as_str())
+    .bind(pipeline)
     .fetch_one(connection)
     .await
     .context("read the cursor")?;

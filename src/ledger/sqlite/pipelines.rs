@@ -4,13 +4,14 @@ use anyhow::Context;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection};
 
-use super::starting_position;
-use crate::event::{EventId, EventKey, PipelineName, Start};
+use super::{starting_position, stored_position};
+use crate::event::{EventId, EventKey, PipelineName, Shard, Start};
 use crate::ledger::pipelines::{
     Act, EventName, Refused, Remains, Seek, Skip, beyond, never_ran, not_retained, owned,
     parked_already, passed,
 };
 use crate::ledger::{Pause, Settings};
+use crate::position::Position;
 use crate::source::sqlite::newest_id;
 
 /// How far the cursor `c` has come.
@@ -301,6 +302,54 @@ pub async fn remove(
         waiting: Some(waiting),
         parked,
     })
+}
+
+/// Where a pipeline stands; none where it has not begun.
+///
+/// # Errors
+/// When the file can't be read.
+pub async fn positions(
+    connection: &mut SqliteConnection,
+    pipeline: &PipelineName,
+) -> Result<Vec<(Shard, Option<Position>)>, anyhow::Error> {
+    let there: bool =
+        sqlx::query_scalar("select count(*) > 0 from outbox_cursors where pipeline = ?1")
+            .bind(pipeline.as_str())
+            .fetch_one(&mut *connection)
+            .await
+            .context("look for the cursor")?;
+    if !there {
+        return Ok(Vec::new());
+    }
+    let position = stored_position(connection, pipeline.as_str()).await?;
+    Ok(vec![(Shard::whole(), position)])
+}
+
+/// How many events are retained, at most `most`.
+///
+/// # Errors
+/// When the file can't be read.
+pub async fn retained(connection: &mut SqliteConnection, most: i64) -> Result<i64, anyhow::Error> {
+    sqlx::query_scalar("select count(*) from (select 1 from outbox_events limit ?1)")
+        .bind(most)
+        .fetch_one(connection)
+        .await
+        .context("count the retained events")
+}
+
+/// Where one begins to look who writes nothing.
+///
+/// # Errors
+/// When the file can't be read.
+pub async fn look_from(
+    connection: &mut SqliteConnection,
+    from: Start,
+) -> Result<Position, anyhow::Error> {
+    let from = match from {
+        Start::Event(id) if id > newest_id(connection).await? => Start::Latest,
+        from => from,
+    };
+    starting_position(connection, from).await
 }
 
 /// As in PostgreSQL.

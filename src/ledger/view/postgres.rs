@@ -103,6 +103,7 @@ struct Age {
 struct ParkedCount {
     events: i64,
     entities: i64,
+    dead_letters: i64,
 }
 
 /// Reads the books.
@@ -120,6 +121,13 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     for row in rows {
         pipelines.push(pipeline(connection, row, newest_id).await?);
     }
+    let relays = ask::all(
+        connection,
+        "select holder, json_agg(pipeline order by pipeline) as pipelines from outbox.members \
+          where expires_at > clock_timestamp() group by holder order by min(joined_at), holder",
+    )
+    .await
+    .context("look which relays are there")?;
     let log = log_size(connection).await?;
     let server: Server = ask::one(connection, SERVER)
         .await
@@ -127,6 +135,7 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     Ok(Books {
         newest_id,
         pipelines,
+        relays,
         log,
         server: Some(server),
     })
@@ -200,6 +209,7 @@ async fn pipeline(
         oldest_unpublished_unknown,
         parked_events: parked.events,
         parked_entities: parked.entities,
+        dead_letters: parked.dead_letters,
         paused,
         moved,
         pipeline,
@@ -209,8 +219,9 @@ async fn pipeline(
 /// Served by the index on (pipeline, `aggregate_type`, `aggregate_id`, id).
 fn parked_count(pipeline: &str, is_ours: &str) -> String {
     format!(
-        "select coalesce(sum(events), 0)::bigint as events, count(*) as entities \
-           from (select count(*) as events from outbox.parked where pipeline = {} {is_ours} \
+        "select coalesce(sum(events), 0)::bigint as events, count(*) as entities, \
+                coalesce(sum(dead), 0)::bigint as dead_letters \
+           from (select count(*) as events, count(*) filter (where not holds) as dead from outbox.parked where pipeline = {} {is_ours} \
                   group by aggregate_type, aggregate_id) entity",
         ask::literal(pipeline)
     )

@@ -24,7 +24,8 @@ select n.pipeline, n.shard, c.last_id,
        (select count(*) from outbox_parked p where p.pipeline = n.pipeline),
        (select count(*) from (
             select 1 from outbox_parked p where p.pipeline = n.pipeline group by p.aggregate_type, p.aggregate_id)),
-       strftime('%Y-%m-%dT%H:%M:%SZ', z.since / 1000000.0, 'unixepoch'), z.who, z.reason
+       strftime('%Y-%m-%dT%H:%M:%SZ', z.since / 1000000.0, 'unixepoch'), z.who, z.reason,
+       (select count(*) from outbox_parked p where p.pipeline = n.pipeline and not p.holds)
   from names n
  cross join now
   left join outbox_cursors c on c.pipeline = n.pipeline and c.shard = n.shard
@@ -61,6 +62,7 @@ pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Er
     Ok(Books {
         newest_id,
         pipelines,
+        relays: Vec::new(),
         log: log_size(connection).await?,
         server: None,
     })
@@ -104,6 +106,7 @@ fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Erro
         oldest_unpublished_unknown: None,
         parked_events: row.try_get_unchecked(7)?,
         parked_entities: row.try_get_unchecked(8)?,
+        dead_letters: row.try_get_unchecked(12)?,
         paused: paused(row)?,
         moved: None,
     })

@@ -15,19 +15,19 @@ use super::{Ran, program, relay};
 use crate::fresh::{Database, empty_database, run, value};
 
 /// An outbox, the environment of its relays, and a file to which all of them print what they publish.
-struct World<'a> {
-    database: Option<&'a Database>,
-    folder: TempDir,
+pub(super) struct World<'a> {
+    pub(super) database: Option<&'a Database>,
+    pub(super) folder: TempDir,
     env: Vec<(String, String)>,
 }
 
 /// Runs a test with each database.
-async fn both(test: &str, work: impl AsyncFn(&World<'_>)) {
+pub(super) async fn both(test: &str, work: impl AsyncFn(&World<'_>)) {
     sqlite(&work).await;
     postgres(test, &work).await;
 }
 
-async fn sqlite(work: &impl AsyncFn(&World<'_>)) {
+pub(super) async fn sqlite(work: &impl AsyncFn(&World<'_>)) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shop.db");
     let source = [
@@ -39,7 +39,7 @@ async fn sqlite(work: &impl AsyncFn(&World<'_>)) {
     work(&world).await;
 }
 
-async fn postgres(test: &str, work: &impl AsyncFn(&World<'_>)) {
+pub(super) async fn postgres(test: &str, work: &impl AsyncFn(&World<'_>)) {
     empty_database(test, async |database| {
         let owner = database.login("owner", "superuser").await;
         let url = database.url(&owner);
@@ -59,7 +59,11 @@ async fn postgres(test: &str, work: &impl AsyncFn(&World<'_>)) {
 }
 
 impl<'a> World<'a> {
-    fn new(database: Option<&'a Database>, folder: TempDir, source: &[(&str, &str)]) -> Self {
+    pub(super) fn new(
+        database: Option<&'a Database>,
+        folder: TempDir,
+        source: &[(&str, &str)],
+    ) -> Self {
         let address = free_address();
         let more = [
             ("RELAY_SINK__KIND", "stdout"),
@@ -75,45 +79,49 @@ impl<'a> World<'a> {
         }
     }
 
-    fn env<'e>(&'e self, more: &[(&'e str, &'e str)]) -> Vec<(&'e str, &'e str)> {
+    pub(super) fn env<'e>(&'e self, more: &[(&'e str, &'e str)]) -> Vec<(&'e str, &'e str)> {
         let env = self.env.iter().map(|(name, value)| (&name[..], &value[..]));
         env.chain(more.iter().copied()).collect()
     }
 
-    async fn ends_with(&self, code: i32, args: &[&str]) -> Ran {
+    pub(super) async fn ends_with(&self, code: i32, args: &[&str]) -> Ran {
         relay(args, &self.env(&[])).await.ends_with(code)
     }
 
-    async fn json(&self, args: &[&str]) -> Value {
+    pub(super) async fn json(&self, args: &[&str]) -> Value {
         let mut args = args.to_vec();
         args.push("--json");
         let Ran { out, .. } = self.ends_with(0, &args).await;
         serde_json::from_str(&out).unwrap()
     }
 
-    fn published(&self) -> PathBuf {
+    pub(super) fn published(&self) -> PathBuf {
         self.folder.path().join("published")
     }
 
-    fn start(&self, more: &[(&str, &str)]) -> Daemon {
+    pub(super) fn start(&self, more: &[(&str, &str)]) -> Daemon {
+        self.start_with(&self.env(more))
+    }
+
+    pub(super) fn start_with(&self, env: &[(&str, &str)]) -> Daemon {
         let out = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.published())
             .unwrap();
-        let mut command = program(&["run"], &self.env(more));
+        let mut command = program(&["run"], env);
         command.stdout(out).stderr(Stdio::null());
         Daemon(command.spawn().unwrap())
     }
 
     /// Emits events of the type `order`, one for each entity in this order.
-    async fn emit(&self, entities: &[&str]) {
+    pub(super) async fn emit(&self, entities: &[&str]) {
         for entity in entities {
             self.emit_of("order", entity).await;
         }
     }
 
-    async fn emit_of(&self, aggregate_type: &str, entity: &str) {
+    pub(super) async fn emit_of(&self, aggregate_type: &str, entity: &str) {
         if let Some(database) = self.database {
             let mut writer = database.superuser().await;
             let emit =
@@ -132,14 +140,14 @@ impl<'a> World<'a> {
         }
     }
 
-    async fn sqlite(&self) -> SqliteConnection {
+    pub(super) async fn sqlite(&self) -> SqliteConnection {
         let path = self.folder.path().join("shop.db");
         let options = SqliteConnectOptions::new().filename(path);
         SqliteConnection::connect_with(&options).await.unwrap()
     }
 
     /// The keys of everything that was published, in order.
-    fn keys(&self) -> Vec<String> {
+    pub(super) fn keys(&self) -> Vec<String> {
         let text = std::fs::read_to_string(self.published()).unwrap_or_default();
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         let key = |line: &str| {
@@ -149,7 +157,7 @@ impl<'a> World<'a> {
         whole.lines().map(key).collect()
     }
 
-    async fn until_keys(&self, keys: &[&str]) {
+    pub(super) async fn until_keys(&self, keys: &[&str]) {
         self.until(&format!("{keys:?}"), async || {
             let published = self.keys();
             assert!(published.len() <= keys.len(), "{published:?}");
@@ -158,7 +166,7 @@ impl<'a> World<'a> {
         .await;
     }
 
-    async fn until(&self, what: &str, fact: impl AsyncFn() -> bool) {
+    pub(super) async fn until(&self, what: &str, fact: impl AsyncFn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !fact().await {
             assert!(
@@ -172,7 +180,7 @@ impl<'a> World<'a> {
     }
 
     /// Waits until the daemon says that the pipeline is in this state, in every shard.
-    async fn until_state(&self, state: &str) -> Value {
+    pub(super) async fn until_state(&self, state: &str) -> Value {
         self.until(state, async || {
             let seen = self.json(&["status"]).await;
             let shards = seen["daemon"]["pipelines"].as_array();
@@ -182,17 +190,17 @@ impl<'a> World<'a> {
         self.json(&["status"]).await
     }
 
-    async fn pause(&self) {
+    pub(super) async fn pause(&self) {
         let pause = ["pipelines", "pause", "main", "--reason", "a test", "--wait"];
         self.ends_with(0, &pause).await;
     }
 
-    async fn resume(&self) {
+    pub(super) async fn resume(&self) {
         self.ends_with(0, &["pipelines", "resume", "main"]).await;
     }
 }
 
-fn stop(daemon: Daemon) {
+pub(super) fn stop(daemon: Daemon) {
     let Daemon(child) = &daemon;
     let child: &Child = child;
     // SIGTERM, as an init does it.
@@ -390,6 +398,12 @@ async fn a_halted_pipeline_is_led_past_one_event() {
         let halts = [("RELAY_PIPELINE__ON_REJECTED", "halt")];
         let daemon = world.start(&halts);
         world.emit(&["1"]).await;
+        world
+            .until("the position", async || {
+                let seen = world.json(&["status"]).await;
+                seen["books"]["pipelines"][0]["last_id"] == 1
+            })
+            .await;
         world.emit_of("big order", "1").await;
         world.emit_of("big order", "1").await;
         world.emit(&["2"]).await;
