@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteConnection;
 use crate::config::Source;
 use crate::event::{EventId, PipelineName, Shard, Start};
 use crate::ledger::acts::{
-    self, Action, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
+    self, Action, Cause, Extent, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
 };
 use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
 use crate::ledger::view::{self, Books};
@@ -83,6 +83,22 @@ impl Database {
             Self::Sqlite(connection) => {
                 acts::sqlite::show(connection, selector, payload_bytes_max).await
             }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn causes(&mut self, selector: &Selector) -> Result<Vec<Cause>, Error> {
+        match self {
+            Self::Postgres(connection) => acts::postgres::causes(connection, selector).await,
+            Self::Sqlite(connection) => acts::sqlite::causes(connection, selector).await,
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn extent(&mut self, wish: &Wish) -> Result<Extent, Error> {
+        match self {
+            Self::Postgres(connection) => acts::postgres::extent(connection, wish).await,
+            Self::Sqlite(connection) => acts::sqlite::extent(connection, wish).await,
         }
         .map_err(with_next_step)
     }
@@ -287,7 +303,11 @@ impl Database {
 
     /// Why a wish for one event can't be granted, and what to do instead.
     pub(crate) async fn refusal(&mut self, wish: &Wish) -> Result<Option<Refusal>, Error> {
-        let Some(id) = wish.selector.id else {
+        let Selector { id, event_id, .. } = &wish.selector;
+        let Some(id) = id
+            .map(|id| id.to_string())
+            .or(event_id.map(|uuid| uuid.to_string()))
+        else {
             return Ok(None);
         };
         let found = self.show(&wish.selector, 0).await?;
@@ -304,6 +324,14 @@ impl Database {
                          redrive {oldest} and {id} follows, or drop {oldest}"
                     ))
                 }),
+            several if several.iter().all(|d| d.event.pipeline == several[0].event.pipeline) => {
+                let uuids: Vec<&str> = several.iter().map(|d| &d.event.event_id[..]).collect();
+                Some(Refusal(format!(
+                    "there are {} events with the id {id}, because ids began anew: name one by its uuid, {}",
+                    several.len(),
+                    uuids.join(" or ")
+                )))
+            }
             several => {
                 let pipelines: Vec<&str> =
                     several.iter().map(|d| &d.event.pipeline[..]).collect();

@@ -18,6 +18,22 @@ pub fn reason(error: &anyhow::Error) -> String {
     said.join(": ")
 }
 
+/// The text with `N` for each number: of two reasons that differ in numbers alone it is the same.
+#[must_use]
+pub fn kind(reason: &str) -> String {
+    let mut kind = String::with_capacity(reason.len());
+    let mut in_number = false;
+    for c in reason.chars() {
+        if !c.is_ascii_digit() {
+            kind.push(c);
+        } else if !in_number {
+            kind.push('N');
+        }
+        in_number = c.is_ascii_digit();
+    }
+    kind
+}
+
 #[cfg(test)]
 mod tests {
     use super::reason;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::redrive::who;
 use super::show::{self, say};
 use super::time::time;
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, Usage};
 use crate::config::{Config, Sink as SinkConfig, Source};
 use crate::database::{Database, with_next_step};
 use crate::event::{EventId, PipelineName};
@@ -71,6 +71,9 @@ struct Start {
     /// Everything that is retained: what has to be said when no condition is given.
     #[arg(long)]
     all: bool,
+    /// Kept with the act.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
     /// To this topic, instead of those that the pipeline's template says.
     #[arg(long, value_name = "TOPIC")]
     topic: Option<String>,
@@ -140,7 +143,8 @@ impl Start {
             until_us: self.until,
         };
         if selection == Selection::default() && !self.all {
-            bail!("say which events, or --all for everything that is retained");
+            let which = "say which events, or --all for everything that is retained";
+            return Err(Usage(which.to_owned()).into());
         }
         let pipeline = choose(&config, self.pipeline.as_ref())?;
         let mut books = open(&config).await?;
@@ -170,7 +174,7 @@ impl Start {
             );
             return Ok(Outcome::Done);
         }
-        books.create(&mut job).await?;
+        books.create(&mut job, self.reason.as_deref()).await?;
         work(&config, pipeline, job, books).await
     }
 }
@@ -222,10 +226,13 @@ fn choose<'a>(config: &'a Config, name: Option<&PipelineName>) -> Result<&'a Pip
     let mut pipelines = config.pipelines.iter().map(|p| &p.pipeline);
     match (name, config.pipelines.len()) {
         (None, 1) => pipelines.next().context("there is no pipeline"),
-        (None, _) => bail!("there are several pipelines: say which with --pipeline"),
+        (None, _) => {
+            let which = "there are several pipelines: say which with --pipeline";
+            Err(Usage(which.to_owned()).into())
+        }
         (Some(name), _) => pipelines
             .find(|pipeline| pipeline.name == *name)
-            .with_context(|| format!("the configuration has no pipeline {name}")),
+            .ok_or_else(|| Usage(format!("the configuration has no pipeline {name}")).into()),
     }
 }
 
@@ -359,6 +366,8 @@ fn show_table(listed: &[Listed]) {
         ">LEFT OUT",
         "STARTED",
         "BY",
+        ">A SECOND",
+        "TOPIC",
         "SELECTION",
     ]);
     for replay in listed {
@@ -373,7 +382,6 @@ fn show_table(listed: &[Listed]) {
         } else {
             (replay.last_id - replay.from_id) * 100 / all
         };
-        let selection = serde_json::to_string(&replay.selection).unwrap_or_default();
         table.add_row(vec![
             show::number(Some(replay.id)),
             Cell::new(&replay.pipeline),
@@ -383,7 +391,9 @@ fn show_table(listed: &[Listed]) {
             show::number(Some(replay.skipped)),
             Cell::new(format!("{} ago", show::age(replay.age_seconds))),
             Cell::new(show::plain(&replay.created_by)),
-            Cell::new(show::plain(&selection)),
+            show::number(Some(replay.rate.into())),
+            Cell::new(show::plain(replay.topic.as_deref().unwrap_or("-"))),
+            Cell::new(show::plain(&replay.selection.to_string())),
         ]);
     }
     show::print_table(&mut table);

@@ -13,6 +13,7 @@ use super::lease::{LeaseEnd, Loss};
 use super::publish::{Ended, Publisher};
 use super::redrive::Try;
 use super::reject::{Full, Halt};
+use super::rejections::Rejections;
 use super::status::{State, Status};
 use super::{BACKOFF_MAX, Changes, Over, Pipeline, Settings, backoff};
 use crate::event::{EventKey, Rejection};
@@ -48,6 +49,7 @@ pub(super) struct Lives<'a, S, K> {
     pub(super) condemned: HashMap<(EventKey, Try), Rejection>,
     /// Events that an operator wants left out, with the reason.
     pub(super) skipped: HashMap<EventKey, String>,
+    pub(super) rejections: Rejections,
     pub(super) full: Option<Full>,
     pub(super) suspects: Suspects,
     pub(super) durable: watch::Receiver<Position>,
@@ -149,6 +151,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             dead_letters: &mut self.dead_letters,
             condemned: &mut self.condemned,
             skipped: &self.skipped,
+            rejections: &mut self.rejections,
             full: self.full.as_ref(),
             suspects: &mut self.suspects,
             answered,

@@ -18,6 +18,7 @@ mod lookups;
 mod publish;
 mod redrive;
 mod reject;
+mod rejections;
 pub mod status;
 mod tick;
 mod topics;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use self::books::{Closed, Desk, Pace};
 use self::lease::{LeaseEnd, Loss};
 use self::lives::Lives;
+use self::rejections::Rejections;
 use self::status::{State, Status};
 use self::turn::Turn;
 use crate::encode::Encoding;
@@ -379,6 +381,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             dead_letters: dead_letters.into_iter().collect(),
             condemned: HashMap::new(),
             skipped: HashMap::new(),
+            rejections: Rejections::default(),
             full: None,
             suspects: Suspects::default(),
             durable: durable_seen,

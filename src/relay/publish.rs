@@ -18,6 +18,7 @@ use super::lease::LeaseEnd;
 use super::lookups::{Lookups, until};
 use super::redrive::{Redrive, Try};
 use super::reject::{Full, Halt};
+use super::rejections::Rejections;
 use super::status::Status;
 use super::topics::Topics;
 use super::{Changes, Pipeline, Settings};
@@ -79,6 +80,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) condemned: &'a mut HashMap<(EventKey, Try), Rejection>,
     /// Events that an operator wants left out, with the reason.
     pub(super) skipped: &'a HashMap<EventKey, String>,
+    pub(super) rejections: &'a mut Rejections,
     /// What keeps this life from taking pages: it only makes room.
     pub(super) full: Option<&'a Full>,
     /// Events that were refused together in an earlier life, of which no innocent one must be set aside (I6).

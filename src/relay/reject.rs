@@ -1,5 +1,7 @@
 //! Events that can't be published: the policies, and their limits.
 
+use tokio::time::Instant;
+
 use super::books::Order;
 use super::publish::{Ended, Life, Pause, Publisher};
 use super::redrive::Try;
@@ -122,10 +124,13 @@ impl<K: Sink> Publisher<'_, K> {
         {
             return self.fill(life, full);
         }
-        if let Some(rejection) = &rejection {
+        if let Some(rejection) = &rejection
+            && self.rejections.names(&rejection.0, Instant::now())
+        {
             tracing::error!(
                 pipeline = %self.pipeline.name,
                 event = event.id.0,
+                aggregate_type = &event.aggregate_type[..],
                 reason = %rejection,
                 "parked an event; later events of its entity wait"
             );
@@ -160,12 +165,15 @@ impl<K: Sink> Publisher<'_, K> {
             Ok(copied) => copied,
             Err(stop) => return stop,
         };
-        tracing::error!(
-            pipeline = %self.pipeline.name,
-            event = event.id.0,
-            reason = %rejection,
-            "made a dead letter of an event; later events of its entity go on"
-        );
+        if self.rejections.names(&rejection.0, Instant::now()) {
+            tracing::error!(
+                pipeline = %self.pipeline.name,
+                event = event.id.0,
+                aggregate_type = &event.aggregate_type[..],
+                reason = %rejection,
+                "made a dead letter of an event; later events of its entity go on"
+            );
+        }
         self.dead_letters.insert(event.key());
         let tag = copy.unwrap_or(Topics::NONE);
         let seq = life.place(event, bytes, tag);

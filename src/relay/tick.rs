@@ -94,6 +94,10 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Metrics and status; without a state the last one stands.
     pub(super) fn report(&mut self, life: &mut Life, state: Option<State>) {
+        for (reason, events) in self.rejections.rest(Instant::now()) {
+            tracing::error!(pipeline = %self.pipeline.name, events, reason,
+                "and so many more events were rejected with this reason: `outbox-relay parked list --by error`");
+        }
         let delivered = life.topics.flush();
         self.metrics.filtered(std::mem::take(&mut life.filtered));
         self.metrics.latencies(&mut life.latencies);

@@ -7,10 +7,10 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Connection, Executor};
 
 use super::{
-    BEGIN, NEWEST_ID, execute, fetch_one, get, in_path, literal, newest_id, restored, set_position,
-    starting_position, stored_position,
+    BEGIN, NEWEST_ID, execute, fetch_one, get, literal, newest_id, restored, set_position,
+    starting_position,
 };
-use crate::event::{EventId, EventKey, PipelineName, Shard, Start};
+use crate::event::{EventId, EventKey, PipelineName, Start};
 use crate::ledger::pipelines::{
     Act, EventName, Refused, Remains, Seek, Skip, beyond, never_ran, not_retained, owned,
     parked_already, passed,

@@ -3,6 +3,7 @@
 mod admin;
 mod agree;
 mod doctor;
+mod parked;
 mod pipelines;
 mod status;
 mod tail;
