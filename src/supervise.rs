@@ -225,12 +225,12 @@ pub(crate) fn sink(sink: &Sink, part: Option<(&PipelineName, Shard)>) -> AnySink
     }
 }
 
-/// How the relay opens a SQLite outbox; the file is made if it does not exist.
+/// How the relay opens a SQLite outbox. A name that somebody mistyped makes no file: only `migrate` does.
 #[must_use]
 pub fn sqlite_options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
-        .create_if_missing(true)
+        .create_if_missing(false)
 }
 
 /// The wall clock, in microseconds since the Unix epoch.

@@ -142,6 +142,7 @@ fn tell(report: &Report, seed: u64) {
             took.as_secs_f64()
         );
     }
+    say!("  [3]@6 beside an event: it is in partition 3 of its topic, at offset 6");
     if let Some(trouble) = trouble {
         say!("\n  {BAD}the relay says:{BAD:#} {trouble}");
     }
@@ -155,16 +156,20 @@ fn tell(report: &Report, seed: u64) {
     say!("{NEXT}");
 }
 
-const NEXT: &str = "
+const NEXT: &str = r#"
 With your own database and broker:
 
   export RELAY_SOURCE__POSTGRES__URL=postgres://user@host/database
   export RELAY_SINK__KAFKA__BROKERS=host:9092
   outbox-relay migrate     makes the outbox tables
+  grant outbox_writer to my_service             the service may emit, and nothing else
+  create role relay login password '...' in role outbox_relay
+  select outbox.emit('order', '17', 'paid', '{"id": 17}')   in the transaction that changes the order
+  outbox-relay doctor      says what is missing
   outbox-relay run         publishes what is committed to them
 
 This demo on them:  outbox-relay demo --database-url URL --brokers HOSTS
-All the rest:       README.md";
+All the rest:       README.md"#;
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
 const BAD: Style = AnsiColor::Red.on_default().bold();

@@ -64,7 +64,7 @@ enum Command {
     Acts(redrive::Acts),
     /// Publish retained events again.
     Replay(replay::Replay),
-    /// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
+    /// Compare the topics with the log: what is missing, doubled, out of order, altered or unknown?
     Verify(verify::Verify),
     /// Print a completion script.
     Completions {

@@ -16,7 +16,7 @@ use crate::verify::{
     self, Doubled, Example, Finding, NotJudged, Options, PipelineReport, Progress, Side, Watcher,
 };
 
-/// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
+/// Compare the topics with the log: what is missing, doubled, out of order, altered or unknown?
 #[derive(Debug, Args)]
 #[command(after_help = VERIFY_HELP)]
 pub(super) struct Verify {
@@ -129,11 +129,13 @@ fn show_pipeline(report: &PipelineReport) {
         notes,
     } = report;
     say!(
-        "{BOLD}pipeline {pipeline}{BOLD:#}: {events} events in the log, {records} records in {} topics",
-        topics.len()
+        "{BOLD}pipeline {pipeline}{BOLD:#}: {} in the log, {} in {}",
+        many(*events, "event"),
+        many(*records, "record"),
+        many(topics.len() as u64, "topic")
     );
     line("found", *found, DIM, "in their topics");
-    more("waiting", *waiting, "not settled by the cursor yet");
+    more("waiting", *waiting, "not passed by the cursor yet");
     more("parked", *parked, "set aside: `outbox-relay parked list`");
     more(
         "dropped",
@@ -141,7 +143,16 @@ fn show_pipeline(report: &PipelineReport) {
         "given up by an operator: `outbox-relay acts`",
     );
     show_not_judged(not_judged);
-    show_finding("missing", missing, "settled, and in no topic");
+    show_finding("missing", missing, "passed by the cursor, and in no topic");
+    if let Some(uuid) = missing
+        .examples
+        .first()
+        .and_then(|example| example.event_id.as_ref())
+    {
+        say!(
+            "                publish one again: `outbox-relay replay start --pipeline {pipeline} --event-id {uuid}`"
+        );
+    }
     show_finding(
         "out of order",
         out_of_order,
@@ -158,6 +169,10 @@ fn show_pipeline(report: &PipelineReport) {
     } else {
         say!("  {RED}a promise is broken{RED:#}");
     }
+}
+
+fn many(number: u64, word: &str) -> String {
+    show::count(i64::try_from(number).unwrap_or(i64::MAX), word)
 }
 
 fn line(word: &str, count: u64, style: Style, text: &str) {
@@ -227,7 +242,9 @@ fn show_doubled(doubled: &Doubled, allowed: bool) {
     let runs = format!("in {runs} runs, the longest of {longest_run}");
     let text = match beyond_reach {
         _ if !allowed => runs,
-        0 => format!("{runs}: what a crash leaves; consumers deduplicate by id"),
+        0 => format!(
+            "{runs}: what a crash or a replay leaves (a replayed record has the header \"replay\"); consumers deduplicate by id"
+        ),
         _ => format!(
             "{runs}; {beyond_reach} of them go back further than relay.in_flight_events: a replay?"
         ),

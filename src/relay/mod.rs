@@ -249,7 +249,11 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 }
                 Ok(Acquired::Resharded { shards }) => {
                     // This relay will be told to stop, or the number will become what it is here.
-                    let holder = format!("relays with {shards} shards");
+                    let shards = match shards {
+                        1 => "1 shard".to_owned(),
+                        shards => format!("{shards} shards"),
+                    };
+                    let holder = format!("the relays with {shards}, until they have stopped");
                     self.set_state(State::Standby { holder });
                     if !self.linger(STANDBY_LOOK, stop).await {
                         return None;
