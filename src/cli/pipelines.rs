@@ -520,7 +520,7 @@ impl SkipArgs {
         match owners(&books, name).first() {
             Some(owner) => say!("{} does it within seconds", show::plain(owner)),
             None => {
-                say!("no relay owns the pipeline now: the next one that runs does it")
+                say!("no relay owns the pipeline now: the next one that runs does it");
             }
         }
         Ok(Outcome::Done)
@@ -567,7 +567,7 @@ fn show_remains(remains: &Remains, done: bool) {
             count(*events, "event")
         ),
         None => {
-            say!("  more events of the log than can be counted in 10 s that it has not published")
+            say!("  more events of the log than can be counted in 10 s that it has not published");
         }
     }
     say!("  {}: given up", count(*parked, "parked event"));

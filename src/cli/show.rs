@@ -47,7 +47,7 @@ pub(super) async fn closed() {
     {
         return;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// A point in time, as in 2026-01-31T10:00:00.123456Z.

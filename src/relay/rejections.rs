@@ -19,11 +19,11 @@ const REASONS_MAX: usize = 100;
 /// What was said of rejected events, by reason.
 #[derive(Debug, Default)]
 pub(super) struct Rejections {
-    reasons: HashMap<String, Told>,
+    reasons: HashMap<String, Count>,
 }
 
 #[derive(Debug)]
-struct Told {
+struct Count {
     named: u64,
     /// Since it was last said how many there are.
     unnamed: u64,
@@ -38,7 +38,7 @@ impl Rejections {
         if self.reasons.len() >= REASONS_MAX && !self.reasons.contains_key(&kind) {
             return true;
         }
-        let told = self.reasons.entry(kind).or_insert(Told {
+        let told = self.reasons.entry(kind).or_insert(Count {
             named: 0,
             unnamed: 0,
             told_at: now,

@@ -355,7 +355,9 @@ fn show_server(server: &Server) {
         ),
         None if *sees_all_transactions => say!("  no other transaction in progress"),
         None => {
-            say!("  transactions of other roles are hidden from this one (grant pg_read_all_stats)")
+            say!(
+                "  transactions of other roles are hidden from this one (grant pg_read_all_stats)"
+            );
         }
     }
     if let Some(seconds) = oldest_prepared_seconds {

@@ -11,10 +11,13 @@ use crate::ledger::view::{Books, PipelineBooks};
 /// Over so many looks.
 const LOOKS: usize = 6;
 
+/// When, the newest id, and where the pipelines stood.
+type Look = (Instant, i64, Vec<(String, i64)>);
+
 /// What was seen at the last looks.
 #[derive(Default)]
 pub(super) struct Rates {
-    looks: VecDeque<(Instant, i64, Vec<(String, i64)>)>,
+    looks: VecDeque<Look>,
 }
 
 /// The pipelines with the position of the shard that is furthest behind.
@@ -64,14 +67,17 @@ impl Rates {
 #[expect(clippy::cast_precision_loss, reason = "for people")]
 fn line((came, went): (i64, i64), backlog: i64, time: Duration) -> String {
     let seconds = time.as_secs_f64().max(0.001);
-    let (come, go) = (came.max(0) as f64 / seconds, went.max(0) as f64 / seconds);
+    let (rate_in, rate_out) = (came.max(0) as f64 / seconds, went.max(0) as f64 / seconds);
     let end = match backlog {
         ..=0 => "nothing waits".to_owned(),
-        _ if go > come => format!("empty in {}", show::age(backlog as f64 / (go - come))),
-        _ if go < come => "it grows".to_owned(),
+        _ if rate_out > rate_in => format!(
+            "empty in {}",
+            show::age(backlog as f64 / (rate_out - rate_in))
+        ),
+        _ if rate_out < rate_in => "it grows".to_owned(),
         _ => "it stays".to_owned(),
     };
-    format!("in {come:.0}/s, out {go:.0}/s, {end}")
+    format!("in {rate_in:.0}/s, out {rate_out:.0}/s, {end}")
 }
 
 #[cfg(test)]

@@ -14,6 +14,9 @@ use crate::ledger::{Pause, Settings};
 use crate::position::Position;
 use crate::source::sqlite::newest_id;
 
+/// An event that is looked for: uuid, entity; whether it is passed, parked, to be skipped.
+type Found = (String, String, String, bool, bool, bool);
+
 /// How far the cursor `c` has come.
 const AT: &str = "max(coalesce(c.last_id, 0), coalesce(c.floor, 0))";
 
@@ -124,28 +127,15 @@ pub async fn seek(
     }
     let position = starting_position(&mut transaction, to).await?;
     let EventId(last_id) = position.last_id;
-    let (again, left_out) = {
-        let types = serde_json::to_string(aggregate_types).context("write the types")?;
-        sqlx::query_as::<_, (i64, i64)>(
-            "select count(*) filter (where id > ?2), count(*) filter (where id > ?1) from outbox_events
-              where ((id > ?2 and id <= ?1) or (id > ?1 and id <= ?2))
-                and (?3 = '[]' or aggregate_type in (select value from json_each(?3)))",
-        )
-        .bind(at)
-        .bind(last_id)
-        .bind(types)
-        .fetch_one(&mut *transaction)
-        .await
-        .context("count the events")?
-    };
+    let events = between(&mut transaction, (at, last_id), aggregate_types).await?;
     let oldest_id: Option<i64> = sqlx::query_scalar("select min(id) from outbox_events")
         .fetch_one(&mut *transaction)
         .await
         .context("look for the oldest event")?;
     let (again, left_out) = if last_id < at {
-        (again, 0)
+        (events, 0)
     } else {
-        (0, left_out)
+        (0, events)
     };
     let seek = Seek {
         pipeline: pipeline.to_string(),
@@ -163,6 +153,37 @@ pub async fn seek(
             .context("end the transaction")?;
         return Ok(seek);
     };
+    move_to(&mut transaction, pipeline, last_id).await?;
+    let what = format!("position {} to {last_id}", from.unwrap_or(0));
+    note(&mut transaction, pipeline, act, ("seek", &what, events)).await?;
+    transaction.commit().await.context("commit")?;
+    Ok(seek)
+}
+
+/// How many events of these types lie between two ids.
+async fn between(
+    transaction: &mut SqliteConnection,
+    (one, other): (i64, i64),
+    aggregate_types: &[String],
+) -> Result<i64, anyhow::Error> {
+    let types = serde_json::to_string(aggregate_types).context("write the types")?;
+    sqlx::query_scalar(
+        "select count(*) from outbox_events
+          where id > ?1 and id <= ?2 and (?3 = '[]' or aggregate_type in (select value from json_each(?3)))",
+    )
+    .bind(one.min(other))
+    .bind(one.max(other))
+    .bind(types)
+    .fetch_one(transaction)
+    .await
+    .context("count the events")
+}
+
+async fn move_to(
+    transaction: &mut SqliteConnection,
+    pipeline: &PipelineName,
+    last_id: i64,
+) -> Result<(), anyhow::Error> {
     sqlx::query(
         "update outbox_cursors
             set prev = '1:1:', cur = '1:1:', floor = 0, ceiling = ?2, next_floor = ?2, last_id = ?2, epoch = epoch + 1,
@@ -181,16 +202,7 @@ pub async fn seek(
         .execute(&mut *transaction)
         .await
         .context("end the lease")?;
-    let what = format!("position {} to {last_id}", from.unwrap_or(0));
-    note(
-        &mut transaction,
-        pipeline,
-        act,
-        ("seek", &what, again + left_out),
-    )
-    .await?;
-    transaction.commit().await.context("commit")?;
-    Ok(seek)
+    Ok(())
 }
 
 /// As in PostgreSQL.
@@ -205,7 +217,6 @@ pub async fn skip(
 ) -> Result<Skip, anyhow::Error> {
     let mut transaction = begin(connection).await?;
     let id = id_of(&mut transaction, event).await?;
-    type Found = (String, String, String, bool, bool, bool);
     let found: Option<Found> = sqlx::query_as(AssertSqlSafe(format!(
         "select lower(e.event_id), e.aggregate_type, e.aggregate_id,
                 exists (select 1 from outbox_cursors c where c.pipeline = ?1 and e.id <= {AT}),
