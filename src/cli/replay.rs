@@ -167,7 +167,9 @@ impl Start {
             let (events, entities) = replay::count(&job, pipeline, &mut history).await?;
             let whereto = job.topic.as_deref().unwrap_or("their own topics");
             say!(
-                "would publish {events} events of {entities} entities to {whereto}, in about {} (ids {} to {})",
+                "would publish {} of {} to {whereto}, in about {} (ids {} to {})",
+                show::count(i64::try_from(events).unwrap_or(i64::MAX), "event"),
+                show::count(i64::try_from(entities).unwrap_or(i64::MAX), "entity"),
                 show::age(estimate(events, job.rate)),
                 EventId(from.0 + 1),
                 until

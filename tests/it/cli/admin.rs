@@ -234,7 +234,7 @@ async fn parked_events_are_seen_and_redriven_over_http() {
     );
     let log = shop.read("log");
     assert!(
-        log.contains("asked for parked events") && log.contains("redrove parked events"),
+        log.contains("asked for parked events") && log.contains("published parked events"),
         "{log}"
     );
     assert!(!log.contains(PLANTED), "{log}");
