@@ -6,12 +6,28 @@ use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::config::Source;
+use crate::event::{EventId, PipelineName, Shard, Start};
 use crate::ledger::acts::{
-    self, Action, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
+    self, Action, Cause, Extent, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
 };
+use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
 use crate::ledger::view::{self, Books};
+use crate::ledger::{self, Pause};
+use crate::position::Position;
 use crate::source::{postgres, sqlite};
 use crate::supervise::sqlite_options;
+
+/// Where a shard of a pipeline stands, or would begin.
+pub(crate) struct Place {
+    pub(crate) shard: Shard,
+    pub(crate) position: Position,
+}
+
+/// Where the sequence of the ids is, and the highest id that is used.
+pub(crate) struct SequencePlace {
+    pub(crate) stands: i64,
+    pub(crate) used: i64,
+}
 
 pub(crate) enum Database {
     Postgres(PgConnection),
@@ -71,10 +87,204 @@ impl Database {
         .map_err(with_next_step)
     }
 
+    pub(crate) async fn causes(&mut self, selector: &Selector) -> Result<Vec<Cause>, Error> {
+        match self {
+            Self::Postgres(connection) => acts::postgres::causes(connection, selector).await,
+            Self::Sqlite(connection) => acts::sqlite::causes(connection, selector).await,
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn extent(&mut self, wish: &Wish) -> Result<Extent, Error> {
+        match self {
+            Self::Postgres(connection) => acts::postgres::extent(connection, wish).await,
+            Self::Sqlite(connection) => acts::sqlite::extent(connection, wish).await,
+        }
+        .map_err(with_next_step)
+    }
+
     pub(crate) async fn acts(&mut self, limit: u32) -> Result<Vec<NotedAct>, Error> {
         match self {
             Self::Postgres(connection) => acts::postgres::acts(connection, limit).await,
             Self::Sqlite(connection) => acts::sqlite::acts(connection, limit).await,
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn pause(
+        &mut self,
+        pipeline: &PipelineName,
+        act: &Act,
+    ) -> Result<Option<Pause>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::pause(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::pause(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn resume(
+        &mut self,
+        pipeline: &PipelineName,
+        act: &Act,
+    ) -> Result<Option<Pause>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::resume(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::resume(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn seek(
+        &mut self,
+        pipeline: &PipelineName,
+        to: Start,
+        types: &[String],
+        act: Option<&Act>,
+    ) -> Result<Seek, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::seek(connection, pipeline, to, types, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::seek(connection, pipeline, to, types, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn skip(
+        &mut self,
+        pipeline: &PipelineName,
+        event: EventName,
+        act: Option<&Act>,
+    ) -> Result<Skip, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::skip(connection, pipeline, event, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::skip(connection, pipeline, event, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn remove(
+        &mut self,
+        pipeline: &PipelineName,
+        act: Option<&Act>,
+    ) -> Result<Remains, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::remove(connection, pipeline, act).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::remove(connection, pipeline, act).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    /// Where one begins to look who writes nothing.
+    pub(crate) async fn look_from(&mut self, from: Start) -> Result<Position, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::look_from(connection, from).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::look_from(connection, from).await
+            }
+        }
+        .map_err(with_next_step)
+    }
+
+    /// Where each shard of a pipeline stands; of one that has not begun, where it would.
+    pub(crate) async fn places(
+        &mut self,
+        pipeline: &PipelineName,
+        start: Start,
+    ) -> Result<Vec<Place>, Error> {
+        let mut places = Vec::new();
+        let stored = match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::positions(connection, pipeline).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::positions(connection, pipeline).await
+            }
+        };
+        for (shard, position) in stored.map_err(with_next_step)? {
+            let position = match position {
+                Some(position) => position,
+                None => self.look_from(start).await?,
+            };
+            places.push(Place { shard, position });
+        }
+        if places.is_empty() {
+            places.push(Place {
+                shard: Shard::whole(),
+                position: self.look_from(start).await?,
+            });
+        }
+        Ok(places)
+    }
+
+    /// How many events are retained, counted as far as that takes no time.
+    pub(crate) async fn retained(&mut self) -> Result<String, Error> {
+        const MOST: i64 = 100_000;
+        let events = match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::places::retained(connection, MOST + 1).await
+            }
+            Self::Sqlite(connection) => {
+                ledger::sqlite::pipelines::retained(connection, MOST + 1).await
+            }
+        }
+        .map_err(with_next_step)?;
+        Ok(if events > MOST {
+            format!("more than {MOST}")
+        } else {
+            events.to_string()
+        })
+    }
+
+    /// Where the sequence of the ids is; none in a file, whose trigger sees to it.
+    pub(crate) async fn sequence(&mut self) -> Result<Option<SequencePlace>, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                let (stands, used) = ledger::postgres::places::sequence(connection)
+                    .await
+                    .map_err(with_next_step)?;
+                Ok(Some(SequencePlace { stands, used }))
+            }
+            Self::Sqlite(_) => Ok(None),
+        }
+    }
+
+    /// How far relays have come.
+    pub(crate) async fn furthest_position(&mut self) -> Result<Position, Error> {
+        match self {
+            Self::Postgres(connection) => ledger::postgres::places::furthest(connection).await,
+            Self::Sqlite(_) => Ok(Position::beginning()),
+        }
+        .map_err(with_next_step)
+    }
+
+    pub(crate) async fn id_of(&mut self, event: EventName) -> Result<EventId, Error> {
+        match self {
+            Self::Postgres(connection) => {
+                ledger::postgres::pipelines::id_of(connection, event).await
+            }
+            Self::Sqlite(connection) => ledger::sqlite::pipelines::id_of(connection, event).await,
         }
         .map_err(with_next_step)
     }
@@ -93,7 +303,11 @@ impl Database {
 
     /// Why a wish for one event can't be granted, and what to do instead.
     pub(crate) async fn refusal(&mut self, wish: &Wish) -> Result<Option<Refusal>, Error> {
-        let Some(id) = wish.selector.id else {
+        let Selector { id, event_id, .. } = &wish.selector;
+        let Some(id) = id
+            .map(|id| id.to_string())
+            .or(event_id.map(|uuid| uuid.to_string()))
+        else {
             return Ok(None);
         };
         let found = self.show(&wish.selector, 0).await?;
@@ -110,6 +324,14 @@ impl Database {
                          redrive {oldest} and {id} follows, or drop {oldest}"
                     ))
                 }),
+            several if several.iter().all(|d| d.event.pipeline == several[0].event.pipeline) => {
+                let uuids: Vec<&str> = several.iter().map(|d| &d.event.event_id[..]).collect();
+                Some(Refusal(format!(
+                    "there are {} events with the id {id}, because ids began anew: name one by its uuid, {}",
+                    several.len(),
+                    uuids.join(" or ")
+                )))
+            }
             several => {
                 let pipelines: Vec<&str> =
                     several.iter().map(|d| &d.event.pipeline[..]).collect();

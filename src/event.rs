@@ -242,4 +242,6 @@ pub enum Start {
     Latest,
     /// At the first event that occurred at or after this time, in microseconds since the Unix epoch.
     Time(i64),
+    /// At the event with this id. For a pipeline that an operator moves; no setting says it.
+    Event(EventId),
 }

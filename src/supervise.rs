@@ -29,7 +29,7 @@ use crate::sink::AnySink;
 use crate::sink::kafka::KafkaSink;
 use crate::sink::stdout::StdoutSink;
 use crate::source::AnySource;
-use crate::source::postgres::PostgresSource;
+use crate::source::postgres::{CaptureMode, PostgresSource};
 use crate::source::sqlite::SqliteSource;
 use crate::telemetry;
 
@@ -182,6 +182,34 @@ pub(crate) fn assemble(
     (relay, seen)
 }
 
+/// A source for who only looks on: it reads all events, and writes nothing.
+pub(crate) fn onlooker(source: &Source) -> AnySource {
+    match source {
+        Source::Postgres(settings) => {
+            let mut settings = (**settings).clone();
+            settings.mode = CaptureMode::Poll;
+            AnySource::Postgres(Box::new(PostgresSource::new(settings).looking_on()))
+        }
+        Source::Sqlite {
+            path,
+            poll_interval,
+        } => AnySource::Sqlite(Box::new(SqliteSource::new(
+            sqlite_options(path),
+            *poll_interval,
+        ))),
+    }
+}
+
+/// The same for the events of one shard of a pipeline.
+pub(crate) fn onlooker_of(source: &Source, pipeline: &PipelineName, shard: Shard) -> AnySource {
+    match onlooker(source) {
+        AnySource::Postgres(source) => {
+            AnySource::Postgres(Box::new(source.of_shard(pipeline.clone(), shard)))
+        }
+        source @ AnySource::Sqlite(_) => source,
+    }
+}
+
 /// The end that events of a pipeline go to; connects when it is opened. Without a pipeline for what is published again, which
 /// has no part in a pipeline's transactions.
 pub(crate) fn sink(sink: &Sink, part: Option<(&PipelineName, Shard)>) -> AnySink {
@@ -197,12 +225,12 @@ pub(crate) fn sink(sink: &Sink, part: Option<(&PipelineName, Shard)>) -> AnySink
     }
 }
 
-/// How the relay opens a SQLite outbox; the file is made if it does not exist.
+/// How the relay opens a SQLite outbox. A name that somebody mistyped makes no file: only `migrate` does.
 #[must_use]
 pub fn sqlite_options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
-        .create_if_missing(true)
+        .create_if_missing(false)
 }
 
 /// The wall clock, in microseconds since the Unix epoch.

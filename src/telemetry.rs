@@ -124,6 +124,10 @@ const SET_ASIDE: Metric = gauge(
     "events that are parked or dead letters; at parked_max the pipeline halts",
 );
 const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the shard");
+const PAUSED: Metric = gauge(
+    "outbox_paused",
+    "1 where an operator has paused the pipeline, as this process knows it",
+);
 const SHARDS: Metric = gauge("outbox_shards", "how many shards the pipeline has");
 const READY: Metric = gauge(
     "outbox_ready",
@@ -150,7 +154,7 @@ const RETIRED_UNPUBLISHED: Metric = counter(
 const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
 
 /// All metrics.
-pub const METRICS: [Metric; 27] = [
+pub const METRICS: [Metric; 28] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -170,6 +174,7 @@ pub const METRICS: [Metric; 27] = [
     WAITING,
     SET_ASIDE,
     OWNER,
+    PAUSED,
     SHARDS,
     READY,
     LATENCY,
@@ -276,6 +281,7 @@ pub struct PipelineMetrics {
     waiting: Gauge,
     set_aside: Gauge,
     owner: Gauge,
+    paused: Gauge,
     latency: Arc<LatencyHistogram>,
 }
 
@@ -310,6 +316,7 @@ impl PipelineMetrics {
             waiting: gauge(WAITING),
             set_aside: gauge(SET_ASIDE),
             owner: gauge(OWNER),
+            paused: gauge(PAUSED),
             latency: LatencyHistogram::of(labels()),
             labels: all,
         }
@@ -375,6 +382,11 @@ impl PipelineMetrics {
         if !owner {
             self.levels(Levels::default());
         }
+    }
+
+    /// Whether an operator has paused the pipeline, as this process knows it.
+    pub fn paused(&self, paused: bool) {
+        self.paused.set(f64::from(u8::from(paused)));
     }
 
     /// The gauges, together.

@@ -182,8 +182,8 @@ impl Ledger for Cursor {
         }))
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        Ok(Fenced::Written)
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
+        Ok(Renewed::Extended)
     }
 
     async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
@@ -205,6 +205,10 @@ impl Ledger for Cursor {
 
     async fn resolve(&mut self, _: &Resolved) -> Result<Resolution, LedgerError> {
         Ok(Resolution::Written(Released::default()))
+    }
+
+    async fn skipped(&mut self, _: EventKey) -> Result<Option<String>, LedgerError> {
+        Ok(None)
     }
 
     async fn release(&mut self, _: bool) -> Result<(), LedgerError> {

@@ -493,6 +493,26 @@ create table outbox.dropped (
     primary key (pipeline, id, event_id)
 );
 
+-- Pipelines that an operator has paused: the owner publishes what is under way and gives the lease back, and no relay takes it.
+create table outbox.pauses (
+    pipeline      text        primary key,
+    since         timestamptz not null default clock_timestamp(),
+    database_user text        not null default session_user,
+    who           text        not null,
+    reason        text        not null
+);
+
+-- Events that an operator wants left out. A relay that halts at one of them sets it aside as a dead letter and goes on.
+create table outbox.skips (
+    pipeline text        not null,
+    event_id uuid        not null,
+    id       bigint      not null,
+    who      text        not null,
+    reason   text        not null,
+    at       timestamptz not null default clock_timestamp(),
+    primary key (pipeline, event_id)
+);
+
 -- Replays that were asked for, and how far they have come.
 create table outbox.replays (
     id         bigint      generated always as identity primary key,
@@ -774,8 +794,8 @@ grant usage on sequence outbox.events_id_seq to outbox_writer;
 grant select on outbox.events to outbox_relay;
 grant select on sequence outbox.events_id_seq to outbox_relay;
 grant select, insert, update, delete on outbox.cursors, outbox.leases, outbox.parked, outbox.members to outbox_relay;
-grant select, insert, update on outbox.pipelines to outbox_relay;
-grant select, insert, delete on outbox.former_cursors to outbox_relay;
+grant select, insert, update, delete on outbox.pipelines to outbox_relay;
+grant select, insert, delete on outbox.former_cursors, outbox.pauses, outbox.skips to outbox_relay;
 grant select, insert on outbox.incarnation, outbox.dropped to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
 grant select on outbox.resets to outbox_relay;

@@ -156,6 +156,25 @@ create table outbox_dropped (
     primary key (pipeline, id, event_id)
 );
 
+-- Pipelines that an operator has paused: the owner publishes what is under way and gives the lease back, and no relay takes it.
+create table outbox_pauses (
+    pipeline text    primary key,
+    since    integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    who      text    not null,
+    reason   text    not null
+);
+
+-- Events that an operator wants left out. A relay that halts at one of them sets it aside as a dead letter and goes on.
+create table outbox_skips (
+    pipeline text    not null,
+    event_id text    not null,
+    id       integer not null,
+    who      text    not null,
+    reason   text    not null,
+    at       integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    primary key (pipeline, event_id)
+);
+
 -- Replays that were asked for, and how far they have come.
 create table outbox_replays (
     id         integer primary key autoincrement,

@@ -126,6 +126,7 @@ impl Which {
             entity: entity.transpose().map_err(|why: String| wrong(why))?,
             error: self.error.clone(),
             older_than: older_than.transpose()?,
+            ..Selector::default()
         })
     }
 }

@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use super::show::say;
 use super::{ConfigArgs, Outcome};
 use crate::config::{Config, PipelineConfig, Sink, Source};
 use crate::relay::Policy;
@@ -18,11 +19,11 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn run(self) -> Result<Outcome, anyhow::Error> {
         let config = self.config.load()?;
-        anstream::println!("the configuration is right");
-        anstream::println!("  from      {}", source(&config));
-        anstream::println!("  to        {}", sink(&config));
+        say!("the configuration is right");
+        say!("  from      {}", source(&config));
+        say!("  to        {}", sink(&config));
         for pipeline in &config.pipelines {
-            anstream::println!("  pipeline  {}", describe(pipeline));
+            say!("  pipeline  {}", describe(pipeline));
         }
         Ok(Outcome::Done)
     }

@@ -9,6 +9,7 @@ use secrecy::SecretString;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Outcome;
+use super::show::say;
 use crate::config::{Log, LogFormat};
 use crate::demo::{self, Report, Stop, grouped, milliseconds};
 use crate::logging;
@@ -105,7 +106,7 @@ fn tell(report: &Report, seed: u64) {
         took,
         trouble,
     } = report;
-    anstream::println!(
+    say!(
         "\nA consumer that shares no code with the relay read every topic from its first\n\
          record to its last, and compared it with what the shop knows it committed.\n"
     );
@@ -134,38 +135,41 @@ fn tell(report: &Report, seed: u64) {
         &rolled_back,
     );
     if let Some(latency) = latency {
-        anstream::println!(
+        say!(
             "\n  commit to consume: p50 {}, p99 {}   ({:.1} s in all, --seed {seed})",
             milliseconds(latency.p50),
             milliseconds(latency.p99),
             took.as_secs_f64()
         );
     }
+    say!("  [3]@6 beside an event: it is in partition 3 of its topic, at offset 6");
     if let Some(trouble) = trouble {
-        anstream::println!("\n  {BAD}the relay says:{BAD:#} {trouble}");
+        say!("\n  {BAD}the relay says:{BAD:#} {trouble}");
     }
     if verdict.committed == 0 && verdict.holds() {
-        anstream::println!("\n  Nothing was committed, so nothing could be checked.");
+        say!("\n  Nothing was committed, so nothing could be checked.");
     } else if verdict.holds() {
-        anstream::println!(
-            "\n  {GOOD}Everything that was committed arrived, once and in order.{GOOD:#}"
-        );
+        say!("\n  {GOOD}Everything that was committed arrived, once and in order.{GOOD:#}");
     } else {
-        anstream::println!("\n  {BAD}A promise is broken.{BAD:#}");
+        say!("\n  {BAD}A promise is broken.{BAD:#}");
     }
-    anstream::println!("{NEXT}");
+    say!("{NEXT}");
 }
 
-const NEXT: &str = "
+const NEXT: &str = r#"
 With your own database and broker:
 
   export RELAY_SOURCE__POSTGRES__URL=postgres://user@host/database
   export RELAY_SINK__KAFKA__BROKERS=host:9092
   outbox-relay migrate     makes the outbox tables
+  grant outbox_writer to my_service             the service may emit, and nothing else
+  create role relay login password '...' in role outbox_relay
+  select outbox.emit('order', '17', 'paid', '{"id": 17}')   in the transaction that changes the order
+  outbox-relay doctor      says what is missing
   outbox-relay run         publishes what is committed to them
 
 This demo on them:  outbox-relay demo --database-url URL --brokers HOSTS
-All the rest:       README.md";
+All the rest:       README.md"#;
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
 const BAD: Style = AnsiColor::Red.on_default().bold();
@@ -182,5 +186,5 @@ fn row(name: &str, count: usize, style: Style, note: &str) {
     } else {
         format!("   {note}")
     };
-    anstream::println!("  {name:<22}{style}{count:>10}{style:#}{note}");
+    say!("  {name:<22}{style}{count:>10}{style:#}{note}");
 }

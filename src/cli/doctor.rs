@@ -1,10 +1,12 @@
 //! `outbox-relay doctor`: what is wrong, why it matters, and what mends it.
 
+use std::io::IsTerminal;
+
 use anstyle::Style;
 use anyhow::Error;
 use clap::Args;
 
-use super::show::{self, DIM, GREEN, RED, YELLOW};
+use super::show::{self, DIM, GREEN, RED, YELLOW, say};
 use super::{ConfigArgs, Outcome};
 use crate::doctor::{self, Finding, Remedy, Severity};
 use crate::supervise::wall_clock_us;
@@ -22,15 +24,18 @@ pub(super) struct Doctor {
 impl Doctor {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
+        if std::io::stderr().is_terminal() {
+            anstream::eprintln!("{DIM}asking database, broker and daemon: up to 10 s each{DIM:#}");
+        }
         let findings = doctor::examine(&config, wall_clock_us).await;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&findings)?);
+            say!("{}", serde_json::to_string_pretty(&findings)?);
         } else {
             show_findings(&findings);
         }
         let healthy = findings
             .iter()
-            .all(|finding| finding.severity == Severity::Note);
+            .all(|finding| finding.severity >= Severity::Note);
         Ok(if healthy {
             Outcome::Done
         } else {
@@ -43,16 +48,27 @@ fn show_findings(findings: &[Finding]) {
     for finding in findings {
         show_finding(finding);
     }
-    let count = |severity| findings.iter().filter(|f| f.severity == severity).count();
+    let count = |severity| {
+        let of = findings.iter().filter(|f| f.severity == severity).count();
+        i64::try_from(of).unwrap_or(i64::MAX)
+    };
     let (errors, warnings, notes) = (
         count(Severity::Error),
         count(Severity::Warning),
         count(Severity::Note),
     );
     if errors + warnings == 0 {
-        anstream::println!("{GREEN}nothing is wrong{GREEN:#} ({notes} notes)");
+        say!(
+            "{GREEN}nothing is wrong{GREEN:#} ({})",
+            show::count(notes, "note")
+        );
     } else {
-        anstream::println!("{errors} errors, {warnings} warnings, {notes} notes");
+        say!(
+            "{}, {}, {}",
+            show::count(errors, "error"),
+            show::count(warnings, "warning"),
+            show::count(notes, "note")
+        );
     }
 }
 
@@ -68,9 +84,13 @@ fn show_finding(finding: &Finding) {
         Severity::Error => (RED, "error  "),
         Severity::Warning => (YELLOW, "warning"),
         Severity::Note => (DIM, "note   "),
+        Severity::Ok => {
+            say!("{GREEN}ok     {GREEN:#}  {}", show::plain(what));
+            return;
+        }
     };
-    anstream::println!("{style}{word}{style:#}  {}", show::plain(what));
-    anstream::println!("         {DIM}why{DIM:#}   {}", show::plain(why));
+    say!("{style}{word}{style:#}  {}", show::plain(what));
+    say!("         {DIM}why{DIM:#}   {}", show::plain(why));
     let (word, text) = match remedy {
         Some(Remedy::Sql(sql)) => ("sql", sql),
         Some(Remedy::Command(command)) => ("run", command),
@@ -80,6 +100,6 @@ fn show_finding(finding: &Finding) {
     };
     for (n, line) in text.lines().enumerate() {
         let word = if n == 0 { word } else { "" };
-        anstream::println!("         {DIM}{word:<5}{DIM:#} {}", show::plain(line));
+        say!("         {DIM}{word:<5}{DIM:#} {}", show::plain(line));
     }
 }

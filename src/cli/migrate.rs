@@ -2,6 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
+use super::show::say;
 use super::{ConfigArgs, Outcome};
 use crate::config::Source;
 use crate::migrate::{self, Kind};
@@ -12,9 +13,11 @@ use crate::supervise::sqlite_options;
 pub(super) struct Migrate {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Print the SQL instead of running it; needs no database.
-    #[arg(long, value_name = "DATABASE", num_args = 0..=1, default_missing_value = "postgres")]
-    print: Option<Database>,
+    /// Print the SQL instead of running it; needs no database. Without a name that of the configured kind of database, and
+    /// PostgreSQL's where none is configured.
+    #[arg(long, value_name = "DATABASE", num_args = 0..=1)]
+    #[expect(clippy::option_option, reason = "absent, without a value, with one")]
+    print: Option<Option<Database>>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -26,9 +29,12 @@ enum Database {
 impl Migrate {
     pub(super) async fn run(self) -> Result<Outcome, anyhow::Error> {
         if let Some(kind) = self.print {
-            let kind = match kind {
-                Database::Postgres => Kind::Postgres,
-                Database::Sqlite => Kind::Sqlite,
+            let kind = match (kind, self.config.load()) {
+                (Some(Database::Sqlite), _) => Kind::Sqlite,
+                (None, Ok(config)) if matches!(config.source, Source::Sqlite { .. }) => {
+                    Kind::Sqlite
+                }
+                (Some(Database::Postgres) | None, _) => Kind::Postgres,
             };
             anstream::print!("{}", migrate::print(kind));
             return Ok(Outcome::Done);
@@ -36,13 +42,15 @@ impl Migrate {
         let report = match self.config.load()?.source {
             // Migrations need a session of their own, which a pooler does not give.
             Source::Postgres(settings) => migrate::postgres(settings.direct_options).await?,
-            Source::Sqlite { path, .. } => migrate::sqlite(sqlite_options(&path)).await?,
+            Source::Sqlite { path, .. } => {
+                migrate::sqlite(sqlite_options(&path).create_if_missing(true)).await?
+            }
         };
         for version in &report.applied {
-            anstream::println!("applied {version}");
+            say!("applied {version}");
         }
         if report.applied.is_empty() {
-            anstream::println!(
+            say!(
                 "nothing to do: {} migrations are applied",
                 report.present.len()
             );

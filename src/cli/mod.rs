@@ -5,11 +5,14 @@ mod demo;
 mod doctor;
 mod migrate;
 mod parked;
+mod pipelines;
 mod redrive;
 mod replay;
 mod run;
 mod show;
 mod status;
+mod tail;
+mod time;
 mod verify;
 
 use std::path::PathBuf;
@@ -51,13 +54,17 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Show where every pipeline stands.
     Status(status::StatusArgs),
+    /// Show committed events as they come, and change nothing.
+    Tail(tail::Tail),
     /// Look at events that were set aside, publish them after all, or give them up.
     Parked(parked::Parked),
+    /// Pause, resume or move whole pipelines, lead one past an event, forget one.
+    Pipelines(pipelines::Pipelines),
     /// Show what operators asked for: when, who, of which events, why.
     Acts(redrive::Acts),
     /// Publish retained events again.
     Replay(replay::Replay),
-    /// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
+    /// Compare the topics with the log: what is missing, doubled, out of order, altered or unknown?
     Verify(verify::Verify),
     /// Print a completion script.
     Completions {
@@ -87,6 +94,11 @@ enum Outcome {
     Findings,
 }
 
+/// The command line does not say what is needed; exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
 /// Runs the command line; decides the exit code, here and nowhere else.
 pub async fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -97,7 +109,9 @@ pub async fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Doctor(doctor) => doctor.run().await,
         Command::Status(status) => status.run().await,
+        Command::Tail(tail) => tail.run().await,
         Command::Parked(parked) => parked.run().await,
+        Command::Pipelines(pipelines) => pipelines.run().await,
         Command::Acts(acts) => acts.run().await,
         Command::Replay(replay) => replay.run().await,
         Command::Verify(verify) => verify.run().await,
@@ -116,7 +130,8 @@ pub async fn main() -> ExitCode {
         Ok(Outcome::Findings) => ExitCode::from(3),
         Err(error) => {
             anstream::eprintln!("outbox-relay: {}", reason(&error));
-            ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
+            let wrong = error.is::<ConfigError>() || error.is::<Usage>();
+            ExitCode::from(if wrong { 2 } else { 1 })
         }
     }
 }

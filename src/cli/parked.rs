@@ -7,12 +7,15 @@ use clap::{Args, Subcommand};
 use comfy_table::Cell;
 
 use super::redrive::{Drop, Redrive};
-use super::show::{self, BOLD, DIM};
+use super::show::{self, BOLD, DIM, say};
 use super::{ConfigArgs, Outcome};
 use crate::config::Config;
 use crate::database::Database;
-use crate::event::{EventId, PipelineName};
-use crate::ledger::acts::{Action, EntityName, ParkedDetail, ParkedEvent, ParkedEvents, Selector};
+use crate::event::PipelineName;
+use crate::ledger::acts::{
+    Action, Cause, EntityName, ParkedDetail, ParkedEvent, ParkedEvents, Selector,
+};
+use crate::ledger::pipelines::EventName;
 
 /// Look at events that were set aside, publish them after all, or give them up.
 #[derive(Debug, Args)]
@@ -51,21 +54,44 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    pub(super) fn selector(self, id: Option<i64>) -> Selector {
+    pub(super) fn selector(self, event: Option<EventName>) -> Selector {
         let Self {
             pipeline,
             entity,
             error,
             older_than,
         } = self;
-        Selector {
+        let selector = Selector {
             pipeline,
-            id: id.map(EventId),
             entity,
             error,
             older_than,
-        }
+            ..Selector::default()
+        };
+        named(event, selector)
     }
+}
+
+/// Narrowed to one event, where one is named.
+fn named(event: Option<EventName>, selector: Selector) -> Selector {
+    match event {
+        None => selector,
+        Some(EventName::Id(id)) => Selector {
+            id: Some(id),
+            ..selector
+        },
+        Some(EventName::Uuid(uuid)) => Selector {
+            event_id: Some(uuid),
+            ..selector
+        },
+    }
+}
+
+/// What `parked list` groups by.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum By {
+    /// The reason, whatever numbers are in it.
+    Error,
 }
 
 #[derive(Debug, Args)]
@@ -77,6 +103,12 @@ struct List {
     json: bool,
     #[command(flatten)]
     filter: Filter,
+    /// Count the events of each reason instead of listing them.
+    #[arg(long, value_name = "WHAT", conflicts_with = "waiting")]
+    by: Option<By>,
+    /// List the events that wait behind rejected ones too.
+    #[arg(long)]
+    waiting: bool,
     /// At most so many events.
     #[arg(long, value_name = "N", default_value_t = 100)]
     limit: u32,
@@ -84,8 +116,8 @@ struct List {
 
 #[derive(Debug, Args)]
 struct Show {
-    /// The event's place in the log, as `parked list` has it.
-    id: i64,
+    /// The event: its id, as `parked list` has it, or its uuid.
+    event: EventName,
     #[command(flatten)]
     config: ConfigArgs,
     /// Print a JSON object.
@@ -114,10 +146,22 @@ impl List {
     async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
-        let selector = self.filter.selector(None);
+        let selector = Selector {
+            waiting: self.waiting,
+            ..self.filter.selector(None)
+        };
+        if let Some(By::Error) = self.by {
+            let causes = database.causes(&selector).await?;
+            if self.json {
+                say!("{}", serde_json::to_string_pretty(&causes)?);
+            } else {
+                show_causes(&causes);
+            }
+            return Ok(Outcome::Done);
+        }
         let parked = database.parked(&selector, self.limit).await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&parked.events)?);
+            say!("{}", serde_json::to_string_pretty(&parked.events)?);
         } else {
             show_table(&parked);
         }
@@ -127,18 +171,45 @@ impl List {
 
 /// What an operator has to know besides the error.
 fn state(event: &ParkedEvent) -> &'static str {
-    match (event.wanted, event.holds) {
-        (Some(Action::Redrive), _) => "being redriven",
-        (Some(Action::Drop), _) => "being dropped",
-        (None, true) => "entity waits",
-        (None, false) => "dead letter",
+    match (event.wanted, event.holds, &event.error) {
+        (Some(Action::Redrive), ..) => "being redriven",
+        (Some(Action::Drop), ..) => "being dropped",
+        (None, true, Some(_)) => "entity waits",
+        (None, true, None) => "waits",
+        (None, false, _) => "dead letter",
     }
+}
+
+fn show_causes(causes: &[Cause]) {
+    if causes.is_empty() {
+        say!("nothing is parked");
+        return;
+    }
+    let mut table = show::table(&[
+        "PIPELINE",
+        ">EVENTS",
+        ">ENTITIES",
+        "OLDEST",
+        ">EXAMPLE",
+        "ERROR",
+    ]);
+    for cause in causes {
+        table.add_row(vec![
+            Cell::new(&cause.pipeline),
+            show::number(Some(cause.events)),
+            show::number(Some(cause.entities)),
+            Cell::new(show::age(cause.oldest_seconds)),
+            show::number(Some(cause.example_id)),
+            Cell::new(show::plain(&cause.error)),
+        ]);
+    }
+    show::print_table(&mut table);
 }
 
 pub(super) fn show_table(parked: &ParkedEvents) {
     let ParkedEvents { events, total } = parked;
     if events.is_empty() {
-        anstream::println!("nothing is parked");
+        say!("nothing is parked");
         return;
     }
     let mut table = show::table(&[
@@ -168,7 +239,7 @@ pub(super) fn show_table(parked: &ParkedEvents) {
     show::print_table(&mut table);
     let shown = i64::try_from(events.len()).unwrap_or(i64::MAX);
     if shown < *total {
-        anstream::println!("{shown} of {total} events; --limit {total} shows all");
+        say!("{shown} of {total} events; --limit {total} shows all");
     }
 }
 
@@ -186,11 +257,11 @@ impl Show {
     async fn run(self) -> Result<Outcome, Error> {
         let config: Config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
-        let selector = Selector {
+        let of = Selector {
             pipeline: self.pipeline,
-            id: Some(EventId(self.id)),
             ..Selector::default()
         };
+        let selector = named(Some(self.event), of);
         let most = if self.payload {
             Self::WHOLE
         } else {
@@ -200,12 +271,12 @@ impl Show {
         if found.is_empty() {
             bail!(
                 "event {} is not parked: see `outbox-relay parked list`",
-                self.id
+                self.event
             );
         }
         for detail in &found {
             if self.json {
-                anstream::println!("{}", serde_json::to_string_pretty(detail)?);
+                say!("{}", serde_json::to_string_pretty(detail)?);
             } else {
                 show_detail(detail);
             }
@@ -226,8 +297,8 @@ fn show_detail(detail: &ParkedDetail) {
         payload_hex,
         payload_bytes,
     } = detail;
-    let line = |name: &str, value: &str| anstream::println!("{DIM}{name:<13}{DIM:#}{value}");
-    anstream::println!("{BOLD}event {} of {}{BOLD:#}", event.id, entity(event));
+    let line = |name: &str, value: &str| say!("{DIM}{name:<13}{DIM:#}{value}");
+    say!("{BOLD}event {} of {}{BOLD:#}", event.id, entity(event));
     line("pipeline", &event.pipeline);
     line("event id", &event.event_id);
     line("event type", &show::plain(&event.event_type));
@@ -241,7 +312,7 @@ fn show_detail(detail: &ParkedDetail) {
     if let Some(oldest) = behind {
         line("waits behind", &format!("event {oldest}"));
     }
-    line("behind it", &format!("{} events", event.waiting_events));
+    line("behind it", &show::count(event.waiting_events, "event"));
     line("attempts", &event.attempts.to_string());
     for rejected in history {
         line(
@@ -259,6 +330,6 @@ fn show_detail(detail: &ParkedDetail) {
     let shown_bytes = payload.as_ref().map_or(0, String::len)
         + payload_hex.as_ref().map_or(0, |hex| hex.len() / 2);
     if i64::try_from(shown_bytes).unwrap_or(i64::MAX) < *payload_bytes {
-        anstream::println!("({shown_bytes} of {payload_bytes} bytes; --payload shows all)");
+        say!("({shown_bytes} of {payload_bytes} bytes; --payload shows all)");
     }
 }

@@ -1,17 +1,26 @@
 //! `outbox-relay parked redrive` and `parked drop`: what operators ask of the owner of a pipeline; and `outbox-relay acts`.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
-use anyhow::{Error, ensure};
+use anyhow::Error;
 use clap::Args;
 use comfy_table::Cell;
+use tokio::time::sleep;
 
 use super::parked::{Filter, show_table};
-use super::show;
-use super::{ConfigArgs, Outcome};
+use super::show::{self, count, say};
+use super::{ConfigArgs, Outcome, Usage};
 use crate::database::Database;
-use crate::ledger::acts::{Action, Marked, Wish};
+use crate::ledger::acts::{Action, Extent, Marked, ParkedEvents, Selector, Wish};
+use crate::ledger::pipelines::EventName;
+
+/// Between two looks whether it is done.
+const LOOK: Duration = Duration::from_millis(300);
+/// Events that are watched by who waits.
+const CHOSEN_MAX: u32 = 10_000;
 
 /// Publish rejected events after all, and then what waits behind them, in order.
 ///
@@ -22,7 +31,7 @@ use crate::ledger::acts::{Action, Marked, Wish};
 pub(super) struct Redrive {
     /// This event, which has to be the oldest of its entity that waits, or a dead letter.
     #[arg(conflicts_with_all = ["entity", "error", "older_than", "all"])]
-    id: Option<i64>,
+    event: Option<EventName>,
     #[command(flatten)]
     config: ConfigArgs,
     #[command(flatten)]
@@ -32,6 +41,9 @@ pub(super) struct Redrive {
     /// Kept with the act.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
+    /// Wait until it is done, and end with code 3 where an event was rejected again.
+    #[arg(long, conflicts_with_all = ["dry_run", "json"])]
+    wait: bool,
 }
 
 /// Give rejected events up, and publish what waits behind them, in order.
@@ -42,7 +54,7 @@ pub(super) struct Redrive {
 pub(super) struct Drop {
     /// This event, rejected or waiting.
     #[arg(conflicts_with_all = ["entity", "error", "older_than", "all"])]
-    id: Option<i64>,
+    event: Option<EventName>,
     #[command(flatten)]
     config: ConfigArgs,
     #[command(flatten)]
@@ -74,12 +86,12 @@ impl Redrive {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let wish = Wish {
             action: Action::Redrive,
-            selector: self.filter.selector(self.id),
+            selector: self.filter.selector(self.event),
             with_waiting: false,
             who: who(),
             reason: self.reason,
         };
-        ask(&self.config, wish, &self.how).await
+        ask(&self.config, wish, &self.how, self.wait).await
     }
 }
 
@@ -87,32 +99,38 @@ impl Drop {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let wish = Wish {
             action: Action::Drop,
-            selector: self.filter.selector(self.id),
+            selector: self.filter.selector(self.event),
             with_waiting: self.with_waiting,
             who: who(),
             reason: Some(self.reason),
         };
-        ask(&self.config, wish, &self.how).await
+        ask(&self.config, wish, &self.how, false).await
     }
 }
 
-async fn ask(config: &ConfigArgs, wish: Wish, how: &How) -> Result<Outcome, Error> {
-    ensure!(
-        how.all || !wish.selector.is_everything(),
-        "say which events: an id, --entity, --error, --older-than, or --all"
-    );
+async fn ask(config: &ConfigArgs, wish: Wish, how: &How, wait: bool) -> Result<Outcome, Error> {
+    if !how.all && wish.selector.is_everything() {
+        let which = "say which events: an id or uuid, --entity, --error, --older-than, or --all";
+        return Err(Usage(which.to_owned()).into());
+    }
     let config = config.load()?;
     let mut database = Database::open(&config.source).await?;
     if how.dry_run {
         return would(&mut database, &wish).await;
     }
+    let chosen: HashSet<String> = if wait {
+        let chosen = database.parked(&wish.selector, CHOSEN_MAX).await?.events;
+        chosen.into_iter().map(|event| event.event_id).collect()
+    } else {
+        HashSet::new()
+    };
     let marked = database.mark(&wish).await?;
     if how.json {
-        anstream::println!("{}", serde_json::to_string_pretty(&marked)?);
+        say!("{}", serde_json::to_string_pretty(&marked)?);
         return Ok(Outcome::Done);
     }
     if marked.is_empty() {
-        anstream::println!("nothing that is parked matches");
+        say!("nothing that is parked matches");
         return Ok(Outcome::Done);
     }
     let books = database.books().await?;
@@ -126,13 +144,16 @@ async fn ask(config: &ConfigArgs, wish: Wish, how: &How) -> Result<Outcome, Erro
             Some(owner) => format!("its owner {} does it within seconds", owner.holder),
             None => "no relay owns it now: the next one that runs does it".to_owned(),
         };
-        anstream::println!(
+        say!(
             "{} of pipeline {pipeline} {}: {who}",
-            count(*events),
+            count(*events, "event"),
             verb(wish.action)
         );
     }
-    anstream::println!("`outbox-relay parked list` shows what is left");
+    if wait {
+        return outcome(&mut database, &chosen).await;
+    }
+    say!("`outbox-relay parked list` shows what is left");
     Ok(Outcome::Done)
 }
 
@@ -142,28 +163,55 @@ async fn would(database: &mut Database, wish: &Wish) -> Result<Outcome, Error> {
     }
     let parked = database.parked(&wish.selector, 100).await?;
     show_table(&parked);
-    if parked.total > 0 {
-        let waiting = match (wish.action, wish.with_waiting) {
-            (Action::Drop, true) => "and what waits behind them too",
-            _ => "and what waits behind them published, in order",
-        };
-        anstream::println!(
-            "dry run: {} would be {}, {waiting}",
-            count(parked.total),
-            match wish.action {
-                Action::Redrive => "redriven",
-                Action::Drop => "dropped",
-            }
-        );
+    let Extent { chosen, behind } = database.extent(wish).await?;
+    if chosen == 0 {
+        return Ok(Outcome::Done);
     }
+    let behind_them = match (wish.action, wish.with_waiting, behind) {
+        (_, _, 0) => String::new(),
+        (Action::Drop, true, behind) => format!(", and {} behind them too", count(behind, "event")),
+        (_, _, behind) => format!(
+            ", and {} behind them published, in order",
+            count(behind, "event")
+        ),
+    };
+    say!(
+        "dry run: {} would be {}{behind_them}",
+        count(chosen, "event"),
+        match wish.action {
+            Action::Redrive => "redriven",
+            Action::Drop => "dropped",
+        }
+    );
     Ok(Outcome::Done)
 }
 
-fn count(events: i64) -> String {
-    match events {
-        1 => "1 event".to_owned(),
-        events => format!("{events} events"),
+/// Waits until what was chosen is done, and says what became of it.
+async fn outcome(database: &mut Database, chosen: &HashSet<String>) -> Result<Outcome, Error> {
+    let rejected = loop {
+        sleep(LOOK).await;
+        let everything = Selector {
+            waiting: true,
+            ..Selector::default()
+        };
+        let mut left = database.parked(&everything, CHOSEN_MAX).await?.events;
+        left.retain(|event| chosen.contains(&event.event_id));
+        if left.iter().all(|event| event.wanted.is_none()) {
+            break left;
+        }
+    };
+    let done = chosen.len() - rejected.len();
+    say!("{} done", count(i64::try_from(done)?, "event"));
+    if rejected.is_empty() {
+        return Ok(Outcome::Done);
     }
+    let total = i64::try_from(rejected.len())?;
+    say!("{} rejected again:", count(total, "event"));
+    show_table(&ParkedEvents {
+        events: rejected,
+        total,
+    });
+    Ok(Outcome::Findings)
 }
 
 fn verb(action: Action) -> &'static str {
@@ -206,11 +254,11 @@ impl Acts {
         let mut database = Database::open(&config.source).await?;
         let acts = database.acts(self.limit).await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&acts)?);
+            say!("{}", serde_json::to_string_pretty(&acts)?);
             return Ok(Outcome::Done);
         }
         if acts.is_empty() {
-            anstream::println!("nobody has asked for anything");
+            say!("no operator has asked for anything");
             return Ok(Outcome::Done);
         }
         let mut table = show::table(&[

@@ -1,7 +1,7 @@
 //! `outbox-relay replay`: retained events are published again.
 
 use std::io::IsTerminal;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Error, bail};
 use clap::{Args, Subcommand};
@@ -11,7 +11,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::redrive::who;
-use super::{ConfigArgs, Outcome, show};
+use super::show::{self, say};
+use super::time::time;
+use super::{ConfigArgs, Outcome, Usage};
 use crate::config::{Config, Sink as SinkConfig, Source};
 use crate::database::{Database, with_next_step};
 use crate::event::{EventId, PipelineName};
@@ -69,6 +71,9 @@ struct Start {
     /// Everything that is retained: what has to be said when no condition is given.
     #[arg(long)]
     all: bool,
+    /// Kept with the act.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
     /// To this topic, instead of those that the pipeline's template says.
     #[arg(long, value_name = "TOPIC")]
     topic: Option<String>,
@@ -114,14 +119,6 @@ fn entity(text: &str) -> Result<(String, String), String> {
         .ok_or_else(|| "expected an aggregate type and an id, as in order/4711".to_owned())
 }
 
-fn time(text: &str) -> Result<i64, String> {
-    humantime::parse_rfc3339_weak(text)
-        .ok()
-        .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
-        .and_then(|since| i64::try_from(since.as_micros()).ok())
-        .ok_or_else(|| "expected a time as in 2026-01-31T00:00:00Z".to_owned())
-}
-
 impl Replay {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         match self.command {
@@ -146,7 +143,8 @@ impl Start {
             until_us: self.until,
         };
         if selection == Selection::default() && !self.all {
-            bail!("say which events, or --all for everything that is retained");
+            let which = "say which events, or --all for everything that is retained";
+            return Err(Usage(which.to_owned()).into());
         }
         let pipeline = choose(&config, self.pipeline.as_ref())?;
         let mut books = open(&config).await?;
@@ -168,15 +166,17 @@ impl Start {
             let mut history = history(&config.source);
             let (events, entities) = replay::count(&job, pipeline, &mut history).await?;
             let whereto = job.topic.as_deref().unwrap_or("their own topics");
-            anstream::println!(
-                "would publish {events} events of {entities} entities to {whereto}, in about {} (ids {} to {})",
+            say!(
+                "would publish {} of {} to {whereto}, in about {} (ids {} to {})",
+                show::count(i64::try_from(events).unwrap_or(i64::MAX), "event"),
+                show::count(i64::try_from(entities).unwrap_or(i64::MAX), "entity"),
                 show::age(estimate(events, job.rate)),
                 EventId(from.0 + 1),
                 until
             );
             return Ok(Outcome::Done);
         }
-        books.create(&mut job).await?;
+        books.create(&mut job, self.reason.as_deref()).await?;
         work(&config, pipeline, job, books).await
     }
 }
@@ -204,7 +204,7 @@ impl List {
         let config = self.config.load()?;
         let listed = open(&config).await?.list().await.map_err(with_next_step)?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&listed)?);
+            say!("{}", serde_json::to_string_pretty(&listed)?);
         } else {
             show_table(&listed);
         }
@@ -219,7 +219,7 @@ impl Cancel {
         if !cancelled.map_err(with_next_step)? {
             bail!("there is no open replay {}", self.id);
         }
-        anstream::println!("cancelled replay {}", self.id);
+        say!("cancelled replay {}", self.id);
         Ok(Outcome::Done)
     }
 }
@@ -228,10 +228,13 @@ fn choose<'a>(config: &'a Config, name: Option<&PipelineName>) -> Result<&'a Pip
     let mut pipelines = config.pipelines.iter().map(|p| &p.pipeline);
     match (name, config.pipelines.len()) {
         (None, 1) => pipelines.next().context("there is no pipeline"),
-        (None, _) => bail!("there are several pipelines: say which with --pipeline"),
+        (None, _) => {
+            let which = "there are several pipelines: say which with --pipeline";
+            Err(Usage(which.to_owned()).into())
+        }
         (Some(name), _) => pipelines
             .find(|pipeline| pipeline.name == *name)
-            .with_context(|| format!("the configuration has no pipeline {name}")),
+            .ok_or_else(|| Usage(format!("the configuration has no pipeline {name}")).into()),
     }
 }
 
@@ -279,7 +282,7 @@ async fn work(
     let id = job.id;
     match ended {
         Some(Ok(End::Done)) => {
-            anstream::println!(
+            say!(
                 "replay {id} is done: published {}, left out {}",
                 job.published,
                 job.skipped
@@ -353,7 +356,7 @@ impl Progress {
 
 fn show_table(listed: &[Listed]) {
     if listed.is_empty() {
-        anstream::println!("nothing was replayed");
+        say!("nothing was replayed");
         return;
     }
     let mut table = show::table(&[
@@ -365,6 +368,8 @@ fn show_table(listed: &[Listed]) {
         ">LEFT OUT",
         "STARTED",
         "BY",
+        ">A SECOND",
+        "TOPIC",
         "SELECTION",
     ]);
     for replay in listed {
@@ -379,7 +384,6 @@ fn show_table(listed: &[Listed]) {
         } else {
             (replay.last_id - replay.from_id) * 100 / all
         };
-        let selection = serde_json::to_string(&replay.selection).unwrap_or_default();
         table.add_row(vec![
             show::number(Some(replay.id)),
             Cell::new(&replay.pipeline),
@@ -389,7 +393,9 @@ fn show_table(listed: &[Listed]) {
             show::number(Some(replay.skipped)),
             Cell::new(format!("{} ago", show::age(replay.age_seconds))),
             Cell::new(show::plain(&replay.created_by)),
-            Cell::new(show::plain(&selection)),
+            show::number(Some(replay.rate.into())),
+            Cell::new(show::plain(replay.topic.as_deref().unwrap_or("-"))),
+            Cell::new(show::plain(&replay.selection.to_string())),
         ]);
     }
     show::print_table(&mut table);

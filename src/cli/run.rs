@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
 use super::{ConfigArgs, Outcome};
-use crate::config::Config;
+use crate::config::{Config, Sink};
 use crate::reload::Reload;
 use crate::{logging, supervise};
 
@@ -34,6 +34,12 @@ impl Run {
         let changed_at = self.config.changed_at();
         let config = self.config.load()?;
         let set_log_level = logging::install(&config.log)?;
+        if matches!(config.sink, Sink::Stdout) {
+            tracing::warn!(
+                "sink.kind is \"stdout\": what is printed counts as published, and Kafka will not get it; `outbox-relay tail` \
+                 shows events without that"
+            );
+        }
         let (stop, stopping) = oneshot::channel();
         let stopping = async {
             // A sender that is gone would mean that nobody can ask any more.

@@ -2,13 +2,13 @@
 
 use std::io::{IsTerminal, Write, stderr};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anstyle::Style;
-use anyhow::{Context, Error};
+use anyhow::Error;
 use clap::Args;
 
-use super::show::{self, BOLD, DIM, GREEN, RED, YELLOW};
+use super::show::{self, BOLD, DIM, GREEN, RED, YELLOW, say};
+use super::time::time;
 use super::{ConfigArgs, Outcome};
 use crate::database::with_next_step;
 use crate::event::PipelineName;
@@ -16,7 +16,7 @@ use crate::verify::{
     self, Doubled, Example, Finding, NotJudged, Options, PipelineReport, Progress, Side, Watcher,
 };
 
-/// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
+/// Compare the topics with the log: what is missing, doubled, out of order, altered or unknown?
 #[derive(Debug, Args)]
 #[command(after_help = VERIFY_HELP)]
 pub(super) struct Verify {
@@ -28,9 +28,9 @@ pub(super) struct Verify {
     /// Of this pipeline only.
     #[arg(long, value_name = "NAME")]
     pipeline: Option<PipelineName>,
-    /// Only from the first event at or after this time, such as "2026-01-31T00:00:00Z".
+    /// Only from the first event at or after this time: 2026-01-31T00:00:00Z, 2026-01-31, or 1h for an hour ago.
     #[arg(long, value_name = "TIME", value_parser = time)]
-    since: Option<SystemTime>,
+    since: Option<i64>,
     /// Only from the event with this sequence on.
     #[arg(long, value_name = "ID")]
     from_id: Option<i64>,
@@ -49,25 +49,12 @@ outbox_relay, and to read and describe the topics.
 
 Exit codes: 0 every promise holds as far as can be judged, 3 something was found, 1 one side could not be read.";
 
-fn time(text: &str) -> Result<SystemTime, String> {
-    humantime::parse_rfc3339_weak(text).map_err(|error| error.to_string())
-}
-
 impl Verify {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
-        let since_us = match self.since {
-            Some(time) => {
-                let since = time
-                    .duration_since(UNIX_EPOCH)
-                    .context("--since: the time is before 1970")?;
-                Some(i64::try_from(since.as_micros()).context("--since: the time is too late")?)
-            }
-            None => None,
-        };
         let options = Options {
             pipeline: self.pipeline,
-            since_us,
+            since_us: self.since,
             from_id: self.from_id,
             no_duplicates: self.no_duplicates,
         };
@@ -84,7 +71,7 @@ impl Verify {
         }
         let report = report.map_err(with_next_step)?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&report)?);
+            say!("{}", serde_json::to_string_pretty(&report)?);
         } else {
             report.pipelines.iter().for_each(show_pipeline);
         }
@@ -141,12 +128,14 @@ fn show_pipeline(report: &PipelineReport) {
         duplicates_allowed,
         notes,
     } = report;
-    anstream::println!(
-        "{BOLD}pipeline {pipeline}{BOLD:#}: {events} events in the log, {records} records in {} topics",
-        topics.len()
+    say!(
+        "{BOLD}pipeline {pipeline}{BOLD:#}: {} in the log, {} in {}",
+        many(*events, "event"),
+        many(*records, "record"),
+        many(topics.len() as u64, "topic")
     );
     line("found", *found, DIM, "in their topics");
-    more("waiting", *waiting, "not settled by the cursor yet");
+    more("waiting", *waiting, "not passed by the cursor yet");
     more("parked", *parked, "set aside: `outbox-relay parked list`");
     more(
         "dropped",
@@ -154,7 +143,16 @@ fn show_pipeline(report: &PipelineReport) {
         "given up by an operator: `outbox-relay acts`",
     );
     show_not_judged(not_judged);
-    show_finding("missing", missing, "settled, and in no topic");
+    show_finding("missing", missing, "passed by the cursor, and in no topic");
+    if let Some(uuid) = missing
+        .examples
+        .first()
+        .and_then(|example| example.event_id.as_ref())
+    {
+        say!(
+            "                publish one again: `outbox-relay replay start --pipeline {pipeline} --event-id {uuid}`"
+        );
+    }
     show_finding(
         "out of order",
         out_of_order,
@@ -164,18 +162,22 @@ fn show_pipeline(report: &PipelineReport) {
     show_finding("unknown", unknown, "in a topic, and never committed");
     show_doubled(doubled, *duplicates_allowed);
     for note in notes {
-        anstream::println!("  {YELLOW}note{YELLOW:#}          {}", show::plain(note));
+        say!("  {YELLOW}note{YELLOW:#}          {}", show::plain(note));
     }
     if *holds {
-        anstream::println!("  {GREEN}every promise holds, as far as can be judged{GREEN:#}");
+        say!("  {GREEN}every promise holds, as far as can be judged{GREEN:#}");
     } else {
-        anstream::println!("  {RED}a promise is broken{RED:#}");
+        say!("  {RED}a promise is broken{RED:#}");
     }
+}
+
+fn many(number: u64, word: &str) -> String {
+    show::count(i64::try_from(number).unwrap_or(i64::MAX), word)
 }
 
 fn line(word: &str, count: u64, style: Style, text: &str) {
     let text = show::plain(text);
-    anstream::println!("  {style}{word:<13}{style:#} {count:<8} {DIM}{text}{DIM:#}");
+    say!("  {style}{word:<13}{style:#} {count:<8} {DIM}{text}{DIM:#}");
 }
 
 /// What is worth a line only when there is some.
@@ -240,7 +242,9 @@ fn show_doubled(doubled: &Doubled, allowed: bool) {
     let runs = format!("in {runs} runs, the longest of {longest_run}");
     let text = match beyond_reach {
         _ if !allowed => runs,
-        0 => format!("{runs}: what a crash leaves; consumers deduplicate by id"),
+        0 => format!(
+            "{runs}: what a crash or a replay leaves (a replayed record has the header \"replay\"); consumers deduplicate by id"
+        ),
         _ => format!(
             "{runs}; {beyond_reach} of them go back further than relay.in_flight_events: a replay?"
         ),
@@ -268,9 +272,9 @@ fn show_examples(examples: &[Example], count: u64) {
         words.extend(partition.map(|partition| format!("partition {partition}")));
         words.extend(offset.map(|offset| format!("offset {offset}")));
         let what = what.map_or(String::new(), |what| format!(": {what}"));
-        anstream::println!("                {}{what}", show::plain(&words.join(", ")));
+        say!("                {}{what}", show::plain(&words.join(", ")));
     }
     if count > examples.len() as u64 {
-        anstream::println!("                ...");
+        say!("                ...");
     }
 }

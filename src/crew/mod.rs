@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use self::plan::{Plan, plan};
 use crate::config::{Config, PipelineConfig, Source};
@@ -173,7 +174,7 @@ impl<'a> Crews<'a> {
                 tracing::info!(
                     pipeline = crew.pipeline,
                     shards = crew.shards,
-                    "publishing in so many shards"
+                    "the pipeline has this many shards now"
                 );
                 let relays = here.make(self.config, self.holder, crew.shards);
                 self.begun.extend(relays);
@@ -248,7 +249,13 @@ impl Here<'_> {
                 shard,
                 status,
             });
-            relays.push(Box::pin(relay.run(self.until.clone())));
+            // Its lines of log say which shard they are about.
+            let span = if shards > 1 {
+                tracing::info_span!("shard", index)
+            } else {
+                tracing::Span::none()
+            };
+            relays.push(Box::pin(relay.run(self.until.clone()).instrument(span)));
         }
         relays
     }

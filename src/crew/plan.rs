@@ -44,7 +44,7 @@ pub fn plan(me: &str, crew: &Crew, overdue: &[bool]) -> Plan {
         let other = lease.holder.as_deref().filter(|holder| *holder != me);
         Turn::Theirs {
             holder: match wanted {
-                Some(wanted) => format!("nobody: the pipeline is about to have {wanted} shards"),
+                Some(wanted) => format!("none: the number of shards is about to become {wanted}"),
                 None => other.unwrap_or(members[should[shard]]).to_owned(),
             },
         }

@@ -56,7 +56,7 @@ impl Store {
             .tempdir()
             .context("create a temporary directory")?;
         let path = folder.path().join("shop.db");
-        migrate::sqlite(sqlite_options(&path)).await?;
+        migrate::sqlite(sqlite_options(&path).create_if_missing(true)).await?;
         let mut connection = sqlite::connect(&client_options(&path)).await?;
         connection
             .execute(TABLES)

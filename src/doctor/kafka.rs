@@ -15,7 +15,7 @@ use rdkafka::producer::{BaseProducer, Producer, ProducerContext};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{Finding, answered, kafka_rights, transactions};
 use crate::config::PipelineConfig;
@@ -77,11 +77,23 @@ impl ProducerContext for Context {
     fn delivery(&self, _: &rdkafka::message::DeliveryResult<'_>, (): ()) {}
 }
 
-pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -> Vec<Finding> {
-    let topics = known_topics(pipelines);
+/// `wanted` are the topics of waiting events, with their pipelines.
+pub(super) async fn examine(
+    settings: &Settings,
+    pipelines: &[PipelineConfig],
+    wanted: BTreeSet<(String, String)>,
+) -> Vec<Finding> {
+    let mut topics = known_topics(pipelines);
     let mut findings = illegal(&topics);
+    // A name that Kafka refuses is told where the log is read.
+    let legal = |(_, topic): &(String, String)| illegal_topic(topic).is_none();
+    topics.extend(wanted.into_iter().filter(legal));
+    topics.sort();
+    topics.dedup();
+    let asked_at = Instant::now();
     match cluster(settings).await {
         Ok(cluster) => {
+            findings.push(reached(settings, cluster.brokers.len(), asked_at.elapsed()));
             findings.extend(unreachable_brokers(settings, &cluster.brokers).await);
             findings.extend(judge_topics(settings, &topics, &cluster));
             let transactions =
@@ -95,6 +107,19 @@ pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -
         }
     }
     findings
+}
+
+fn reached(settings: &Settings, brokers: usize, took: Duration) -> Finding {
+    let brokers = match brokers {
+        1 => "1 broker".to_owned(),
+        brokers => format!("{brokers} brokers"),
+    };
+    let what = format!(
+        "Kafka at {}: {brokers}, {} ms",
+        settings.brokers,
+        took.as_millis()
+    );
+    Finding::ok("kafka", what)
 }
 
 /// Pipeline and topic, where the topic does not depend on what is emitted.
@@ -312,8 +337,12 @@ fn judge_topics(
             Finding::error(
                 "replication_factor",
                 format!(
-                    "sink.kafka.topics.replication_factor is {}, and there are {brokers} brokers",
-                    create.replication_factor
+                    "sink.kafka.topics.replication_factor is {}, and there {}",
+                    create.replication_factor,
+                    match brokers {
+                        1 => "is 1 broker".to_owned(),
+                        brokers => format!("are {brokers} brokers"),
+                    }
                 ),
                 "topics can't be created, so events for new ones are not published",
             )

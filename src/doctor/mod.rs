@@ -3,16 +3,22 @@
 //! Asking and judging are separate: a probe reads facts, a pure function turns them into findings. A probe that fails is
 //! a finding itself and the others go on. Changes nothing. Prints nothing: that is the command's.
 
+mod books;
+mod daemon;
 mod kafka;
 mod kafka_rights;
 mod postgres;
+mod reading;
 mod sqlite;
 mod transactions;
+
+use std::collections::BTreeSet;
 
 use anyhow::Error;
 use serde::Serialize;
 
 use crate::config::{Config, Sink, Source};
+use crate::database::{Database, SequencePlace};
 use crate::reason::reason;
 
 /// How bad a finding is.
@@ -25,6 +31,8 @@ pub enum Severity {
     Warning,
     /// Good to know.
     Note,
+    /// Looked at and in order.
+    Ok,
 }
 
 /// What mends it.
@@ -84,6 +92,10 @@ impl Finding {
         Self::new(Severity::Note, check, what, why)
     }
 
+    fn ok(check: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Severity::Ok, check, what, "looked at, and in order")
+    }
+
     /// A probe that got no answer, which is not the same as a probe that found nothing.
     fn unknown(check: &'static str, error: &Error) -> Self {
         Self::warning(
@@ -115,28 +127,86 @@ impl Finding {
     }
 }
 
-/// Looks at both ends of the configuration at once; the worst first. `now_us` is the wall clock, in microseconds since
-/// the Unix epoch.
+/// Looks at both ends of the configuration and asks its daemon; the worst first. `now_us` is the wall clock, in microseconds
+/// since the Unix epoch.
 pub async fn examine(config: &Config, now_us: fn() -> i64) -> Vec<Finding> {
     let source = async {
-        match &config.source {
-            Source::Postgres(settings) => {
-                postgres::examine(settings, &config.pipelines, now_us).await
-            }
+        let mut findings = match &config.source {
+            Source::Postgres(settings) => postgres::examine(settings, now_us).await,
             Source::Sqlite { path, .. } => sqlite::examine(path).await,
+        };
+        let mut topics = BTreeSet::new();
+        let sound = findings
+            .all
+            .iter()
+            .all(|finding| finding.severity != Severity::Error);
+        if findings.tables {
+            let (daemon, of_daemon) = daemon::examine(config, now_us()).await;
+            findings.all.extend(of_daemon);
+            let of_tables = tables(config, daemon.is_some(), sound, &mut topics).await;
+            findings.all.extend(answered("books", of_tables));
+        } else {
+            // A relay that runs says what it lacks all the same.
+            findings
+                .all
+                .extend(daemon::examine(config, now_us()).await.1);
         }
+        (findings.all, topics)
     };
-    let sink = async {
-        match &config.sink {
-            Sink::Kafka(settings) => kafka::examine(settings, &config.pipelines).await,
-            Sink::Stdout => Vec::new(),
-        }
-    };
-    let (mut findings, of_sink) = tokio::join!(source, sink);
-    findings.extend(of_sink);
+    let (mut findings, wanted) = source.await;
+    if let Sink::Kafka(settings) = &config.sink {
+        findings.extend(kafka::examine(settings, &config.pipelines, wanted).await);
+    }
     // Stable: within a severity the order of the probes, which is the order to mend things in.
     findings.sort_by_key(|finding| finding.severity);
     findings
+}
+
+/// What was found of the database, and whether its tables can be asked.
+struct Probed {
+    all: Vec<Finding>,
+    tables: bool,
+}
+
+/// What the relay's tables and the log say; the log is read where it is `sound` as far as one knows.
+async fn tables(
+    config: &Config,
+    daemon_answers: bool,
+    sound: bool,
+    topics: &mut BTreeSet<(String, String)>,
+) -> Result<Vec<Finding>, Error> {
+    let mut database = Database::open(&config.source).await?;
+    let books = database.books().await?;
+    let retained = database.retained().await?;
+    let seen = books::Seen {
+        books: &books,
+        pipelines: &config.pipelines,
+        retained: &retained,
+        budget_bytes: config.retention.disk_budget_bytes,
+        daemon_answers,
+    };
+    let mut findings = books::judge(&seen);
+    findings.extend(sequence(database.sequence().await?));
+    // Rows of another cluster mean something once a relay has adopted them, and what is wrong with the table is known.
+    if sound && books.pipelines.iter().all(|row| row.moved.is_none()) {
+        let read = reading::examine(config, &mut database).await;
+        findings.extend(read.findings);
+        topics.extend(read.topics);
+    }
+    Ok(findings)
+}
+
+/// The sequence of the ids has to be ahead of everything that it has handed out.
+fn sequence(place: Option<SequencePlace>) -> Option<Finding> {
+    let SequencePlace { stands, used } = place?;
+    (stands < used).then(|| {
+        Finding::error(
+            "sequence_behind",
+            format!("the sequence outbox.events_id_seq stands at {stands}, and ids up to {used} are used"),
+            "it hands out ids a second time: inserts fail with a duplicate key, and a relay has to look at the whole log",
+        )
+        .sql("select outbox.repair_sequence()")
+    })
 }
 
 /// Makes one finding of a probe that got no answer.
@@ -145,16 +215,4 @@ fn answered(
     findings: Result<Vec<Finding>, Error>,
 ) -> impl IntoIterator<Item = Finding> {
     findings.unwrap_or_else(|error| vec![Finding::unknown(check, &error)])
-}
-
-/// Parked events want a person, whatever the database.
-fn parked(events: i64) -> Option<Finding> {
-    (events > 0).then(|| {
-        Finding::warning(
-            "parked",
-            format!("{events} events are parked"),
-            "they were rejected, or wait behind one of their entity that was; nothing of these entities is published",
-        )
-        .command("outbox-relay parked list")
-    })
 }

@@ -6,25 +6,34 @@ use anyhow::Context;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 
-use super::{Finding, answered};
+use super::{Finding, Probed, answered};
 use crate::migrate;
 use crate::reason::reason;
 use crate::source::sqlite::connect;
 use crate::supervise::sqlite_options;
 
-pub(super) async fn examine(path: &Path) -> Vec<Finding> {
+pub(super) async fn examine(path: &Path) -> Probed {
     let options = sqlite_options(path)
         .create_if_missing(false)
         .disable_statement_logging();
     let mut connection = match connect(&options).await {
         Ok(connection) => connection,
-        Err(error) => return vec![unreachable(path, &error)],
+        Err(error) => {
+            return Probed {
+                all: vec![unreachable(path, &error)],
+                tables: false,
+            };
+        }
     };
-    let mut findings = Vec::new();
+    let mut findings = vec![Finding::ok(
+        "connection",
+        format!("the SQLite file {}", path.display()),
+    )];
+    let mut tables = false;
     match migrate::pending_sqlite(options.clone()).await {
         Ok(pending) if pending.is_empty() => {
             findings.extend(answered("ids_ascend", ids_ascend(&mut connection).await));
-            findings.extend(answered("parked", parked(&mut connection).await));
+            tables = true;
         }
         Ok(pending) => findings.push(not_migrated(&pending)),
         Err(error) => findings.push(Finding::unknown("migrations", &error)),
@@ -34,7 +43,10 @@ pub(super) async fn examine(path: &Path) -> Vec<Finding> {
         journal(path, &mut connection).await,
     ));
     findings.extend(writable(path, &options).await);
-    findings
+    Probed {
+        all: findings,
+        tables,
+    }
 }
 
 fn unreachable(path: &Path, error: &anyhow::Error) -> Finding {
@@ -87,14 +99,6 @@ async fn ids_ascend(connection: &mut SqliteConnection) -> Result<Vec<Finding>, a
         })
         .into_iter()
         .collect())
-}
-
-async fn parked(connection: &mut SqliteConnection) -> Result<Vec<Finding>, anyhow::Error> {
-    let parked: i64 = sqlx::query_scalar("select count(*) from outbox_parked")
-        .fetch_one(connection)
-        .await
-        .context("count parked events")?;
-    Ok(super::parked(parked).into_iter().collect())
 }
 
 async fn journal(

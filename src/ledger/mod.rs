@@ -3,12 +3,16 @@
 //! Every write is fenced by the epoch of the lease: an owner that was replaced changes nothing (I8).
 
 pub mod acts;
+pub mod pipelines;
 pub mod postgres;
 pub mod sqlite;
 pub mod view;
 
+use std::fmt;
 use std::future::Future;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use crate::event::{Event, EventKey, HeldEntity, PipelineName, Shard, Start};
 use crate::position::Position;
@@ -40,11 +44,43 @@ pub enum Acquired {
         /// Until its lease ends, by the database's clock.
         expires_in: Duration,
     },
+    /// An operator has paused the pipeline: no relay takes its lease.
+    Paused(Pause),
     /// The pipeline has another number of shards: this one does not exist.
     Resharded {
         /// How many it has.
         shards: u32,
     },
+}
+
+/// That an operator has paused a pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// Since when, as in 2026-01-31T10:00:00Z.
+    pub since: String,
+    /// Who paused it: OS user and host.
+    pub by: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl fmt::Display for Pause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { since, by, reason } = self;
+        write!(f, "since {since} by {by}: {reason}")
+    }
+}
+
+/// The answer to [`Ledger::renew`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewed {
+    /// The lease is extended.
+    Extended,
+    /// The lease is extended, and an operator has paused the pipeline: what is in flight is waited for, and then the lease is
+    /// to be given back.
+    Paused,
+    /// As [`Fenced::Lost`].
+    Lost,
 }
 
 /// What an owner starts with.
@@ -143,11 +179,11 @@ pub trait Ledger: Send {
     /// When the database can't be asked; the lease may have been taken.
     fn acquire(&mut self) -> impl Future<Output = Result<Acquired, LedgerError>> + Send;
 
-    /// Extends the lease to its full length from now on.
+    /// Extends the lease to its full length from now on, and says whether the pipeline is paused.
     ///
     /// # Errors
     /// When the database can't be asked.
-    fn renew(&mut self) -> impl Future<Output = Result<Fenced, LedgerError>> + Send;
+    fn renew(&mut self) -> impl Future<Output = Result<Renewed, LedgerError>> + Send;
 
     /// Moves the cursor.
     ///
@@ -186,6 +222,15 @@ pub trait Ledger: Send {
         resolved: &Resolved,
     ) -> impl Future<Output = Result<Resolution, LedgerError>> + Send;
 
+    /// Why an operator wants this event left out; none when no operator does.
+    ///
+    /// # Errors
+    /// When the database can't be asked.
+    fn skipped(
+        &mut self,
+        event: EventKey,
+    ) -> impl Future<Output = Result<Option<String>, LedgerError>> + Send;
+
     /// Gives the lease back, so that a standby takes over at once. `settled` says that everything that was handed over is
     /// delivered and acknowledged.
     ///
@@ -220,7 +265,7 @@ impl Ledger for AnyLedger {
         }
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
         match self {
             Self::Postgres(ledger) => ledger.renew().await,
             Self::Sqlite(ledger) => ledger.renew().await,
@@ -252,6 +297,13 @@ impl Ledger for AnyLedger {
         match self {
             Self::Postgres(ledger) => ledger.resolve(resolved).await,
             Self::Sqlite(ledger) => ledger.resolve(resolved).await,
+        }
+    }
+
+    async fn skipped(&mut self, event: EventKey) -> Result<Option<String>, LedgerError> {
+        match self {
+            Self::Postgres(ledger) => ledger.skipped(event).await,
+            Self::Sqlite(ledger) => ledger.skipped(event).await,
         }
     }
 

@@ -8,10 +8,14 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::Changes;
 use super::lease::{LeaseEnd, Loss};
-use crate::ledger::{Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved};
+use crate::event::EventKey;
+use crate::ledger::{
+    Due, Fenced, Ledger, LedgerError, Parked, Released, Renewed, Resolution, Resolved,
+};
 use crate::position::Position;
 
 /// What the loop wants of the books, and where to answer.
@@ -22,6 +26,8 @@ pub(super) enum Order {
     Due(oneshot::Sender<Vec<Due>>),
     /// Write what became of them, and say what that released.
     Resolve(Resolved, oneshot::Sender<Released>),
+    /// Say why an operator wants this event left out, if one does.
+    Skipped(EventKey, oneshot::Sender<Option<String>>),
 }
 
 /// The ends of the channels that the books hold.
@@ -33,6 +39,8 @@ pub(super) struct Desk {
     pub(super) orders: mpsc::Receiver<Order>,
     /// Until when the lease holds if it is not renewed.
     pub(super) lease_end: watch::Sender<LeaseEnd>,
+    /// Cancelled when an operator has paused the pipeline.
+    pub(super) until: CancellationToken,
     /// The wall clock, in microseconds since the Unix epoch.
     pub(super) now_us: fn() -> i64,
 }
@@ -113,10 +121,16 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                 renew_at = Instant::now() + renew_interval;
                 let renewed_end = LeaseEnd::asked_now(pace.lease_ttl, (desk.now_us)());
                 let renewed = timeout_at(deadline, ledger.renew()).await;
-                if matches!(renewed, Ok(Ok(Fenced::Written))) {
-                    desk.lease_end.send_replace(renewed_end);
-                }
-                renewed
+                renewed.map(|renewed| renewed.map(|renewed| match renewed {
+                    Renewed::Lost => Fenced::Lost,
+                    Renewed::Extended | Renewed::Paused => {
+                        desk.lease_end.send_replace(renewed_end);
+                        if renewed == Renewed::Paused {
+                            desk.until.cancel();
+                        }
+                        Fenced::Written
+                    }
+                }))
             }
             Some(order) = desk.orders.recv() => match fulfil(ledger, order, deadline).await {
                 Fulfilled::Asked(new) => {
@@ -175,6 +189,15 @@ async fn fulfil<L: Ledger>(ledger: &mut L, order: Order, deadline: Instant) -> F
                 let _ = done.send(());
             }
             parked
+        }
+        Order::Skipped(event, done) => {
+            let skipped = timeout_at(deadline, ledger.skipped(event)).await;
+            skipped.map(|skipped| {
+                skipped.map(|skipped| {
+                    let _ = done.send(skipped);
+                    Fenced::Written
+                })
+            })
         }
         Order::Resolve(resolved, done) => {
             let written = timeout_at(deadline, ledger.resolve(&resolved)).await;

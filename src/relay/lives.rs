@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -12,7 +12,8 @@ use super::books::Order;
 use super::lease::{LeaseEnd, Loss};
 use super::publish::{Ended, Publisher};
 use super::redrive::Try;
-use super::reject::Full;
+use super::reject::{Full, Halt};
+use super::rejections::Rejections;
 use super::status::{State, Status};
 use super::{BACKOFF_MAX, Changes, Over, Pipeline, Settings, backoff};
 use crate::event::{EventKey, Rejection};
@@ -27,6 +28,9 @@ const PASS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A source that nobody has waited at for so long rests, be it that its pages find no room, or that there is always another one.
 const RESTLESS: Duration = Duration::from_secs(3);
+
+/// A pipeline that is halted looks this often whether an operator wants the event skipped.
+const SKIP_LOOK: Duration = Duration::from_secs(1);
 
 /// The lives of one tenure, one after the other.
 pub(super) struct Lives<'a, S, K> {
@@ -43,6 +47,9 @@ pub(super) struct Lives<'a, S, K> {
     pub(super) waiting: Waiting,
     pub(super) dead_letters: BTreeSet<EventKey>,
     pub(super) condemned: HashMap<(EventKey, Try), Rejection>,
+    /// Events that an operator wants left out, with the reason.
+    pub(super) skipped: HashMap<EventKey, String>,
+    pub(super) rejections: Rejections,
     pub(super) full: Option<Full>,
     pub(super) suspects: Suspects,
     pub(super) durable: watch::Receiver<Position>,
@@ -68,7 +75,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                 Ended::LeaseExpired => return Over::LeaseLost(Loss::Expired),
                 Ended::Condemned(id, this, rejection) => {
                     tracing::warn!(pipeline = %self.pipeline.name, event = id.id.0, reason = %rejection,
-                        "the broker refused an event after its hand-over, reading again to set it aside");
+                        "the broker refused an event after its hand-over: reading again up to it");
                     self.suspects.acquit(id);
                     self.condemned.insert((id, this), rejection);
                     continue;
@@ -78,9 +85,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
                         "the broker refused a batch, reading again to find the event that it can't take");
                     continue;
                 }
-                Ended::Halted(id, rejection) => {
-                    self.halt(format!("event {}: {rejection}", id.id), stop)
-                        .await;
+                Ended::Halted(halt) => {
+                    if self.halt(&halt, stop).await {
+                        continue;
+                    }
                     return Over::Stopped;
                 }
                 Ended::Full(full) => {
@@ -142,6 +150,8 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             waiting: &mut self.waiting,
             dead_letters: &mut self.dead_letters,
             condemned: &mut self.condemned,
+            skipped: &self.skipped,
+            rejections: &mut self.rejections,
             full: self.full.as_ref(),
             suspects: &mut self.suspects,
             answered,
@@ -212,15 +222,37 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
         Ok(())
     }
 
-    /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
-    async fn halt(&mut self, reason: String, stop: &CancellationToken) {
-        self.set_state(State::Halted { reason });
-        stop.cancelled().await;
+    /// Keeps the lease, so that no replica runs into the same event, until an operator pauses the pipeline, stops the process
+    /// or asks for the event to be skipped; true for the last.
+    async fn halt(&mut self, halt: &Halt, stop: &CancellationToken) -> bool {
+        loop {
+            let (done, answer) = oneshot::channel();
+            // Books that are closed end this tenure from outside.
+            let _ = self.orders.send(Order::Skipped(halt.event, done)).await;
+            let skipped = tokio::select! {
+                biased;
+                () = stop.cancelled() => return false,
+                skipped = answer => skipped.ok().flatten(),
+            };
+            if let Some(reason) = skipped {
+                let reason = format!("{}; {reason}", halt.rejection);
+                self.skipped.insert(halt.event, reason);
+                return true;
+            }
+            let reason = halt.reason(&self.pipeline.name);
+            self.set_state(State::Halted { reason });
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return false,
+                () = sleep(SKIP_LOOK) => {}
+            }
+        }
     }
 
     fn set_state(&self, state: State) {
+        let now_us = (self.now_us)();
         self.status
-            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+            .send_modify(|status| status.set_state(&self.pipeline.name, state, now_us));
     }
 }
 

@@ -18,6 +18,7 @@ mod lookups;
 mod publish;
 mod redrive;
 mod reject;
+mod rejections;
 pub mod status;
 mod tick;
 mod topics;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use self::books::{Closed, Desk, Pace};
 use self::lease::{LeaseEnd, Loss};
 use self::lives::Lives;
+use self::rejections::Rejections;
 use self::status::{State, Status};
 use self::turn::Turn;
 use crate::encode::Encoding;
@@ -180,7 +182,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     pub async fn run(mut self, stop: CancellationToken) {
         let metrics = PipelineMetrics::new(self.pipeline.name.as_str(), self.shard);
         let mut backoff = backoff();
-        while let Some((tenure, lease_end)) = self.stand_by(&stop, &mut backoff).await {
+        while let Some((tenure, lease_end)) = self.stand_by(&metrics, &stop, &mut backoff).await {
             metrics.owner(true);
             let began = Instant::now();
             let mut turn = self.turn.clone();
@@ -194,7 +196,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             match over {
                 Over::Stopped if stop.is_cancelled() => break,
                 Over::Stopped => {
-                    tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the shard up");
+                    tracing::info!(pipeline = %self.pipeline.name, shard = self.shard.index, "gave the lease back");
                 }
                 Over::LeaseLost(loss) => {
                     let shard = self.shard.index;
@@ -217,6 +219,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     /// Waits for the lease, and says when it ends; none when asked to stop.
     async fn stand_by(
         &mut self,
+        metrics: &PipelineMetrics,
         stop: &CancellationToken,
         backoff: &mut ExponentialBackoff,
     ) -> Option<(Tenure, LeaseEnd)> {
@@ -225,7 +228,11 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                 return None;
             }
             let lease_end = LeaseEnd::asked_now(self.settings.lease_ttl, (self.now_us)());
-            match self.acquire(stop).await? {
+            let acquired = self.acquire(stop).await?;
+            if let Ok(acquired) = &acquired {
+                metrics.paused(matches!(acquired, Acquired::Paused(_)));
+            }
+            match acquired {
                 Ok(Acquired::Ours(tenure)) => return Some((tenure, lease_end)),
                 Ok(Acquired::Held { holder, expires_in }) => {
                     self.set_state(State::Standby { holder });
@@ -234,9 +241,19 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
                         return None;
                     }
                 }
+                Ok(Acquired::Paused(pause)) => {
+                    self.set_state(State::Paused { pause });
+                    if !self.linger(STANDBY_LOOK, stop).await {
+                        return None;
+                    }
+                }
                 Ok(Acquired::Resharded { shards }) => {
                     // This relay will be told to stop, or the number will become what it is here.
-                    let holder = format!("relays with {shards} shards");
+                    let shards = match shards {
+                        1 => "1 shard".to_owned(),
+                        shards => format!("{shards} shards"),
+                    };
+                    let holder = format!("the relays with {shards}, until they have stopped");
                     self.set_state(State::Standby { holder });
                     if !self.linger(STANDBY_LOOK, stop).await {
                         return None;
@@ -342,6 +359,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             durable,
             orders: orders_taken,
             lease_end,
+            until: stop.clone(),
             now_us: self.now_us,
         };
         let pace = Pace {
@@ -366,6 +384,8 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             waiting: Waiting::new(held),
             dead_letters: dead_letters.into_iter().collect(),
             condemned: HashMap::new(),
+            skipped: HashMap::new(),
+            rejections: Rejections::default(),
             full: None,
             suspects: Suspects::default(),
             durable: durable_seen,
@@ -405,8 +425,9 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
     }
 
     fn set_state(&self, state: State) {
+        let now_us = (self.now_us)();
         self.status
-            .send_modify(|status| status.set_state(&self.pipeline.name, state));
+            .send_modify(|status| status.set_state(&self.pipeline.name, state, now_us));
     }
 }
 

@@ -17,10 +17,11 @@ use super::books::Order;
 use super::lease::LeaseEnd;
 use super::lookups::{Lookups, until};
 use super::redrive::{Redrive, Try};
-use super::reject::Full;
+use super::reject::{Full, Halt};
+use super::rejections::Rejections;
 use super::status::Status;
 use super::topics::Topics;
-use super::{Changes, Pipeline, Policy, Settings};
+use super::{Changes, Pipeline, Settings};
 use crate::encode::{Texts, encode};
 use crate::event::{Event, EventKey, Rejection, Seq};
 use crate::ledger::Parked;
@@ -52,7 +53,7 @@ pub(super) enum Ended {
     /// The broker refused an event that was alone: begin again, and set it aside this time.
     Condemned(EventKey, Try, Rejection),
     /// An event was rejected and the policy is to halt.
-    Halted(EventKey, Rejection),
+    Halted(Halt),
     /// Nothing more may be set aside.
     Full(Full),
     /// There is room again.
@@ -77,6 +78,9 @@ pub(super) struct Publisher<'a, K> {
     pub(super) dead_letters: &'a mut BTreeSet<EventKey>,
     /// Events that the broker refused in an earlier life, with its reason.
     pub(super) condemned: &'a mut HashMap<(EventKey, Try), Rejection>,
+    /// Events that an operator wants left out, with the reason.
+    pub(super) skipped: &'a HashMap<EventKey, String>,
+    pub(super) rejections: &'a mut Rejections,
     /// What keeps this life from taking pages: it only makes room.
     pub(super) full: Option<&'a Full>,
     /// Events that were refused together in an earlier life, of which no innocent one must be set aside (I6).
@@ -371,6 +375,7 @@ impl<K: Sink> Publisher<'_, K> {
                 life.filtered += 1;
             }
             Verdict::Wait => return self.set_aside(life, event, bytes, None),
+            Verdict::Skip(reason) => self.skip(life, event, bytes, reason),
         }
         Ok(None)
     }
@@ -403,6 +408,11 @@ impl<K: Sink> Publisher<'_, K> {
             Ok(true) => {}
             Ok(false) => return Verdict::LeftOut,
             Err(rejection) => return Verdict::Offered(Offered::Rejected(rejection)),
+        }
+        if !self.skipped.is_empty()
+            && let Some(reason) = self.skipped.get(&event.key())
+        {
+            return Verdict::Skip(reason.clone());
         }
         if let Some(rejection) = self.condemned.get(&(event.key(), Try::First)) {
             return Verdict::Offered(Offered::Rejected(rejection.clone()));
@@ -480,10 +490,10 @@ impl<K: Sink> Publisher<'_, K> {
                     refused.push(id);
                     let alone = life.on_trial == Some(id);
                     let this = life.try_of(seq);
-                    ended = ended.or(Some(match (self.pipeline.on_rejected, this) {
-                        _ if !alone => Ended::Suspected(rejection),
-                        (Policy::Halt, Try::First) => Ended::Halted(id, rejection),
-                        _ => Ended::Condemned(id, this, rejection),
+                    ended = ended.or(Some(if alone {
+                        Ended::Condemned(id, this, rejection)
+                    } else {
+                        Ended::Suspected(rejection)
                     }));
                 }
             }
@@ -517,6 +527,8 @@ enum Verdict {
     LeftOut,
     /// Has to wait behind a parked event of its entity.
     Wait,
+    /// An operator wants it left out, for this reason.
+    Skip(String),
     Offered(Offered),
 }
 
@@ -578,14 +590,6 @@ impl Life {
         self.pending.clear();
         self.lookups.clear();
         self.redrive.cut();
-    }
-
-    fn try_of(&self, seq: Seq) -> Try {
-        if self.copies.contains(&seq) {
-            Try::DeadLetter
-        } else {
-            self.redrive.try_of(seq).unwrap_or(Try::First)
-        }
     }
 
     /// Nothing is at hand, and nothing in flight.

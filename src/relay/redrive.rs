@@ -9,6 +9,7 @@ use std::collections::HashSet;
 
 use bytestring::ByteString;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::books::Order;
 use super::publish::{Ended, Life, Offered, Pause, Publisher};
@@ -105,6 +106,15 @@ impl Redrive {
 }
 
 impl Life {
+    /// Which try of its event has this number.
+    pub(super) fn try_of(&self, seq: Seq) -> Try {
+        if self.copies.contains(&seq) {
+            Try::DeadLetter
+        } else {
+            self.redrive.try_of(seq).unwrap_or(Try::First)
+        }
+    }
+
     /// Takes a batch as the next page.
     pub(super) fn begin_batch(&mut self, due: Vec<Due>) {
         // Who asks for another try has perhaps just made the topic.
@@ -236,7 +246,13 @@ impl<K: Sink> Publisher<'_, K> {
             match row.fate {
                 Fate::Publish => redriven += 1,
                 Fate::Drop => dropped += 1,
-                Fate::Rejected(_) => rejected += 1,
+                Fate::Rejected(ref reason) => {
+                    rejected += 1;
+                    if self.rejections.names(&reason.0, Instant::now()) {
+                        tracing::warn!(pipeline = %self.pipeline.name, event = row.event.id.0, reason = %reason,
+                            "rejected a parked event again");
+                    }
+                }
                 Fate::Stay => {}
             }
             if !matches!(row.fate, Fate::Publish | Fate::Drop) {
@@ -251,7 +267,16 @@ impl<K: Sink> Publisher<'_, K> {
         }
         self.metrics.redriven(redriven);
         self.metrics.dropped(dropped);
-        tracing::info!(pipeline = %self.pipeline.name, redriven, dropped, rejected, "redrove parked events");
+        let pipeline = &self.pipeline.name;
+        if redriven > 0 {
+            tracing::info!(%pipeline, events = redriven, "published parked events");
+        }
+        if dropped > 0 {
+            tracing::info!(%pipeline, events = dropped, "dropped parked events as an operator asked");
+        }
+        if rejected > 0 {
+            tracing::warn!(%pipeline, events = rejected, "parked events were rejected again and stay parked");
+        }
     }
 }
 

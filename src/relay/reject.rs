@@ -1,12 +1,14 @@
 //! Events that can't be published: the policies, and their limits.
 
+use tokio::time::Instant;
+
 use super::books::Order;
 use super::publish::{Ended, Life, Pause, Publisher};
 use super::redrive::Try;
 use super::topics::Topics;
 use super::{Pipeline, Policy};
 use crate::encode::{Texts, dead_letter};
-use crate::event::{Event, EventId, Rejection};
+use crate::event::{Event, EventId, EventKey, PipelineName, Rejection};
 use crate::ledger::Parked;
 use crate::sink::{Refused, Sink};
 
@@ -19,6 +21,38 @@ pub(super) struct Full {
     margin: usize,
     /// With what to type.
     pub(super) reason: String,
+}
+
+/// An event at which the pipeline stops.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Halt {
+    pub(super) event: EventKey,
+    /// Type and id of its entity.
+    entity: String,
+    pub(super) rejection: Rejection,
+}
+
+impl Halt {
+    pub(super) fn of(event: &Event, rejection: Rejection) -> Self {
+        Self {
+            event: event.key(),
+            entity: format!("{}/{}", event.aggregate_type, event.aggregate_id),
+            rejection,
+        }
+    }
+
+    /// With what to type.
+    pub(super) fn reason(&self, pipeline: &PipelineName) -> String {
+        let Self {
+            event: EventKey { id, event_id },
+            entity,
+            rejection,
+        } = self;
+        format!(
+            "event {id} of {entity:?} can't be published: {rejection}. The pipeline stops here (on_rejected = \"halt\"): mend the cause \
+             and restart the relay, or leave this event out with `outbox-relay pipelines skip {pipeline} {event_id} --reason …`"
+        )
+    }
 }
 
 impl<K: Sink> Publisher<'_, K> {
@@ -48,8 +82,33 @@ impl<K: Sink> Publisher<'_, K> {
                 life.in_flight.settle(seq);
                 Ok(None)
             }
-            Policy::Halt => Err(Ended::Halted(event.key(), rejection)),
+            Policy::Halt => {
+                // What is in flight would be published again after the halt.
+                if let Some(pause) = self.pause_for_flight(life) {
+                    return Ok(Some(pause));
+                }
+                Err(Ended::Halted(Halt::of(event, rejection)))
+            }
         }
+    }
+
+    /// Stores an event that an operator wants left out as a dead letter: its entity goes on.
+    pub(super) fn skip(&mut self, life: &mut Life, event: &Event, bytes: usize, reason: String) {
+        tracing::warn!(
+            pipeline = %self.pipeline.name,
+            event = event.id.0,
+            reason,
+            "left an event out and keeps it as a dead letter; later events of its entity go on"
+        );
+        self.dead_letters.insert(event.key());
+        self.suspects.acquit(event.key());
+        let seq = life.place(event, bytes, Topics::NONE);
+        life.parking_seqs.push(seq);
+        life.parking.push(Parked {
+            event: event.clone(),
+            error: Some(reason),
+            holds: false,
+        });
     }
 
     /// Parks an event; its entity waits from now on.
@@ -65,10 +124,13 @@ impl<K: Sink> Publisher<'_, K> {
         {
             return self.fill(life, full);
         }
-        if let Some(rejection) = &rejection {
+        if let Some(rejection) = &rejection
+            && self.rejections.names(&rejection.0, Instant::now())
+        {
             tracing::error!(
                 pipeline = %self.pipeline.name,
                 event = event.id.0,
+                aggregate_type = &event.aggregate_type[..],
                 reason = %rejection,
                 "parked an event; later events of its entity wait"
             );
@@ -103,12 +165,15 @@ impl<K: Sink> Publisher<'_, K> {
             Ok(copied) => copied,
             Err(stop) => return stop,
         };
-        tracing::error!(
-            pipeline = %self.pipeline.name,
-            event = event.id.0,
-            reason = %rejection,
-            "made a dead letter of an event; later events of its entity go on"
-        );
+        if self.rejections.names(&rejection.0, Instant::now()) {
+            tracing::error!(
+                pipeline = %self.pipeline.name,
+                event = event.id.0,
+                aggregate_type = &event.aggregate_type[..],
+                reason = %rejection,
+                "made a dead letter of an event; later events of its entity go on"
+            );
+        }
         self.dead_letters.insert(event.key());
         let tag = copy.unwrap_or(Topics::NONE);
         let seq = life.place(event, bytes, tag);
@@ -243,14 +308,19 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Ends the life once nothing is in flight, so that nothing is published twice for it.
     fn fill(&mut self, life: &mut Life, full: Full) -> Result<Option<Pause>, Ended> {
+        match self.pause_for_flight(life) {
+            Some(pause) => Ok(Some(pause)),
+            None => Err(Ended::Full(full)),
+        }
+    }
+
+    /// As long as something is in flight or about to be stored.
+    fn pause_for_flight(&mut self, life: &mut Life) -> Option<Pause> {
         if !life.parking.is_empty() {
-            return Ok(Some(Pause::Turn));
+            return Some(Pause::Turn);
         }
         self.advance(life);
-        if life.awaited() > 0 {
-            return Ok(Some(Pause::Blocked));
-        }
-        Err(Ended::Full(full))
+        (life.awaited() > 0).then_some(Pause::Blocked)
     }
 
     /// Waits until what was set aside is durable; only then is it settled.

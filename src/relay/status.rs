@@ -1,10 +1,12 @@
 //! What a pipeline says about itself: read by readiness, `/status` and metrics.
 
+use std::mem::discriminant;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::PipelineName;
+use crate::ledger::Pause;
 
 /// What a pipeline is doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,15 +31,24 @@ pub enum State {
         /// The event and why.
         reason: String,
     },
+    /// An operator has paused the pipeline: no relay owns it, and its position stands.
+    Paused {
+        /// Since when, by whom, why.
+        #[serde(flatten)]
+        pause: Pause,
+    },
     /// Stopped on request.
     Stopped,
 }
 
 impl State {
-    /// Whether a load balancer or an operator may take the pipeline for healthy.
+    /// Whether a load balancer or an operator may take the pipeline for healthy. One that is paused does what it was told.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        matches!(self, Self::Running | Self::Standby { .. })
+        matches!(
+            self,
+            Self::Running | Self::Standby { .. } | Self::Paused { .. }
+        )
     }
 }
 
@@ -47,6 +58,9 @@ pub struct Status {
     /// What it is doing, and why if it is not moving.
     #[serde(flatten)]
     pub state: State,
+    /// Since when, in microseconds since the Unix epoch; another reason for the same state is no new beginning.
+    #[serde(default)]
+    pub state_since_us: i64,
     /// The last id up to which everything is delivered, parked or left out, but for transactions that were in progress when
     /// the log was read: theirs come behind it all the same.
     pub last_id: i64,
@@ -66,9 +80,13 @@ pub struct Status {
 
 impl Status {
     /// Changes the state, and logs the change: once, where it becomes known.
-    pub(crate) fn set_state(&mut self, pipeline: &PipelineName, state: State) {
+    pub(crate) fn set_state(&mut self, pipeline: &PipelineName, state: State, now_us: i64) {
         if self.state == state {
             return;
+        }
+        let lasted_seconds = now_us.saturating_sub(self.state_since_us) / 1_000_000;
+        if discriminant(&self.state) != discriminant(&state) {
+            self.state_since_us = now_us;
         }
         match &state {
             State::Stalled { reason } => {
@@ -76,8 +94,13 @@ impl Status {
             }
             State::Halted { reason } => tracing::error!(%pipeline, %reason, "halted"),
             State::Standby { holder } => tracing::info!(%pipeline, %holder, "standing by"),
+            State::Paused { pause } => {
+                let Pause { since, by, reason } = pause;
+                tracing::warn!(%pipeline, since, by, reason,
+                    "paused: `outbox-relay pipelines resume {pipeline}` lets it go on");
+            }
             State::Running if matches!(self.state, State::Stalled { .. }) => {
-                tracing::info!(%pipeline, "moving again");
+                tracing::info!(%pipeline, lasted_seconds, "moving again");
             }
             State::Running => tracing::info!(%pipeline, "running"),
             State::Starting | State::Stopped => tracing::info!(%pipeline, "stopped"),
@@ -90,6 +113,7 @@ impl Status {
     pub fn starting() -> Self {
         Self {
             state: State::Starting,
+            state_since_us: 0,
             last_id: 0,
             newest_id: 0,
             in_flight_events: 0,

@@ -94,13 +94,17 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Metrics and status; without a state the last one stands.
     pub(super) fn report(&mut self, life: &mut Life, state: Option<State>) {
+        for (reason, events) in self.rejections.rest(Instant::now()) {
+            tracing::error!(pipeline = %self.pipeline.name, events, reason,
+                "and so many more events were rejected with this reason: `outbox-relay parked list --by error`");
+        }
         let delivered = life.topics.flush();
         self.metrics.filtered(std::mem::take(&mut life.filtered));
         self.metrics.latencies(&mut life.latencies);
         let last_id = self.settled.borrow().last_id.0;
         self.status.send_modify(|status| {
             if let Some(state) = state {
-                status.set_state(&self.pipeline.name, state);
+                status.set_state(&self.pipeline.name, state, (self.now_us)());
             }
             status.last_id = last_id;
             status.in_flight_events = life.in_flight.rows();

@@ -153,8 +153,12 @@ impl Books {
         Ok((EventId(from.min(until)), EventId(until)))
     }
 
-    /// Notes a new replay, held by this process; sets its number.
-    pub(crate) async fn create(&mut self, job: &mut Job) -> Result<(), Error> {
+    /// Notes a new replay, held by this process, and sets its number; and notes it among the acts.
+    pub(crate) async fn create(
+        &mut self,
+        job: &mut Job,
+        reason: Option<&str>,
+    ) -> Result<(), Error> {
         let selection = serde_json::to_string(&job.selection).context("write the selection")?;
         // PostgreSQL knows who asks.
         let (column, who) = match &self.database {
@@ -189,7 +193,45 @@ impl Books {
                 id.fetch_one(connection).await.context("note the replay")?
             }
         };
-        Ok(())
+        self.note_act(job, reason).await
+    }
+
+    async fn note_act(&mut self, job: &Job, reason: Option<&str>) -> Result<(), Error> {
+        let topic = job
+            .topic
+            .as_ref()
+            .map_or(String::new(), |topic| format!(" to topic {topic}"));
+        let selector = format!("replay {}: {}{topic}", job.id, job.selection);
+        match &mut self.database {
+            Database::Postgres(connection) => {
+                let mut transaction = begin(connection).await?;
+                let insert = "insert into outbox.acts (who, action, pipeline, selector, events, reason) \
+                              values ($1, 'replay', $2, $3, 0, $4)";
+                sqlx::query(insert)
+                    .persistent(false)
+                    .bind(&self.who)
+                    .bind(&job.pipeline)
+                    .bind(selector)
+                    .bind(reason)
+                    .execute(&mut *transaction)
+                    .await
+                    .context("note the act")?;
+                transaction.commit().await
+            }
+            Database::Sqlite(connection) => {
+                let insert = "insert into outbox_acts (who, action, pipeline, selector, events, reason) \
+                              values (?1, 'replay', ?2, ?3, 0, ?4)";
+                sqlx::query(insert)
+                    .bind(&self.who)
+                    .bind(&job.pipeline)
+                    .bind(selector)
+                    .bind(reason)
+                    .execute(connection)
+                    .await
+                    .map(drop)
+            }
+        }
+        .context("note the act")
     }
 
     /// Takes over a replay that nobody is at.

@@ -1,6 +1,7 @@
 //! Which retained events are meant, by what people know of them.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -29,6 +30,48 @@ pub struct Selection {
     /// Occurred before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_us: Option<i64>,
+}
+
+impl fmt::Display for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            entities,
+            aggregate_types,
+            event_types,
+            event_ids,
+            from_us,
+            until_us,
+        } = self;
+        let mut parts: Vec<String> = Vec::new();
+        parts.extend(
+            entities
+                .iter()
+                .map(|(kind, id)| format!("entity {kind}/{id}")),
+        );
+        parts.extend(
+            aggregate_types
+                .iter()
+                .map(|kind| format!("aggregate type {kind}")),
+        );
+        parts.extend(event_types.iter().map(|kind| format!("event type {kind}")));
+        parts.extend(event_ids.iter().map(|uuid| format!("event {uuid}")));
+        parts.extend(from_us.map(|us| format!("from {}", moment(us))));
+        parts.extend(until_us.map(|us| format!("until {}", moment(us))));
+        if parts.is_empty() {
+            parts.push("all".to_owned());
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
+fn moment(us: i64) -> String {
+    match u64::try_from(us) {
+        // To the end of the year 9999.
+        Ok(us) if us < 253_402_300_800_000_000 => {
+            humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_micros(us)).to_string()
+        }
+        _ => format!("{us} us"),
+    }
 }
 
 /// What differs between the databases.

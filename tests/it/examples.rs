@@ -19,6 +19,43 @@ async fn psql_emits() {
 }
 
 #[tokio::test]
+async fn sqlite_emits() {
+    let test = "examples::sqlite_emits";
+    if !succeeds(Command::new("sqlite3").arg("--version")) {
+        return skip(test, "sqlite3 is missing");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shop.db");
+    let file = file.to_str().unwrap();
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_outbox-relay"));
+    migrate
+        .arg("migrate")
+        .env_clear()
+        .env("RELAY_SOURCE__KIND", "sqlite")
+        .env("RELAY_SOURCE__SQLITE__PATH", file);
+    assert!(migrate.status().unwrap().success());
+    let sqlite = |input: &str| {
+        let mut sqlite = Command::new("sqlite3");
+        let out = sqlite.args(["-bail", file, input]).output().unwrap();
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let printed = sqlite(".read examples/sqlite/emit.sql");
+    let emitted = sqlite("select event_id from outbox_events");
+    assert_eq!(printed, emitted, "the printed uuid is that of the event");
+    let event =
+        "select aggregate_type, aggregate_id, event_type, payload, headers from outbox_events";
+    assert_eq!(
+        sqlite(event),
+        "order|1001|placed|{\"id\": \"1001\", \"status\": \"placed\"}|{\"tenant\": \"acme\"}\n"
+    );
+}
+
+#[tokio::test]
 async fn python_emits() {
     let test = "examples::python_emits";
     let python = std::env::var("PYTHON_BIN").unwrap_or_else(|_| "python3".to_owned());

@@ -1,6 +1,5 @@
 //! Looks at the PostgreSQL end, probe by probe.
 
-mod books;
 mod need;
 mod partitions;
 mod pooler;
@@ -12,44 +11,65 @@ use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use std::borrow::Cow;
 
-use super::{Finding, answered};
-use crate::config::PipelineConfig;
+use super::{Finding, Probed, answered};
 use crate::migrate;
 use crate::reason::reason;
 use crate::source::postgres::{CaptureMode, Settings, ask, connect};
 
-pub(super) async fn examine(
-    settings: &Settings,
-    pipelines: &[PipelineConfig],
-    now_us: fn() -> i64,
-) -> Vec<Finding> {
+pub(super) async fn examine(settings: &Settings, now_us: fn() -> i64) -> Probed {
     let options = settings.options.clone().disable_statement_logging();
     let mut connection = match connect(&options).await {
         Ok(connection) => connection,
-        Err(error) => return vec![unreachable("source.postgres.url", &options, &error)],
+        Err(error) => {
+            return Probed {
+                all: vec![unreachable("source.postgres.url", &options, &error)],
+                tables: false,
+            };
+        }
     };
-    let mut findings = Vec::new();
+    let mut findings = vec![Finding::ok("connection", reached(&connection, &options))];
+    let mut tables = false;
     findings.extend(answered(
         "server",
         server::examine(&mut connection, now_us).await,
     ));
     match table::exists(&mut connection).await {
-        Ok(true) => findings.extend(examine_outbox(&mut connection, settings, pipelines).await),
+        Ok(true) => {
+            let (of_outbox, readable) = examine_outbox(&mut connection, settings).await;
+            findings.extend(of_outbox);
+            tables = readable;
+        }
         Ok(false) => findings.push(missing()),
         Err(error) => findings.push(Finding::unknown("table", &error)),
     }
     if settings.mode == CaptureMode::Listen {
         findings.extend(listening(settings).await);
     }
-    findings
+    Probed {
+        all: findings,
+        tables,
+    }
 }
 
-/// What can only be asked where there is an outbox.
+/// What was reached: version, address, database, role.
+fn reached(connection: &PgConnection, options: &PgConnectOptions) -> String {
+    let version = connection.server_version_num().unwrap_or_default();
+    format!(
+        "PostgreSQL {}.{} at {}:{}, database {:?}, as {:?}",
+        version / 10_000,
+        version % 10_000,
+        options.get_host(),
+        options.get_port(),
+        options.get_database().unwrap_or(options.get_username()),
+        options.get_username(),
+    )
+}
+
+/// What can only be asked where there is an outbox, and whether its tables may be read.
 async fn examine_outbox(
     connection: &mut PgConnection,
     settings: &Settings,
-    pipelines: &[PipelineConfig],
-) -> Vec<Finding> {
+) -> (Vec<Finding>, bool) {
     let mut findings = Vec::new();
     let rights = rights::examine(connection).await;
     let enough = matches!(&rights, Ok(rights) if rights.suffice_to_read());
@@ -65,13 +85,7 @@ async fn examine_outbox(
         "table",
         table::examine(connection, settings.mode).await,
     ));
-    if enough {
-        findings.extend(answered(
-            "books",
-            books::examine(connection, pipelines).await,
-        ));
-    }
-    findings
+    (findings, enough)
 }
 
 async fn listening(settings: &Settings) -> Vec<Finding> {

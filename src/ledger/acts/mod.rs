@@ -12,7 +12,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use uuid::Uuid;
+
 use crate::event::{EventId, PipelineName};
+use crate::reason::kind;
 
 /// Which parked events are meant: those that match everything given. Without an id rejected events are spoken of, and what
 /// waits behind them comes along.
@@ -22,6 +25,10 @@ pub struct Selector {
     pub pipeline: Option<PipelineName>,
     /// The event with this id, rejected or waiting.
     pub id: Option<EventId>,
+    /// The event with this uuid, which is its identity where an id came again.
+    pub event_id: Option<Uuid>,
+    /// Without an id too, events that only wait are meant.
+    pub waiting: bool,
     /// Of this entity.
     pub entity: Option<EntityName>,
     /// With this text in the error, in small or capital letters.
@@ -62,18 +69,26 @@ impl Selector {
         let Self {
             pipeline: _,
             id,
+            event_id,
+            waiting: _,
             entity,
             error,
             older_than,
         } = self;
-        id.is_none() && entity.is_none() && error.is_none() && older_than.is_none()
+        id.is_none()
+            && event_id.is_none()
+            && entity.is_none()
+            && error.is_none()
+            && older_than.is_none()
     }
 
     /// A condition on the parked event `alias`.
     fn condition(&self, dialect: Dialect, alias: &str) -> String {
-        let mut all = vec![match self.id {
-            Some(id) => format!("{alias}.id = {id}"),
-            None => format!(
+        let mut all = vec![match (self.id, self.event_id) {
+            (Some(id), _) => format!("{alias}.id = {id}"),
+            (None, Some(uuid)) => dialect.is_uuid(&format!("{alias}.event_id"), uuid),
+            (None, None) if self.waiting => "true".to_owned(),
+            (None, None) => format!(
                 "({alias}.error is not null or not exists (select 1 from {} h \
                    where {} and h.holds and h.{place} < {alias}.{place}))",
                 dialect.parked(),
@@ -110,12 +125,15 @@ impl fmt::Display for Selector {
         let Self {
             pipeline: _,
             id,
+            event_id,
+            waiting: _,
             entity,
             error,
             older_than,
         } = self;
         let mut parts = Vec::new();
         parts.extend(id.map(|id| format!("id {id}")));
+        parts.extend(event_id.map(|uuid| format!("event {uuid}")));
         parts.extend(entity.as_ref().map(|entity| {
             format!(
                 "entity {:?}",
@@ -205,6 +223,56 @@ pub struct ParkedEvent {
     pub parked_seconds: f64,
     /// Events of the entity that wait behind it.
     pub waiting_events: i64,
+}
+
+/// Rejected events that share a reason, but for the numbers in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cause {
+    /// Whose tables.
+    pub pipeline: String,
+    /// Why they were rejected, with `N` for each number where there are several.
+    pub error: String,
+    /// How many.
+    pub events: i64,
+    /// Of so many entities.
+    pub entities: i64,
+    /// How long the first of them has been parked.
+    pub oldest_seconds: f64,
+    /// One of them.
+    pub example_id: i64,
+}
+
+/// Puts together what differs in numbers alone; the most frequent first.
+fn merge(causes: Vec<Cause>) -> Vec<Cause> {
+    let mut merged: Vec<(String, Cause)> = Vec::new();
+    for cause in causes {
+        let kind = kind(&cause.error);
+        let same = |(other, into): &&mut (String, Cause)| {
+            *other == kind && into.pipeline == cause.pipeline
+        };
+        match merged.iter_mut().find(same) {
+            Some((kind, into)) => {
+                into.events += cause.events;
+                into.entities += cause.entities;
+                into.oldest_seconds = into.oldest_seconds.max(cause.oldest_seconds);
+                into.example_id = into.example_id.min(cause.example_id);
+                into.error.clone_from(kind);
+            }
+            None => merged.push((kind, cause)),
+        }
+    }
+    let mut causes: Vec<Cause> = merged.into_iter().map(|(_, cause)| cause).collect();
+    causes.sort_by_key(|cause| std::cmp::Reverse(cause.events));
+    causes
+}
+
+/// How many events a wish concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Those that were chosen.
+    pub chosen: i64,
+    /// Those that wait behind them.
+    pub behind: i64,
 }
 
 /// Parked events, and how many there are in all.
@@ -303,6 +371,14 @@ impl Dialect {
         format!("{function}(lower({text}), lower({})) > 0", literal(part))
     }
 
+    fn is_uuid(self, column: &str, uuid: Uuid) -> String {
+        match self {
+            Self::Postgres => format!("{column} = '{uuid}'"),
+            // A text, in small or capital letters.
+            Self::Sqlite => format!("lower({column}) = '{uuid}'"),
+        }
+    }
+
     fn older(self, time: &str, age: Duration) -> String {
         match self {
             Self::Postgres => format!(
@@ -350,6 +426,20 @@ fn behind(dialect: Dialect) -> String {
 }
 
 impl Wish {
+    /// SQL that counts the chosen events, and all that it concerns if what waits behind them is meant too.
+    fn counting(&self, dialect: Dialect) -> String {
+        let all = Self {
+            with_waiting: true,
+            ..self.clone()
+        };
+        let parked = dialect.parked();
+        format!(
+            "select (select count(*) from {parked} p where {}) as chosen, (select count(*) from {parked} p where {}) as everything",
+            self.selector.condition(dialect, "p"),
+            all.condition(dialect)
+        )
+    }
+
     /// A condition on the parked event `p`.
     fn condition(&self, dialect: Dialect) -> String {
         let chosen = self.selector.condition(dialect, "p");

@@ -7,14 +7,20 @@ use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
 use super::{
-    Dialect, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish, behind, literal,
-    waiting_behind,
+    Cause, Dialect, Extent, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish, behind,
+    literal, merge, waiting_behind,
 };
 use crate::source::postgres::ask;
 
 const DIALECT: Dialect = Dialect::Postgres;
 /// For a wish that concerns everything.
 const MARK_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Deserialize)]
+struct Counted {
+    chosen: i64,
+    everything: i64,
+}
 
 #[derive(Deserialize)]
 struct Total {
@@ -85,6 +91,43 @@ pub async fn show(
     )
     .await
     .context("read the parked event")
+}
+
+/// The reasons of rejected events, with how many share each.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn causes(
+    connection: &mut PgConnection,
+    selector: &Selector,
+) -> Result<Vec<Cause>, anyhow::Error> {
+    let causes = ask::all(
+        connection,
+        &format!(
+            "select p.pipeline, p.error, count(*) as events, count(distinct p.entity) as entities, \
+                    max(extract(epoch from clock_timestamp() - p.parked_at))::float8 as oldest_seconds, \
+                    min(p.id) as example_id \
+               from outbox.parked p where {} and p.error is not null group by 1, 2 order by 3 desc limit 10000",
+            selector.condition(DIALECT, "p")
+        ),
+    )
+    .await
+    .context("count the reasons")?;
+    Ok(merge(causes))
+}
+
+/// How many events a wish concerns.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn extent(connection: &mut PgConnection, wish: &Wish) -> Result<Extent, anyhow::Error> {
+    let counted: Counted = ask::one(connection, &wish.counting(DIALECT))
+        .await
+        .context("count what is wanted")?;
+    Ok(Extent {
+        chosen: counted.chosen,
+        behind: counted.everything - counted.chosen,
+    })
 }
 
 /// Notes a wish, on the events and among the acts. The events are locked in the order of their ids, as the owner of their

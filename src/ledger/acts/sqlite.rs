@@ -6,8 +6,8 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection};
 
 use super::{
-    Dialect, Marked, NOW_US, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish, behind,
-    waiting_behind,
+    Cause, Dialect, Extent, Marked, NOW_US, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
+    behind, merge, waiting_behind,
 };
 
 const DIALECT: Dialect = Dialect::Sqlite;
@@ -79,6 +79,48 @@ pub async fn show(
     )
     .await
     .context("read the parked event")
+}
+
+/// The reasons of rejected events, with how many share each.
+///
+/// # Errors
+/// When the file can't be read.
+pub async fn causes(
+    connection: &mut SqliteConnection,
+    selector: &Selector,
+) -> Result<Vec<Cause>, anyhow::Error> {
+    let causes = documents(
+        connection,
+        format!(
+            "select json_object('pipeline', p.pipeline, 'error', p.error, 'events', count(*), \
+                    'entities', count(distinct p.aggregate_type || '/' || p.aggregate_id), \
+                    'oldest_seconds', ({NOW_US} - min(p.parked_at)) / 1000000.0, 'example_id', min(p.id)) \
+               from outbox_parked p where {} and p.error is not null group by p.pipeline, p.error \
+              order by count(*) desc limit 10000",
+            selector.condition(DIALECT, "p")
+        ),
+    )
+    .await
+    .context("count the reasons")?;
+    Ok(merge(causes))
+}
+
+/// How many events a wish concerns.
+///
+/// # Errors
+/// When the file can't be read.
+pub async fn extent(
+    connection: &mut SqliteConnection,
+    wish: &Wish,
+) -> Result<Extent, anyhow::Error> {
+    let (chosen, everything): (i64, i64) = sqlx::query_as(AssertSqlSafe(wish.counting(DIALECT)))
+        .fetch_one(connection)
+        .await
+        .context("count what is wanted")?;
+    Ok(Extent {
+        chosen,
+        behind: everything - chosen,
+    })
 }
 
 /// Notes a wish, on the events and among the acts.

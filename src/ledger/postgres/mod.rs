@@ -4,6 +4,8 @@
 //! pooler; what they inline is numbers and names of a closed alphabet. Time is the database's.
 
 mod parked;
+pub mod pipelines;
+pub mod places;
 mod restored;
 pub mod roster;
 
@@ -17,9 +19,10 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Settings, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Pause, Renewed, Resolution, Resolved,
+    Settings, Tenure,
 };
-use crate::event::{EventId, Shard, Start};
+use crate::event::{EventId, EventKey, Shard, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::ask::literal;
 use crate::source::postgres::{NEWEST_ID, connect};
@@ -110,25 +113,30 @@ impl Ledger for PostgresLedger {
                 Taken::Held(holder, expires_in) => {
                     return Ok(Acquired::Held { holder, expires_in });
                 }
+                Taken::Paused(pause) => return Ok(Acquired::Paused(pause)),
                 Taken::Restored => restored::adopt(&self.options).await?,
                 Taken::Resharded(shards) => return Ok(Acquired::Resharded { shards }),
             }
         }
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
         self.with(async |connection, settings, fence| {
-            let renewed = execute(
-                connection,
-                format!(
-                    "update outbox.leases set expires_at = {} where {}",
+            let renewed = connection
+                .fetch_optional(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
+                    "update outbox.leases set expires_at = {} where {} \
+                     returning exists (select from outbox.pauses p where p.pipeline = {})",
                     expiry(settings),
-                    fence.holds(settings)
-                ),
-            )
-            .await
-            .context("renew the lease")?;
-            Ok(fenced(renewed))
+                    fence.holds(settings),
+                    literal(settings.pipeline.as_str())
+                )))))
+                .await
+                .context("renew the lease")?;
+            Ok(match renewed.map(|row| get(&row, 0)).transpose()? {
+                None => Renewed::Lost,
+                Some(false) => Renewed::Extended,
+                Some(true) => Renewed::Paused,
+            })
         })
         .await
     }
@@ -173,6 +181,13 @@ impl Ledger for PostgresLedger {
         .await
     }
 
+    async fn skipped(&mut self, event: EventKey) -> Result<Option<String>, LedgerError> {
+        self.with(async |connection, settings, _| {
+            pipelines::skipped(connection, settings, event).await
+        })
+        .await
+    }
+
     async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {
         self.with(async |connection, settings, Fence { epoch, .. }| {
             execute(
@@ -196,12 +211,12 @@ impl Ledger for PostgresLedger {
     }
 }
 
-type HeldBy = (String, Duration);
-
 /// What came of asking for the lease.
 enum Taken {
     Ours(Fence, Tenure),
     Held(String, Duration),
+    /// An operator has paused the pipeline.
+    Paused(Pause),
     /// The log has to be adopted first.
     Restored,
     /// The pipeline has this many shards.
@@ -212,8 +227,8 @@ async fn acquire(
     connection: &mut PgConnection,
     settings: &Settings,
 ) -> Result<Taken, anyhow::Error> {
-    if let Some((holder, expires_in)) = held_by(connection, settings).await? {
-        return Ok(Taken::Held(holder, expires_in));
+    if let Some(taken) = not_free(connection, settings).await? {
+        return Ok(taken);
     }
     if restored::is_restored(connection).await? {
         return Ok(Taken::Restored);
@@ -227,10 +242,10 @@ async fn acquire(
         return Ok(Taken::Resharded(shards));
     }
     let Some(epoch) = take_lease(connection, settings).await? else {
-        let held = held_by(connection, settings).await?;
-        let (holder, expires_in) =
-            held.unwrap_or_else(|| ("another relay".to_owned(), settings.lease_ttl));
-        return Ok(Taken::Held(holder, expires_in));
+        let taken = not_free(connection, settings).await?;
+        return Ok(
+            taken.unwrap_or_else(|| Taken::Held("another relay".to_owned(), settings.lease_ttl))
+        );
     };
     let (identity, timeline) = restored::identity(connection).await?;
     let fence = Fence {
@@ -328,28 +343,40 @@ async fn log_name(
     ))
 }
 
-/// Asked before anything is written, so that a standby costs the database nothing but a look.
-async fn held_by(
+/// Why the lease can't be taken. Asked before anything is written, so that a standby costs the database nothing but a look.
+async fn not_free(
     connection: &mut PgConnection,
     settings: &Settings,
-) -> Result<Option<HeldBy>, anyhow::Error> {
-    let row = connection
-        .fetch_optional(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
-            "select holder, extract(epoch from expires_at - clock_timestamp())::float8 from outbox.leases \
-              where {} and expires_at > clock_timestamp() and holder <> {}",
-            of_shard(settings),
-            literal(&settings.holder)
-        )))))
-        .await
-        .context("look for the lease")?;
-    row.map(|row| {
+) -> Result<Option<Taken>, anyhow::Error> {
+    let row = fetch_one(
+        connection,
+        format!(
+            "select l.holder, extract(epoch from l.expires_at - clock_timestamp())::float8, {}, p.who, p.reason \
+               from (values (1)) one \
+               left join outbox.leases l on l.pipeline = {pipeline} and l.shard = {} \
+                and l.expires_at > clock_timestamp() and l.holder <> {} \
+               left join outbox.pauses p on p.pipeline = {pipeline}",
+            pipelines::SINCE,
+            settings.shard.index,
+            literal(&settings.holder),
+            pipeline = literal(settings.pipeline.as_str()),
+        ),
+    )
+    .await
+    .context("look for the lease")?;
+    if let Some(holder) = get::<Option<String>>(&row, 0)? {
         let seconds: f64 = get(&row, 1)?;
-        Ok((
-            get(&row, 0)?,
-            Duration::try_from_secs_f64(seconds).unwrap_or_default(),
-        ))
-    })
-    .transpose()
+        let expires_in = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        return Ok(Some(Taken::Held(holder, expires_in)));
+    }
+    let Some(since) = get::<Option<String>>(&row, 2)? else {
+        return Ok(None);
+    };
+    Ok(Some(Taken::Paused(Pause {
+        since,
+        by: get(&row, 3)?,
+        reason: get(&row, 4)?,
+    })))
 }
 
 async fn take_lease(
@@ -366,7 +393,8 @@ async fn take_lease(
     let row = connection
         .fetch_optional(sqlx::raw_sql(AssertSqlSafe(in_path(&format!(
             "with known as ( \
-                select shards from outbox.pipelines where pipeline = {pipeline} and shards = {count} for share), \
+                select shards from outbox.pipelines where pipeline = {pipeline} and shards = {count} \
+                   and not exists (select from outbox.pauses p where p.pipeline = {pipeline}) for share), \
              lease as ( \
                 insert into outbox.leases as l (pipeline, shard, holder, epoch, expires_at) \
                 select {pipeline}, {index}, {holder}, 1, {expiry} from known \
@@ -422,6 +450,7 @@ async fn starting_position(
     let before_first = match start {
         Start::Earliest => return Ok(Position::beginning()),
         Start::Latest => NEWEST_ID.to_owned(),
+        Start::Event(id) => format!("{}::bigint", id.0 - 1),
         // Read once in a pipeline's life; there is no index on the time.
         Start::Time(us) => format!(
             "coalesce((select min(id) - 1 from outbox.events \

@@ -4,6 +4,7 @@
 //! that of the machine, the same for all who share the file.
 
 mod parked;
+pub mod pipelines;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,9 +15,10 @@ use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
 use super::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved, Settings, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Pause, Renewed, Resolution, Resolved,
+    Settings, Tenure,
 };
-use crate::event::{EventId, Start};
+use crate::event::{EventId, EventKey, Start};
 use crate::position::{Position, Window};
 use crate::source::sqlite::{connect, newest_id};
 
@@ -75,24 +77,30 @@ impl Ledger for SqliteLedger {
                 self.epoch = epoch;
                 Acquired::Ours(tenure)
             }
-            Err((holder, expires_in)) => Acquired::Held { holder, expires_in },
+            Err(NotFree::Held(holder, expires_in)) => Acquired::Held { holder, expires_in },
+            Err(NotFree::Paused(pause)) => Acquired::Paused(pause),
         })
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
         self.with(async |connection, settings, epoch| {
-            let renewed = sqlx::query(
+            let paused: Option<bool> = sqlx::query_scalar(
                 "update outbox_leases
                     set expires_at = cast(round(unixepoch('subsec') * 1000000) as integer) + ?3
-                  where pipeline = ?1 and shard = 0 and epoch = ?2",
+                  where pipeline = ?1 and shard = 0 and epoch = ?2
+                 returning exists (select 1 from outbox_pauses p where p.pipeline = ?1)",
             )
             .bind(settings.pipeline.as_str())
             .bind(epoch)
             .bind(ttl_us(settings))
-            .execute(connection)
+            .fetch_optional(connection)
             .await
             .context("renew the lease")?;
-            Ok(fenced(renewed.rows_affected()))
+            Ok(match paused {
+                None => Renewed::Lost,
+                Some(false) => Renewed::Extended,
+                Some(true) => Renewed::Paused,
+            })
         })
         .await
     }
@@ -135,6 +143,13 @@ impl Ledger for SqliteLedger {
         .await
     }
 
+    async fn skipped(&mut self, event: EventKey) -> Result<Option<String>, LedgerError> {
+        self.with(async |connection, settings, _| {
+            pipelines::skipped(connection, settings, event).await
+        })
+        .await
+    }
+
     async fn release(&mut self, _settled: bool) -> Result<(), LedgerError> {
         self.with(async |connection, settings, epoch| {
             sqlx::query(
@@ -156,7 +171,13 @@ impl Ledger for SqliteLedger {
     }
 }
 
-type HeldBy = (String, Duration);
+/// Why a lease can't be taken.
+enum NotFree {
+    /// Another relay has it, for this long.
+    Held(String, Duration),
+    /// An operator has paused the pipeline.
+    Paused(Pause),
+}
 
 async fn open(options: &SqliteConnectOptions) -> Result<SqliteConnection, anyhow::Error> {
     let mut connection = connect(options).await?;
@@ -183,21 +204,21 @@ async fn relax(connection: &mut SqliteConnection) -> Result<(), anyhow::Error> {
 async fn acquire(
     connection: &mut SqliteConnection,
     settings: &Settings,
-) -> Result<Result<(i64, Tenure), HeldBy>, anyhow::Error> {
+) -> Result<Result<(i64, Tenure), NotFree>, anyhow::Error> {
     // First without the write lock, so that a standby never makes the service wait.
-    if let Some(held) = held_by(connection, settings).await? {
-        return Ok(Err(held));
+    if let Some(not_free) = not_free(connection, settings).await? {
+        return Ok(Err(not_free));
     }
     let mut transaction = connection
         .begin_with("begin immediate")
         .await
         .context("begin to take the lease")?;
-    if let Some(held) = held_by(&mut transaction, settings).await? {
+    if let Some(not_free) = not_free(&mut transaction, settings).await? {
         transaction.rollback().await.context("leave the lease")?;
-        return Ok(Err(held));
+        return Ok(Err(not_free));
     }
     let epoch = take_lease(&mut transaction, settings).await?;
-    let position = match stored_position(&mut transaction, settings).await? {
+    let position = match stored_position(&mut transaction, settings.pipeline.as_str()).await? {
         Some(position) => position,
         None => {
             let position = starting_position(&mut transaction, settings.start).await?;
@@ -218,10 +239,10 @@ async fn acquire(
     Ok(Ok((epoch, tenure)))
 }
 
-async fn held_by(
+async fn not_free(
     connection: &mut SqliteConnection,
     settings: &Settings,
-) -> Result<Option<HeldBy>, anyhow::Error> {
+) -> Result<Option<NotFree>, anyhow::Error> {
     let held: Option<(String, i64)> = sqlx::query_as(
         "select holder, expires_in
            from (select holder,
@@ -232,10 +253,17 @@ async fn held_by(
     )
     .bind(settings.pipeline.as_str())
     .bind(&settings.holder)
-    .fetch_optional(connection)
+    .fetch_optional(&mut *connection)
     .await
     .context("look for the lease")?;
-    Ok(held.map(|(holder, us)| (holder, Duration::from_micros(us.unsigned_abs()))))
+    if let Some((holder, us)) = held {
+        return Ok(Some(NotFree::Held(
+            holder,
+            Duration::from_micros(us.unsigned_abs()),
+        )));
+    }
+    let pause = pipelines::pause_of(connection, settings.pipeline.as_str()).await?;
+    Ok(pause.map(NotFree::Paused))
 }
 
 /// Only under the write lock, after a look that the lease is free.
@@ -292,6 +320,7 @@ async fn starting_position(
     let before_first = match start {
         Start::Earliest => EventId(0),
         Start::Latest => newest,
+        Start::Event(id) => EventId(id.0 - 1),
         Start::Time(us) => {
             // Read once in a pipeline's life; there is no index on the time.
             let first: Option<i64> =
@@ -318,13 +347,13 @@ type CursorRow = (Option<String>, Option<String>, i64, i64, i64, i64);
 
 async fn stored_position(
     connection: &mut SqliteConnection,
-    settings: &Settings,
+    pipeline: &str,
 ) -> Result<Option<Position>, anyhow::Error> {
     let row: CursorRow = sqlx::query_as(
         "select prev, cur, coalesce(floor, 0), coalesce(ceiling, 0), coalesce(next_floor, 0), coalesce(last_id, 0)
            from outbox_cursors where pipeline = ?1 and shard = 0",
     )
-    .bind(settings.pipeline.as_str())
+    .bind(pipeline)
     .fetch_one(connection)
     .await
     .context("read the cursor")?;

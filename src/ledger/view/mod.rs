@@ -7,6 +7,8 @@ pub mod sqlite;
 
 use serde::{Deserialize, Serialize};
 
+use super::Pause;
+
 /// What the database knows about all pipelines.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Books {
@@ -14,10 +16,21 @@ pub struct Books {
     pub newest_id: i64,
     /// Every pipeline that ever ran, by name.
     pub pipelines: Vec<PipelineBooks>,
+    /// The relays that are there, as they say themselves. A file has no such list.
+    pub relays: Vec<LiveRelay>,
     /// What the log takes.
     pub log: LogSize,
     /// Where the database is a server.
     pub server: Option<Server>,
+}
+
+/// A relay that runs, owner or standby.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveRelay {
+    /// As leases name it.
+    pub holder: String,
+    /// The pipelines of its configuration.
+    pub pipelines: Vec<String>,
 }
 
 /// What the log takes on the disk, and how fast that grows while nothing of it is given back.
@@ -57,6 +70,10 @@ pub struct PipelineBooks {
     pub parked_events: i64,
     /// Their entities.
     pub parked_entities: i64,
+    /// Of these, the dead letters: they hold no entity.
+    pub dead_letters: i64,
+    /// That an operator has paused it.
+    pub paused: Option<Pause>,
     /// Where the cursor was written, when not in this database: a relay that takes the lease makes it fit.
     pub moved: Option<Moved>,
 }

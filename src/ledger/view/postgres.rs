@@ -7,14 +7,15 @@ use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
 use super::{Books, LogSize, Moved, Owner, PipelineBooks, Server, backlog};
+use crate::ledger::Pause;
 use crate::position::Snapshot;
 use crate::reason::reason;
 use crate::source::postgres::{NEWEST_ID, ask};
 
 /// Cursors and leases, one row per pipeline and shard. A few rows in all: no index matters.
 const PIPELINES: &str = "
-select coalesce(c.pipeline, l.pipeline) as pipeline,
-       coalesce(c.shard, l.shard) as shard,
+select n.pipeline,
+       n.shard,
        coalesce(p.shards, 1) as shards,
        c.prev::text, c.cur::text, c.floor, c.ceiling, c.last_id,
        extract(epoch from clock_timestamp() - c.updated_at)::float8 as cursor_age_seconds,
@@ -22,11 +23,17 @@ select coalesce(c.pipeline, l.pipeline) as pipeline,
        -- An infinite time can't be subtracted from before PostgreSQL 17.
        case when isfinite(l.expires_at) then extract(epoch from l.expires_at - clock_timestamp())::float8 end
            as lease_ends_in_seconds,
+       (select row_to_json(pause) from (
+            select to_char(z.since at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') as since, z.who as by, z.reason
+              from outbox.pauses z where z.pipeline = n.pipeline) pause) as paused,
        case when c.system_identifier <> i.system_identifier then 'cluster'
             when c.timeline <> i.timeline then 'timeline' end as moved
-  from outbox.cursors c
-  full join outbox.leases l on l.pipeline = c.pipeline and l.shard = c.shard
-  left join outbox.pipelines p on p.pipeline = coalesce(c.pipeline, l.pipeline)
+  from (select pipeline, shard from outbox.cursors
+         union select pipeline, shard from outbox.leases
+         union select pipeline, 0 from outbox.pauses) n
+  left join outbox.cursors c on c.pipeline = n.pipeline and c.shard = n.shard
+  left join outbox.leases l on l.pipeline = n.pipeline and l.shard = n.shard
+  left join outbox.pipelines p on p.pipeline = n.pipeline
  cross join (
     select system_identifier,
            case when not pg_is_in_recovery()
@@ -78,6 +85,7 @@ struct PipelineRow {
     cursor_age_seconds: Option<f64>,
     holder: Option<String>,
     lease_ends_in_seconds: Option<f64>,
+    paused: Option<Pause>,
     moved: Option<Moved>,
 }
 
@@ -95,6 +103,7 @@ struct Age {
 struct ParkedCount {
     events: i64,
     entities: i64,
+    dead_letters: i64,
 }
 
 /// Reads the books.
@@ -112,6 +121,13 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     for row in rows {
         pipelines.push(pipeline(connection, row, newest_id).await?);
     }
+    let relays = ask::all(
+        connection,
+        "select holder, json_agg(pipeline order by pipeline) as pipelines from outbox.members \
+          where expires_at > clock_timestamp() group by holder order by min(joined_at), holder",
+    )
+    .await
+    .context("look which relays are there")?;
     let log = log_size(connection).await?;
     let server: Server = ask::one(connection, SERVER)
         .await
@@ -119,6 +135,7 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     Ok(Books {
         newest_id,
         pipelines,
+        relays,
         log,
         server: Some(server),
     })
@@ -160,6 +177,7 @@ async fn pipeline(
         cursor_age_seconds,
         holder,
         lease_ends_in_seconds,
+        paused,
         moved,
         ..
     } = row;
@@ -191,6 +209,8 @@ async fn pipeline(
         oldest_unpublished_unknown,
         parked_events: parked.events,
         parked_entities: parked.entities,
+        dead_letters: parked.dead_letters,
+        paused,
         moved,
         pipeline,
     })
@@ -199,8 +219,9 @@ async fn pipeline(
 /// Served by the index on (pipeline, `aggregate_type`, `aggregate_id`, id).
 fn parked_count(pipeline: &str, is_ours: &str) -> String {
     format!(
-        "select coalesce(sum(events), 0)::bigint as events, count(*) as entities \
-           from (select count(*) as events from outbox.parked where pipeline = {} {is_ours} \
+        "select coalesce(sum(events), 0)::bigint as events, count(*) as entities, \
+                coalesce(sum(dead), 0)::bigint as dead_letters \
+           from (select count(*) as events, count(*) filter (where not holds) as dead from outbox.parked where pipeline = {} {is_ours} \
                   group by aggregate_type, aggregate_id) entity",
         ask::literal(pipeline)
     )

@@ -6,13 +6,15 @@ use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
 use super::{Books, LogSize, Owner, PipelineBooks, backlog};
 use crate::event::EventId;
+use crate::ledger::Pause;
 use crate::source::sqlite::newest_id;
 
 /// Everything about every pipeline. The oldest event is the first after the cursor, found by its id.
 const PIPELINES: &str = "
 with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
      names (pipeline, shard) as (
-        select pipeline, shard from outbox_cursors union select pipeline, shard from outbox_leases)
+        select pipeline, shard from outbox_cursors union select pipeline, shard from outbox_leases
+         union select pipeline, 0 from outbox_pauses)
 select n.pipeline, n.shard, c.last_id,
        case when l.expires_at > now.us then l.holder end,
        (l.expires_at - now.us) / 1000000.0,
@@ -21,11 +23,14 @@ select n.pipeline, n.shard, c.last_id,
          where e.id > coalesce(c.last_id, 9223372036854775807) order by e.id limit 1),
        (select count(*) from outbox_parked p where p.pipeline = n.pipeline),
        (select count(*) from (
-            select 1 from outbox_parked p where p.pipeline = n.pipeline group by p.aggregate_type, p.aggregate_id))
+            select 1 from outbox_parked p where p.pipeline = n.pipeline group by p.aggregate_type, p.aggregate_id)),
+       strftime('%Y-%m-%dT%H:%M:%SZ', z.since / 1000000.0, 'unixepoch'), z.who, z.reason,
+       (select count(*) from outbox_parked p where p.pipeline = n.pipeline and not p.holds)
   from names n
  cross join now
   left join outbox_cursors c on c.pipeline = n.pipeline and c.shard = n.shard
   left join outbox_leases l on l.pipeline = n.pipeline and l.shard = n.shard
+  left join outbox_pauses z on z.pipeline = n.pipeline
  order by n.pipeline, n.shard";
 
 /// Three rows found by rowid.
@@ -57,6 +62,7 @@ pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Er
     Ok(Books {
         newest_id,
         pipelines,
+        relays: Vec::new(),
         log: log_size(connection).await?,
         server: None,
     })
@@ -100,8 +106,21 @@ fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Erro
         oldest_unpublished_unknown: None,
         parked_events: row.try_get_unchecked(7)?,
         parked_entities: row.try_get_unchecked(8)?,
+        dead_letters: row.try_get_unchecked(12)?,
+        paused: paused(row)?,
         moved: None,
     })
+}
+
+fn paused(row: &SqliteRow) -> Result<Option<Pause>, sqlx::Error> {
+    let Some(since) = row.try_get_unchecked(9)? else {
+        return Ok(None);
+    };
+    Ok(Some(Pause {
+        since,
+        by: row.try_get_unchecked(10)?,
+        reason: row.try_get_unchecked(11)?,
+    }))
 }
 
 async fn rows(

@@ -214,7 +214,7 @@ async fn parked_events_are_seen_and_redriven_over_http() {
     let deadline = Instant::now() + Duration::from_secs(30);
     // The log tells of it after the event is out.
     while shop.read("out").lines().count() < 3
-        || !shop.read("log").contains("redrove parked events")
+        || !shop.read("log").contains("published parked events")
     {
         assert!(Instant::now() < deadline, "{}", shop.read("log"));
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -235,7 +235,7 @@ async fn parked_events_are_seen_and_redriven_over_http() {
     );
     let log = shop.read("log");
     assert!(
-        log.contains("asked for parked events") && log.contains("redrove parked events"),
+        log.contains("asked for parked events") && log.contains("published parked events"),
         "{log}"
     );
     assert!(!log.contains(PLANTED), "{log}");

@@ -89,7 +89,7 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
             assert_eq!(pipeline["owner"]["holder"], shown["daemon"]["holder"]);
             let Ran { out, .. } = relay(&["status"], &env).await.ends_with(0);
             assert!(out.contains("main      running"), "{out}");
-            assert!(out.contains("2 of 1 entities"), "{out}");
+            assert!(out.contains("2 (1 entity)"), "{out}");
             drop(daemon);
 
             // Killed: the books say when the lease ends, then that nobody owns it, and how old the oldest event is.
@@ -106,6 +106,7 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
             );
             let Ran { out, .. } = relay(&["status"], &env).await.ends_with(0);
             assert!(out.contains("main: no relay owns it"), "{out}");
+            assert!(out.contains("`outbox-relay run`"), "{out}");
 
             let Ran { out, .. } = relay(&["parked", "list"], &env).await.ends_with(0);
             assert!(out.contains("big order/17"), "{out}");

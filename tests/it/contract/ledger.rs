@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outbox_relay::event::{Event, EventId, HeldEntity, Payload, Shard, Start};
-use outbox_relay::ledger::{Acquired, Fenced, Ledger, Parked, Settings, Tenure};
+use outbox_relay::ledger::{Acquired, Fenced, Ledger, Parked, Renewed, Settings, Tenure};
 use outbox_relay::position::{Position, Snapshot, Window};
 use outbox_relay::source::{PageLimits, Source};
 use sqlx::{Executor, Row};
@@ -82,8 +82,8 @@ async fn the_same_holder_may_ask_again<B: Books>(books: B) {
     first.acknowledge(&position(7)).await.unwrap();
     let mut again = books.ledger(settings("first", LONG));
     assert_eq!(ours(&mut again).await.position, position(7));
-    assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
-    assert_eq!(again.renew().await.unwrap(), Fenced::Written);
+    assert_eq!(first.renew().await.unwrap(), Renewed::Lost);
+    assert_eq!(again.renew().await.unwrap(), Renewed::Extended);
 }
 
 async fn a_standby_takes_over_after_the_expiry<B: Books>(books: B) {
@@ -113,7 +113,7 @@ async fn renewing_keeps_the_lease<B: Books>(books: B) {
     ours(&mut first).await;
     for _ in 0..8 {
         tokio::time::sleep(SHORT / 4).await;
-        assert_eq!(first.renew().await.unwrap(), Fenced::Written);
+        assert_eq!(first.renew().await.unwrap(), Renewed::Extended);
         let (_, expires_in) = held(&mut second).await;
         assert!(expires_in > SHORT / 4, "{expires_in:?}");
     }
@@ -127,14 +127,14 @@ async fn writes_of_a_former_owner_change_nothing<B: Books>(mut books: B) {
     assert_eq!(take_over(&mut second).await.position, position(3));
     assert_eq!(first.acknowledge(&position(9)).await.unwrap(), Fenced::Lost);
     assert_eq!(first.park(&[rejected(1)]).await.unwrap(), Fenced::Lost);
-    assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
+    assert_eq!(first.renew().await.unwrap(), Renewed::Lost);
     first.release(true).await.unwrap();
     assert_eq!(books.parked().await, []);
     let mut third = books.ledger(settings("third", LONG));
     let (holder, expires_in) = held(&mut third).await;
     assert_eq!(holder, "second");
     assert!(expires_in > SHORT, "{expires_in:?}");
-    assert_eq!(second.renew().await.unwrap(), Fenced::Written);
+    assert_eq!(second.renew().await.unwrap(), Renewed::Extended);
     second.release(true).await.unwrap();
     assert_eq!(ours(&mut third).await.position, position(3));
 }
@@ -145,7 +145,7 @@ async fn writes_after_a_release_change_nothing<B: Books>(mut books: B) {
     first.release(true).await.unwrap();
     assert_eq!(first.acknowledge(&position(9)).await.unwrap(), Fenced::Lost);
     assert_eq!(first.park(&[rejected(1)]).await.unwrap(), Fenced::Lost);
-    assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
+    assert_eq!(first.renew().await.unwrap(), Renewed::Lost);
     assert_eq!(books.parked().await, []);
     let mut second = books.ledger(settings("second", LONG));
     assert_eq!(ours(&mut second).await.position, Position::beginning());
@@ -155,7 +155,7 @@ async fn writes_before_the_lease_change_nothing<B: Books>(mut books: B) {
     let mut first = books.ledger(settings("first", LONG));
     assert_eq!(first.acknowledge(&position(9)).await.unwrap(), Fenced::Lost);
     assert_eq!(first.park(&[rejected(1)]).await.unwrap(), Fenced::Lost);
-    assert_eq!(first.renew().await.unwrap(), Fenced::Lost);
+    assert_eq!(first.renew().await.unwrap(), Renewed::Lost);
     assert_eq!(books.parked().await, []);
     assert_eq!(ours(&mut first).await.position, Position::beginning());
 }
@@ -177,7 +177,7 @@ async fn pipelines_do_not_meet<B: Books>(books: B) {
         (tenure.position, tenure.held, tenure.dead_letters),
         (Position::beginning(), vec![], vec![])
     );
-    assert_eq!(first.renew().await.unwrap(), Fenced::Written);
+    assert_eq!(first.renew().await.unwrap(), Renewed::Extended);
 }
 
 async fn the_next_tenure_starts_with_what_was_acknowledged<B: Books>(books: B) {
@@ -500,7 +500,7 @@ async fn take_over_or_lose(ledger: &mut impl Ledger) -> bool {
             Acquired::Ours(_) => return true,
             Acquired::Held { holder, .. } if holder != "dead" => return false,
             Acquired::Held { .. } => {}
-            resharded @ Acquired::Resharded { .. } => panic!("{resharded:?}"),
+            other @ (Acquired::Resharded { .. } | Acquired::Paused(_)) => panic!("{other:?}"),
         }
     }
 }
@@ -534,7 +534,7 @@ async fn take_over(ledger: &mut impl Ledger) -> Tenure {
         match ledger.acquire().await.unwrap() {
             Acquired::Ours(tenure) => return tenure,
             Acquired::Held { expires_in, .. } => tokio::time::sleep(expires_in).await,
-            resharded @ Acquired::Resharded { .. } => panic!("{resharded:?}"),
+            other @ (Acquired::Resharded { .. } | Acquired::Paused(_)) => panic!("{other:?}"),
         }
     }
 }

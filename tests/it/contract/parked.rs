@@ -5,7 +5,7 @@ use std::time::Duration;
 use outbox_relay::event::{Event, EventId, EventKey, Payload, Shard, Start};
 use outbox_relay::ledger::acts::{Action, ParkedDetail, Selector, Wish};
 use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, Parked, Released, Resolution, Resolved, Settings,
+    Acquired, Due, Fenced, Ledger, Parked, Released, Renewed, Resolution, Resolved, Settings,
 };
 use outbox_relay::position::{Position, Window};
 
@@ -734,7 +734,7 @@ async fn no_setting_or_object_of_the_database_matters(books: PolledPostgres) {
         .await
         .unwrap();
     let mut ledger = owner(&books).await;
-    assert_eq!(ledger.renew().await.unwrap(), Fenced::Written);
+    assert_eq!(ledger.renew().await.unwrap(), Renewed::Extended);
     let some = [parked(1, "a", Some("bad")), parked(2, "a", None)];
     assert_eq!(ledger.park(&some).await.unwrap(), Fenced::Written);
     sqlx::query("update outbox.parked set wanted = 'redrive' where id = 1")

@@ -115,6 +115,37 @@ points! {
     after_commit: 1, 3;
 }
 
+/// What Kafka has of the position is further than where the operator sends the pipeline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_seek_counts_more_than_what_kafka_remembers() {
+    let Some(line) = line("a_seek_counts_more_than_what_kafka_remembers").await else {
+        return;
+    };
+    emit(&line, 0, 40).await;
+    let relay = line.setup.start();
+    settled(&line.database.pool).await;
+    assert_eq!(read(&line, 40).await.len(), 40);
+    let pipelines = |args: &[&str]| {
+        let mut command = line.setup.command("pipelines");
+        let out = command.args(args).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{args:?}: {said}");
+    };
+    pipelines(&["pause", "main", "--reason", "a test", "--wait"]);
+    pipelines(&["seek", "main", "earliest", "--reason", "a test"]);
+    pipelines(&["resume", "main"]);
+    let records = read(&line, 80).await;
+    assert_eq!(duplicates(&records, 40), 40);
+    // And from there on each once, across a restart.
+    relay.stop().await;
+    let relay = line.setup.start();
+    emit(&line, 40, 20).await;
+    let records = read(&line, 100).await;
+    relay.stop().await;
+    assert_eq!(duplicates(&records, 60), 40);
+    assert_eq!(records.len(), 100);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kills_under_load_repeat_nothing() {
     const KILLS: usize = 10;

@@ -231,7 +231,7 @@ async fn an_owner_that_was_frozen_over_the_change_publishes_nothing() {
     writing.stop().await;
     // What it sent of its old shards on waking up would be out of order or doubled.
     complete(&load, &line.kafka).await;
-    first.says("publishing in so many shards").await;
+    first.says("the pipeline has this many shards now").await;
     first.stop().await;
     second.stop().await;
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::anyhow;
 use outbox_relay::event::{Event, EventId, EventKey, HeldEntity};
 use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Pause, Released, Renewed, Resolution,
+    Resolved, Tenure,
 };
 use outbox_relay::position::Position;
 use tokio::time::{Instant, sleep, timeout};
@@ -21,6 +22,10 @@ pub struct Books {
     /// Events that were removed on request.
     pub dropped: BTreeSet<i64>,
     pub lease_ttl: Duration,
+    /// An operator has paused the pipeline.
+    pub paused: Option<Pause>,
+    /// Events that an operator wants left out, and why.
+    pub skips: BTreeMap<i64, String>,
     /// The committed events behind the position when it was written.
     past: BTreeSet<i64>,
     holder: u32,
@@ -35,6 +40,8 @@ impl Books {
             parked: BTreeMap::new(),
             dropped: BTreeSet::new(),
             lease_ttl,
+            paused: None,
+            skips: BTreeMap::new(),
             past: BTreeSet::new(),
             holder: 0,
             epoch: 0,
@@ -156,6 +163,9 @@ impl World {
                 holder: books.holder.to_string(),
                 expires_in: books.expires_at - now,
             });
+        }
+        if let Some(pause) = &books.paused {
+            return Err(Acquired::Paused(pause.clone()));
         }
         books.holder = owner;
         books.epoch += 1;
@@ -439,8 +449,14 @@ impl Ledger for FakeLedger {
         }
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
-        self.write(Write::Renew).await
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
+        Ok(match self.write(Write::Renew).await? {
+            Fenced::Lost => Renewed::Lost,
+            Fenced::Written if self.shared.with(|world| world.books.paused.is_some()) => {
+                Renewed::Paused
+            }
+            Fenced::Written => Renewed::Extended,
+        })
     }
 
     async fn acknowledge(&mut self, position: &Position) -> Result<Fenced, LedgerError> {
@@ -469,6 +485,13 @@ impl Ledger for FakeLedger {
     async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
         let written = self.ask(Write::Resolve(resolved.clone())).await?;
         Ok(written.map_or(Resolution::Lost, Resolution::Written))
+    }
+
+    async fn skipped(&mut self, event: EventKey) -> Result<Option<String>, LedgerError> {
+        self.shared.dawdle().await;
+        Ok(self
+            .shared
+            .with(|world| world.books.skips.get(&event.id.0).cloned()))
     }
 
     async fn release(&mut self, _settled: bool) -> Result<(), LedgerError> {

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use outbox_relay::event::{Record, Seq};
+use outbox_relay::event::{EventKey, Record, Seq};
 use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Resolution, Resolved,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Renewed, Resolution, Resolved,
 };
 use outbox_relay::position::Position;
 use outbox_relay::sink::{Known, LookUp, NotPrepared, Receipt, Refused, Sink, SinkError};
@@ -37,7 +37,7 @@ impl Ledger for SlowLedger {
         acquired
     }
 
-    async fn renew(&mut self) -> Result<Fenced, LedgerError> {
+    async fn renew(&mut self) -> Result<Renewed, LedgerError> {
         let (before, after) = self.renewed.pop().unwrap_or_default();
         sleep(before).await;
         let renewed = self.ledger.renew().await;
@@ -59,6 +59,10 @@ impl Ledger for SlowLedger {
 
     async fn resolve(&mut self, resolved: &Resolved) -> Result<Resolution, LedgerError> {
         self.ledger.resolve(resolved).await
+    }
+
+    async fn skipped(&mut self, event: EventKey) -> Result<Option<String>, LedgerError> {
+        self.ledger.skipped(event).await
     }
 
     async fn release(&mut self, settled: bool) -> Result<(), LedgerError> {

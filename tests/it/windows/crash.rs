@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use outbox_relay::event::Start;
-use outbox_relay::ledger::{Fenced, Ledger};
+use outbox_relay::ledger::{Fenced, Ledger, Renewed};
 use sqlx::Connection;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use tokio::time::sleep;
@@ -31,7 +31,10 @@ async fn what_a_crash_empties_ends_the_tenure() {
         // One that begins after it is not held up, nor by another that begins at the same time.
         let mut relay = relay.restart().await;
         assert_eq!(relay.drain().await, [2]);
-        assert_eq!(relay.ledger.renew().await.expect("renew"), Fenced::Written);
+        assert_eq!(
+            relay.ledger.renew().await.expect("renew"),
+            Renewed::Extended
+        );
     })
     .await;
 }
@@ -100,7 +103,7 @@ async fn crash_once(database: &Database, log: &Database, n: u64) {
 
 async fn must_be_lost(relay: &mut Relay<'_>, position: &outbox_relay::position::Position) {
     let ledger = &mut relay.ledger;
-    assert_eq!(ledger.renew().await.expect("renew"), Fenced::Lost);
+    assert_eq!(ledger.renew().await.expect("renew"), Renewed::Lost);
     let moved = ledger.acknowledge(position).await.expect("move");
     assert_eq!(moved, Fenced::Lost);
     assert_eq!(ledger.park(&[]).await.expect("park"), Fenced::Lost);

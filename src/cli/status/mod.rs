@@ -2,17 +2,20 @@
 //!
 //! From the database's books, so it works while no daemon runs; and from the daemon itself, where one answers.
 
+mod rates;
+mod table;
+
 use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::Error;
 use bytesize::ByteSize;
 use clap::Args;
-use comfy_table::Cell;
 use serde::Serialize;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use super::show::{self, BOLD, GREEN, RED, YELLOW};
+use self::rates::Rates;
+use super::show::{self, BOLD, GREEN, RED, YELLOW, count, say};
 use super::{ConfigArgs, Outcome};
 use crate::admin::{self, Overview, PipelineView};
 use crate::config::Config;
@@ -20,6 +23,7 @@ use crate::database::Database;
 use crate::ledger::view::{Books, LogSize, PipelineBooks, Server};
 use crate::reason::reason;
 use crate::relay::status::State;
+use crate::supervise::wall_clock_us;
 
 const REFRESH: Duration = Duration::from_secs(2);
 
@@ -63,6 +67,7 @@ impl StatusArgs {
                 Some(error) => Err(error),
             };
         }
+        let mut rates = Rates::default();
         let watching = async {
             loop {
                 let (seen, failed) = look(&config, &mut database).await;
@@ -70,14 +75,21 @@ impl StatusArgs {
                     anstream::print!("\x1b[2J\x1b[H");
                 }
                 self.show(&config, &seen);
+                if let Some(books) = seen.books.as_ref().filter(|_| !self.json) {
+                    for line in rates.look(Instant::now(), books) {
+                        say!("{BOLD}rate{BOLD:#}: {line}");
+                    }
+                    say!("{}", show::moment(wall_clock_us() / 1_000_000 * 1_000_000));
+                }
                 if let Some(error) = failed {
-                    anstream::println!("{RED}{}{RED:#}", reason(&error));
+                    say!("{RED}{}{RED:#}", reason(&error));
                 }
                 sleep(REFRESH).await;
             }
         };
         tokio::select! {
             () = watching => {}
+            () = show::closed() => {}
             interrupted = tokio::signal::ctrl_c() => interrupted?,
         }
         Ok(Outcome::Done)
@@ -90,15 +102,17 @@ impl StatusArgs {
             } else {
                 serde_json::to_string_pretty(seen)
             };
-            anstream::println!("{}", text.expect("no map has keys other than texts"));
+            say!("{}", text.expect("no map has keys other than texts"));
             return;
         }
         if let Some(books) = &seen.books {
-            pipelines(seen, books);
+            let mut table = table::pipelines(seen, books, show::width());
+            show::print_table(&mut table);
         }
         troubles(seen);
         daemon(config, seen);
         if let Some(books) = &seen.books {
+            relays(books);
             show_log(&books.log, config.retention.disk_budget_bytes);
         }
         if let Some(server) = seen.books.as_ref().and_then(|books| books.server.as_ref()) {
@@ -161,99 +175,6 @@ impl Seen {
     }
 }
 
-fn pipelines(seen: &Seen, books: &Books) {
-    let mut table = show::table(&[
-        "PIPELINE",
-        "STATE",
-        ">POSITION",
-        ">NEWEST",
-        ">BACKLOG",
-        "OLDEST WAITING",
-        "CURSOR MOVED",
-        "PARKED",
-        "LEASE",
-        "OWNER",
-    ]);
-    for row in &books.pipelines {
-        table.add_row(vec![
-            Cell::new(row.name()),
-            state(seen, row),
-            show::number(row.last_id),
-            show::number(Some(books.newest_id)),
-            show::number(row.backlog_ids),
-            Cell::new(oldest(row)),
-            Cell::new(
-                row.cursor_age_seconds
-                    .filter(|_| row.last_id.is_some())
-                    .map_or("never".to_owned(), |age| format!("{} ago", show::age(age))),
-            ),
-            parked(row),
-            Cell::new(
-                row.owner
-                    .as_ref()
-                    .map_or("-".to_owned(), |o| show::age(o.lease_ends_in_seconds)),
-            ),
-            Cell::new(
-                row.owner
-                    .as_ref()
-                    .map_or("nobody".to_owned(), |o| show::plain(&o.holder)),
-            ),
-        ]);
-    }
-    let known = |name: &String| books.pipelines.iter().any(|row| row.pipeline == *name);
-    for name in seen.configured.iter().filter(|name| !known(name)) {
-        table.add_row(vec![
-            Cell::new(name),
-            Cell::new("never ran"),
-            show::number(None),
-            show::number(Some(books.newest_id)),
-        ]);
-    }
-    show::print_table(&mut table);
-}
-
-fn state(seen: &Seen, row: &PipelineBooks) -> Cell {
-    use comfy_table::Color::{Green, Red, Yellow};
-    // Of a relay elsewhere nothing is known but that it renews its lease.
-    let elsewhere = match &row.owner {
-        Some(_) => ("owned", Some(Green)),
-        None => ("nobody's", Some(Red)),
-    };
-    let (text, colour) = match seen.state(row) {
-        Some(State::Running) => ("running", Some(Green)),
-        Some(State::Standby { .. }) => ("standby here", Some(Green)),
-        Some(State::Starting) => ("starting", Some(Yellow)),
-        Some(State::Stalled { .. }) => ("STALLED", Some(Red)),
-        Some(State::Halted { .. }) => ("HALTED", Some(Red)),
-        Some(State::Stopped) => ("stopped", Some(Yellow)),
-        None => elsewhere,
-    };
-    let cell = Cell::new(text);
-    match colour {
-        Some(colour) => cell.fg(colour),
-        None => cell,
-    }
-}
-
-fn oldest(row: &PipelineBooks) -> String {
-    match (
-        row.oldest_unpublished_seconds,
-        &row.oldest_unpublished_unknown,
-    ) {
-        (_, Some(_)) => "unknown".to_owned(),
-        (Some(seconds), None) => show::age(seconds),
-        (None, None) => "-".to_owned(),
-    }
-}
-
-fn parked(row: &PipelineBooks) -> Cell {
-    match row.parked_events {
-        0 => Cell::new("-"),
-        events => Cell::new(format!("{events} of {} entities", row.parked_entities))
-            .fg(comfy_table::Color::Yellow),
-    }
-}
-
 /// The pipeline, with its shard where there are several.
 fn view_name(seen: &Seen, view: &PipelineView) -> String {
     let views = seen.daemon.iter().flat_map(|daemon| &daemon.pipelines);
@@ -266,39 +187,88 @@ fn view_name(seen: &Seen, view: &PipelineView) -> String {
     }
 }
 
-/// The lines that a person acts upon.
+/// The lines that a person acts upon, each with what to type.
 fn troubles(seen: &Seen) {
     for view in seen.daemon.iter().flat_map(|daemon| &daemon.pipelines) {
-        if let State::Stalled { reason } | State::Halted { reason } = &view.status.state {
-            let reason = show::plain(reason);
-            let name = view_name(seen, view);
-            anstream::println!("{RED}{name}{RED:#}: {reason}");
+        let name = view_name(seen, view);
+        match &view.status.state {
+            State::Stalled { reason } => {
+                say!(
+                    "{RED}{name}{RED:#}: stalled: {}; it is tried again: see `outbox-relay doctor`",
+                    show::plain(reason)
+                );
+            }
+            State::Halted { reason } => say!("{RED}{name}{RED:#}: halted: {}", show::plain(reason)),
+            _ => {}
         }
     }
     let Some(books) = &seen.books else { return };
     for row in &books.pipelines {
+        let name = row.name();
         if row.moved.is_some() {
-            anstream::println!(
-                "{YELLOW}{}{YELLOW:#}: its cursor was written on another server or timeline (restored, failed over): the \
-                 relay makes it fit when it takes the lease",
-                row.name()
+            say!(
+                "{YELLOW}{name}{YELLOW:#}: its cursor was written on another server or timeline (restored, failed over): the \
+                 relay makes it fit when it takes the lease"
             );
         } else if let Some(unknown) = &row.oldest_unpublished_unknown {
-            anstream::println!("{}: age of the oldest event: {unknown}", row.name());
+            say!("{name}: age of the oldest event: {unknown}");
         }
-        if row.parked_events > 0 {
-            anstream::println!(
-                "{YELLOW}{}{YELLOW:#}: {} events are parked: see `outbox-relay parked list`",
-                row.name(),
-                row.parked_events
+        let dead = row.dead_letters;
+        let waiting = row.parked_events - dead;
+        if waiting > 0 {
+            let are = if waiting == 1 { "is" } else { "are" };
+            say!(
+                "{YELLOW}{name}{YELLOW:#}: {} {are} parked, and later events of these entities wait: see `outbox-relay parked list`",
+                count(waiting, "event")
             );
         }
-        if row.owner.is_none() && seen.configured.contains(&row.pipeline) {
-            anstream::println!(
-                "{RED}{}{RED:#}: no relay owns it, nothing is published",
-                row.name()
+        if dead > 0 {
+            say!(
+                "{YELLOW}{name}{YELLOW:#}: {}: see `outbox-relay parked list`",
+                count(dead, "dead letter")
             );
         }
+        if let Some(pause) = &row.paused {
+            say!(
+                "{YELLOW}{name}{YELLOW:#}: PAUSED {}; `outbox-relay pipelines resume {}` lets it go on",
+                show::plain(&pause.to_string()),
+                row.pipeline
+            );
+        } else if row.owner.is_none() && seen.configured.contains(&row.pipeline) {
+            say!(
+                "{RED}{name}{RED:#}: no relay owns it, nothing is published: start one with `outbox-relay run`, or see \
+                 `outbox-relay doctor`"
+            );
+        } else if row.owner.is_none() && row.oldest_unpublished_seconds.is_some() {
+            say!(
+                "{YELLOW}{name}{YELLOW:#}: events wait, and the configuration does not name it: see `outbox-relay doctor`"
+            );
+        }
+    }
+}
+
+/// The relays that are there, and what each owns.
+fn relays(books: &Books) {
+    let mut shown: Vec<String> = Vec::new();
+    for relay in &books.relays {
+        let rows = books.pipelines.iter();
+        let owned: Vec<String> = rows
+            .filter(|row| {
+                row.owner
+                    .as_ref()
+                    .is_some_and(|owner| owner.holder == relay.holder)
+            })
+            .map(PipelineBooks::name)
+            .collect();
+        let does = if owned.is_empty() {
+            "stands by".to_owned()
+        } else {
+            format!("owner of {}", owned.join(", "))
+        };
+        shown.push(format!("{} ({does})", show::plain(&relay.holder)));
+    }
+    if !shown.is_empty() {
+        say!("{BOLD}relays{BOLD:#}: {}", shown.join(", "));
     }
 }
 
@@ -310,14 +280,14 @@ fn daemon(config: &Config, seen: &Seen) {
             } else {
                 (RED, "not ready")
             };
-            anstream::println!(
+            say!(
                 "{BOLD}daemon{BOLD:#} at {}: {style}{ready}{style:#}, version {}, {}",
                 config.admin.listen,
                 show::plain(&daemon.version),
                 show::plain(&daemon.holder)
             );
         }
-        (None, trouble) => anstream::println!(
+        (None, trouble) => say!(
             "{BOLD}daemon{BOLD:#}: {}",
             trouble.as_deref().unwrap_or_default()
         ),
@@ -325,7 +295,7 @@ fn daemon(config: &Config, seen: &Seen) {
 }
 
 fn show_log(log: &LogSize, budget_bytes: Option<u64>) {
-    anstream::println!("{BOLD}log{BOLD:#}: {}", forecast(log, budget_bytes));
+    say!("{BOLD}log{BOLD:#}: {}", forecast(log, budget_bytes));
 }
 
 /// How large the log is, and when it will be too large.
@@ -367,9 +337,9 @@ fn show_server(server: &Server) {
         oldest_prepared_seconds,
     } = server;
     let standby = if *in_recovery { ", a standby" } else { "" };
-    anstream::println!("{BOLD}server{BOLD:#}: PostgreSQL {version}{standby}");
+    say!("{BOLD}server{BOLD:#}: PostgreSQL {version}{standby}");
     match oldest_transaction {
-        Some(open) => anstream::println!(
+        Some(open) => say!(
             "  oldest transaction in progress: {}, process {} of {} in {} ({}{}{})",
             show::age(open.seconds),
             open.pid,
@@ -383,19 +353,21 @@ fn show_server(server: &Server) {
             },
             show::plain(open.application.as_deref().unwrap_or_default()),
         ),
-        None if *sees_all_transactions => anstream::println!("  no other transaction in progress"),
-        None => anstream::println!(
-            "  transactions of other roles are hidden from this one (grant pg_read_all_stats)"
-        ),
+        None if *sees_all_transactions => say!("  no other transaction in progress"),
+        None => {
+            say!(
+                "  transactions of other roles are hidden from this one (grant pg_read_all_stats)"
+            );
+        }
     }
     if let Some(seconds) = oldest_prepared_seconds {
-        anstream::println!(
+        say!(
             "  prepared transactions: {prepared_transactions}, the oldest for {}",
             show::age(*seconds)
         );
     }
     if oldest_transaction.is_some() || *prepared_transactions > 0 {
-        anstream::println!(
+        say!(
             "  (an open transaction holds up its own events only: everybody else's are published past it)"
         );
     }
