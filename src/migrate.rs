@@ -51,6 +51,34 @@ pub struct Report {
     pub present: Vec<Version>,
 }
 
+/// The first partitions of the log in PostgreSQL.
+#[derive(Clone, Copy, Debug)]
+pub struct Partitions {
+    /// Events in each.
+    pub events: u64,
+    /// How many lie ahead.
+    pub ahead: u32,
+}
+
+impl Default for Partitions {
+    fn default() -> Self {
+        Self {
+            events: 5_000_000,
+            ahead: 8,
+        }
+    }
+}
+
+impl Partitions {
+    /// Tells the migration, until the end of its transaction.
+    fn statement(self) -> String {
+        let Self { events, ahead } = self;
+        format!(
+            "set local outbox.partition_events = '{events}'; set local outbox.partitions_ahead = '{ahead}';\n"
+        )
+    }
+}
+
 /// Brings a PostgreSQL database up to date, in one transaction that also works through a transaction-mode pooler.
 ///
 /// Writes nothing, and needs no right to, when there is nothing to do.
@@ -59,6 +87,17 @@ pub struct Report {
 /// When the server can't be reached, the rights do not suffice, or what was applied before is not what this program
 /// knows (it is older than the database, or a migration was changed since). Nothing was changed then.
 pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
+    postgres_with(options, Partitions::default()).await
+}
+
+/// As [`postgres`](fn@postgres), with first partitions as the configuration has them.
+///
+/// # Errors
+/// As [`postgres`](fn@postgres).
+pub async fn postgres_with(
+    options: PgConnectOptions,
+    partitions: Partitions,
+) -> anyhow::Result<Report> {
     let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
     let mut transaction = connection.begin().await.context("begin to migrate")?;
     // One at a time, by a lock that ends with the transaction: one of the session would stay with the pooler.
@@ -68,6 +107,10 @@ pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
         .context("wait for other migrations")?;
     let applied = applied_in_postgres(&mut transaction).await?;
     let pending = pending(Kind::Postgres, &applied)?;
+    transaction
+        .execute(sqlx::raw_sql(AssertSqlSafe(partitions.statement())))
+        .await
+        .context("say how large partitions are to be")?;
     for (migration, statements) in steps(Kind::Postgres, &pending) {
         transaction
             .execute(sqlx::raw_sql(AssertSqlSafe(statements)))
@@ -151,12 +194,22 @@ pub async fn pending_sqlite(options: SqliteConnectOptions) -> anyhow::Result<Vec
 /// none of them.
 #[must_use]
 pub fn print(kind: Kind) -> String {
+    print_with(kind, Partitions::default())
+}
+
+/// As [`print`], with first partitions as the configuration has them.
+#[must_use]
+pub fn print_with(kind: Kind, partitions: Partitions) -> String {
     let mut script = String::new();
     // Outside of the transaction, where the journal can't be changed.
     if kind == Kind::Sqlite {
         script.push_str("pragma journal_mode = wal;\n\n");
     }
     script.push_str("begin;\n\n");
+    if kind == Kind::Postgres {
+        script.push_str(&partitions.statement());
+        script.push('\n');
+    }
     let all: Vec<&Migration> = migrator(kind).iter().collect();
     for (_, statements) in steps(kind, &all) {
         script.push_str(&statements);

@@ -13,7 +13,8 @@ use super::{ConfigArgs, Outcome};
 use crate::database::with_next_step;
 use crate::event::PipelineName;
 use crate::verify::{
-    self, Doubled, Example, Finding, NotJudged, Options, PipelineReport, Progress, Side, Watcher,
+    self, Doubled, Example, Finding, Lost, LostEvents, NotJudged, Options, PipelineReport,
+    Progress, Side, Watcher,
 };
 
 /// Hold the topics against the log: what is missing, doubled, out of order, altered or unknown?
@@ -132,6 +133,7 @@ fn show_pipeline(report: &PipelineReport) {
         waiting,
         parked,
         dropped,
+        lost,
         not_judged,
         missing,
         out_of_order,
@@ -154,6 +156,7 @@ fn show_pipeline(report: &PipelineReport) {
         "given up by an operator: `outbox-relay acts`",
     );
     show_not_judged(not_judged);
+    show_lost(lost);
     show_finding("missing", missing, "settled, and in no topic");
     show_finding(
         "out of order",
@@ -213,6 +216,27 @@ fn show_not_judged(not_judged: &NotJudged) {
         ),
     ] {
         more("not judged", count, text);
+    }
+}
+
+fn show_lost(lost: &Lost) {
+    let Lost { count, removals } = lost;
+    if *count == 0 {
+        return;
+    }
+    line(
+        "lost",
+        *count,
+        RED,
+        "removed before they were published, by retention.drop_unpublished_after",
+    );
+    for LostEvents { ids, events, at } in removals {
+        let words = format!("{events} events, {ids}, removed at {at}");
+        anstream::println!("                {}", show::plain(&words));
+    }
+    let shown: u64 = removals.iter().map(|removal| removal.events).sum();
+    if shown < *count {
+        anstream::println!("                ...");
     }
 }
 

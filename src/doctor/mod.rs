@@ -6,6 +6,7 @@
 mod kafka;
 mod kafka_rights;
 mod postgres;
+mod retention;
 mod sqlite;
 mod transactions;
 
@@ -121,9 +122,9 @@ pub async fn examine(config: &Config, now_us: fn() -> i64) -> Vec<Finding> {
     let source = async {
         match &config.source {
             Source::Postgres(settings) => {
-                postgres::examine(settings, &config.pipelines, now_us).await
+                postgres::examine(settings, (&config.pipelines, &config.retention), now_us).await
             }
-            Source::Sqlite { path, .. } => sqlite::examine(path).await,
+            Source::Sqlite { path, .. } => sqlite::examine(path, &config.retention).await,
         }
     };
     let sink = async {

@@ -7,12 +7,14 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 
 use super::{Finding, answered};
+use crate::ledger::view;
 use crate::migrate;
 use crate::reason::reason;
+use crate::retention;
 use crate::source::sqlite::connect;
 use crate::supervise::sqlite_options;
 
-pub(super) async fn examine(path: &Path) -> Vec<Finding> {
+pub(super) async fn examine(path: &Path, retention: &retention::Settings) -> Vec<Finding> {
     let options = sqlite_options(path)
         .create_if_missing(false)
         .disable_statement_logging();
@@ -25,6 +27,11 @@ pub(super) async fn examine(path: &Path) -> Vec<Finding> {
         Ok(pending) if pending.is_empty() => {
             findings.extend(answered("ids_ascend", ids_ascend(&mut connection).await));
             findings.extend(answered("parked", parked(&mut connection).await));
+            let books = view::sqlite::read(&mut connection).await;
+            findings.extend(answered(
+                "retention",
+                books.map(|books| super::retention::judge(retention, &books)),
+            ));
         }
         Ok(pending) => findings.push(not_migrated(&pending)),
         Err(error) => findings.push(Finding::unknown("migrations", &error)),

@@ -6,17 +6,21 @@ use sqlx::postgres::PgConnection;
 use super::super::{Finding, parked};
 use crate::config::PipelineConfig;
 use crate::ledger::view::{self, Books, Moved, Owner, PipelineBooks};
+use crate::retention;
 use crate::source::postgres::ask;
 
 pub(super) async fn examine(
     connection: &mut PgConnection,
     pipelines: &[PipelineConfig],
+    retention: &retention::Settings,
 ) -> Result<Vec<Finding>, anyhow::Error> {
     let books = view::postgres::read(connection)
         .await
         .context("read the books")?;
     let configured: Vec<&str> = pipelines.iter().map(|p| p.pipeline.name.as_str()).collect();
-    Ok(judge(&books, &configured))
+    let mut findings = judge(&books, &configured);
+    findings.extend(super::super::retention::judge(retention, &books));
+    Ok(findings)
 }
 
 fn judge(books: &Books, configured: &[&str]) -> Vec<Finding> {
@@ -107,7 +111,7 @@ fn elsewhere(books: &PipelineBooks) -> Option<Finding> {
 mod tests {
     use super::*;
     use crate::doctor::Severity;
-    use crate::ledger::view::LogSize;
+    use crate::ledger::view::{LogSize, Retained};
 
     #[test]
     fn owners_strangers_and_restores_are_told_apart() {
@@ -133,8 +137,9 @@ mod tests {
             log: LogSize {
                 bytes: 0,
                 oldest_seconds: None,
-                bytes_per_second: None,
+                growth: None,
             },
+            retained: Retained::default(),
             pipelines: vec![
                 pipeline("main", true, None),
                 pipeline("old", false, None),

@@ -15,11 +15,12 @@ use super::{Finding, answered};
 use crate::config::PipelineConfig;
 use crate::migrate;
 use crate::reason::reason;
+use crate::retention;
 use crate::source::postgres::{CaptureMode, Settings, ask, connect};
 
 pub(super) async fn examine(
     settings: &Settings,
-    pipelines: &[PipelineConfig],
+    (pipelines, retention): (&[PipelineConfig], &retention::Settings),
     now_us: fn() -> i64,
 ) -> Vec<Finding> {
     let options = settings.options.clone().disable_statement_logging();
@@ -33,7 +34,10 @@ pub(super) async fn examine(
         server::examine(&mut connection, now_us).await,
     ));
     match table::exists(&mut connection).await {
-        Ok(true) => findings.extend(examine_outbox(&mut connection, settings, pipelines).await),
+        Ok(true) => {
+            findings
+                .extend(examine_outbox(&mut connection, settings, (pipelines, retention)).await);
+        }
         Ok(false) => findings.push(missing()),
         Err(error) => findings.push(Finding::unknown("table", &error)),
     }
@@ -47,7 +51,7 @@ pub(super) async fn examine(
 async fn examine_outbox(
     connection: &mut PgConnection,
     settings: &Settings,
-    pipelines: &[PipelineConfig],
+    (pipelines, retention): (&[PipelineConfig], &retention::Settings),
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
     let rights = rights::examine(connection).await;
@@ -62,13 +66,13 @@ async fn examine_outbox(
     }
     findings.extend(answered(
         "table",
-        table::examine(connection, settings.mode).await,
+        table::examine(connection, settings.mode, retention).await,
     ));
     findings.extend(answered("writers", rights::writers(connection).await));
     if enough {
         findings.extend(answered(
             "books",
-            books::examine(connection, pipelines).await,
+            books::examine(connection, pipelines, retention).await,
         ));
     }
     findings

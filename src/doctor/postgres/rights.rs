@@ -33,7 +33,8 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
                    ('pipelines', 'select'), ('pipelines', 'insert'), ('pipelines', 'update'),
                    ('former_cursors', 'select'), ('former_cursors', 'insert'), ('former_cursors', 'delete'),
                    ('members', 'select'), ('members', 'insert'), ('members', 'update'), ('members', 'delete'),
-                   ('acts', 'select'),
+                   ('acts', 'select'), ('resets', 'select'), ('samples', 'select'), ('upkeep', 'select'),
+                   ('replays', 'select'), ('replays', 'insert'), ('replays', 'update'),
                    ('parked', 'select'), ('parked', 'insert'), ('parked', 'update'), ('parked', 'delete'))
            r (name, privilege)
       join pg_class c on c.relname = r.name
@@ -52,7 +53,9 @@ select coalesce(json_agg(n.need) filter (where not n.held), '[]') as missing,
       from pg_proc p
       join pg_namespace s on s.oid = p.pronamespace
       left join pg_roles g on g.rolname = 'outbox_relay'
-     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('outbox', 'shard_of'), ('pg_catalog', 'pg_control_system'))) n";
+     where (s.nspname, p.proname) in (('outbox', 'make_partitions'), ('outbox', 'take_sample'), ('outbox', 'retire_partition'),
+                                       ('outbox', 'retire_rows'), ('outbox', 'is_restored'), ('outbox', 'adopt'),
+                                       ('outbox', 'repair_sequence'), ('outbox', 'shard_of'), ('pg_catalog', 'pg_control_system'))) n";
 
 /// What writers need, and what they must not have.
 const WRITERS: &str = "
