@@ -67,7 +67,7 @@ impl Settings {
         if !held_by.is_empty() {
             return (
                 format!("pipeline {} has not published it", held_by.join(", ")),
-                "see `outbox-relay status` and `outbox-relay doctor`, or delete the cursor of a pipeline that was given up"
+                "its state and the relay's log say why it stands; where it was given up, delete its cursor"
                     .to_owned(),
             );
         }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod doctor;
+mod retention;
 mod status;
 
 use std::fmt::Write;
