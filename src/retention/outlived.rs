@@ -5,7 +5,7 @@ use std::time::Duration;
 use humantime::format_duration;
 
 use super::Settings;
-use crate::ledger::view::{Books, FirstRetained};
+use crate::ledger::view::{Books, FirstRetained, Retained};
 
 /// Events that stay for too long.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,13 @@ impl Settings {
     }
 
     fn cause(&self, first: &FirstRetained, books: &Books) -> (String, String) {
-        let retained = &books.retained;
+        self.held(first, books)
+            .or_else(|| self.no_relay(&books.retained))
+            .unwrap_or_else(|| self.refused(first, &books.retained))
+    }
+
+    /// What still needs the event.
+    fn held(&self, first: &FirstRetained, books: &Books) -> Option<(String, String)> {
         let mut held_by = first.held_by.clone();
         let begun = |name: &str| {
             let mut rows = books.pipelines.iter();
@@ -65,63 +71,70 @@ impl Settings {
         held_by.sort();
         held_by.dedup();
         if !held_by.is_empty() {
-            return (
+            return Some(said(
                 format!("pipeline {} has not published it", held_by.join(", ")),
-                "its state and the relay's log say why it stands; where it was given up, delete its cursor"
-                    .to_owned(),
-            );
+                "its state and the relay's log say why it stands; where it was given up, delete its cursor",
+            ));
+        }
+        if let Some(row) = books.pipelines.iter().find(|row| row.moved.is_some()) {
+            return Some(said(
+                format!(
+                    "the cursor of pipeline {} belongs to another server or timeline, and does not tell what is published",
+                    row.name()
+                ),
+                "the relay makes it fit when it takes the lease; where the pipeline was given up, delete its cursor",
+            ));
         }
         if first.parked {
-            return (
-                "it is parked, and its content is only in the log".to_owned(),
-                "drop it: outbox-relay parked drop".to_owned(),
-            );
+            return Some(said(
+                "it is parked, and its content is only in the log",
+                "drop it: outbox-relay parked drop",
+            ));
         }
-        if let Some(replay) = first.replays.first() {
-            return (
-                format!("replay {replay} has still to read it"),
-                format!("resume or cancel it: outbox-relay replay cancel {replay}"),
-            );
-        }
+        let replay = first.replays.first()?;
+        Some(said(
+            format!("replay {replay} has still to read it"),
+            format!("resume or cancel it: outbox-relay replay cancel {replay}"),
+        ))
+    }
+
+    fn no_relay(&self, retained: &Retained) -> Option<(String, String)> {
         let pause = self.spacing() * 2 + self.interval * 2;
-        match retained.sampled_seconds_ago {
-            Some(ago) if ago < pause.as_secs_f64() => {}
-            Some(ago) => {
-                return (
-                    format!("no relay has looked after the log for {}", in_words(ago)),
-                    "start one: outbox-relay run".to_owned(),
-                );
-            }
-            None => {
-                return (
-                    "no relay has ever looked after the log".to_owned(),
-                    "start one: outbox-relay run".to_owned(),
-                );
-            }
-        }
-        if !retained.foreign_keys.is_empty() {
-            return (
-                format!(
-                    "foreign keys refer to outbox.events: {}",
-                    retained.foreign_keys.join(", ")
-                ),
-                "drop the constraint".to_owned(),
-            );
-        }
-        match first.counted_seconds {
-            Some(counted) if self.deadline().is_some_and(|deadline| counted < deadline.as_secs_f64()) => (
+        let why = match retained.sampled_seconds_ago {
+            Some(ago) if ago < pause.as_secs_f64() => return None,
+            Some(ago) => format!("no relay has looked after the log for {}", in_words(ago)),
+            None => "no relay has ever looked after the log".to_owned(),
+        };
+        Some(said(why, "start one: outbox-relay run"))
+    }
+
+    /// A relay looks after the log, and the event is there all the same.
+    fn refused(&self, first: &FirstRetained, retained: &Retained) -> (String, String) {
+        let keys = retained.foreign_keys.join(", ");
+        let deadline = self.deadline().unwrap_or_default().as_secs_f64();
+        let (why, mend) = match first.counted_seconds {
+            _ if !keys.is_empty() => (
+                format!("foreign keys refer to outbox.events: {keys}"),
+                "drop the constraint",
+            ),
+            Some(counted) if counted < deadline => (
                 format!(
                     "relays ran for {} of that time, and only that counts",
                     in_words(counted)
                 ),
-                "it goes by itself while a relay runs".to_owned(),
+                "it goes by itself while a relay runs",
             ),
             _ => (
                 "the relay could not remove it".to_owned(),
-                "its log says why (could not look after the log), `outbox-relay doctor` which rights it lacks".to_owned(),
+                "its log says why (could not look after the log), `outbox-relay doctor` which rights it lacks",
             ),
-        }
+        };
+        (why, mend.to_owned())
     }
+}
+
+fn said(why: impl Into<String>, mend: impl Into<String>) -> (String, String) {
+    (why.into(), mend.into())
 }
 
 fn in_words(seconds: f64) -> String {
@@ -132,7 +145,7 @@ fn in_words(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::view::{LogSize, Retained};
+    use crate::ledger::view::LogSize;
 
     fn settings() -> Settings {
         Settings {

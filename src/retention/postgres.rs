@@ -94,9 +94,11 @@ impl Upkeep {
         let size = view::postgres::log_size(&mut connection).await;
         // Whether the session ends politely is the server's affair.
         let _ = connection.close().await;
-        made.and(sampled).and(retired)?;
-        self.metrics.size(size?.bytes);
-        Ok(())
+        // What is known is said, whatever of the rest fails.
+        if let Ok(size) = &size {
+            self.metrics.size(size.bytes);
+        }
+        made.and(sampled).and(retired).and(size.map(drop))
     }
 
     async fn make(&self, connection: &mut PgConnection) -> Result<(), anyhow::Error> {

@@ -305,7 +305,7 @@ async fn locks_of_strangers_stop_nothing() {
 async fn two_relays_keep_one_log() {
     let test = "retention::age::two_relays_keep_one_log";
     fresh::database(test, async |database| {
-        let mut superuser = database.superuser().await;
+        let (mut superuser, _) = small_partitions(database).await;
         run(
             &mut superuser,
             &format!(
@@ -325,7 +325,7 @@ async fn two_relays_keep_one_log() {
             partitions_ahead: 3,
             pipelines: vec!["main".parse().unwrap()],
         };
-        let role = database.login("relay", "in role outbox_relay").await;
+        let role = database.login("other", "in role outbox_relay").await;
         let options = database
             .url(&role)
             .parse::<sqlx::postgres::PgConnectOptions>()
@@ -348,6 +348,11 @@ async fn two_relays_keep_one_log() {
         first.unwrap();
         second.unwrap();
         assert_eq!(retained(&mut plain).await.split(' ').count(), 25);
+        let bounds = "select string_agg(lower || '-' || upper, ' ' order by lower) from outbox.partition_bounds()";
+        assert_eq!(
+            value(&mut plain, bounds).await,
+            "1-11 11-21 21-31 31-41 41-51 51-61"
+        );
         // An hour and a half passes for the samples, which no writer can do.
         run(
             &mut plain,
@@ -360,6 +365,10 @@ async fn two_relays_keep_one_log() {
         second.unwrap();
         one.look_after().await.unwrap();
         assert_eq!(retained(&mut plain).await, "26");
+        assert_eq!(
+            value(&mut plain, bounds).await,
+            "21-31 31-41 41-51 51-61"
+        );
     })
     .await;
 }
