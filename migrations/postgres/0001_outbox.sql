@@ -852,8 +852,13 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '200ms'
--- Whatever the statistics say of a table of which all rows come and go.
+-- Along the primary key, whatever the statistics say of a table of which all rows come and go: without any, all that is old
+-- would be read and sorted for each batch. What that costs by the planner's count would have the statement compiled, which
+-- takes longer than to run it.
 set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+set jit = off
 as $$
 declare
     aged outbox.samples;
@@ -881,9 +886,7 @@ begin
         'with gone as (
             delete from outbox.events e
              where e.id > %1$s and e.id <= %2$s and %3$s
-            returning e.id, array(
-                select c.pipeline from outbox.cursors c where %4$s
-                union select n from unnest($1) n where not exists (select from outbox.cursors c where c.pipeline = n)) as lost),
+            returning e.id, %4$s as lost),
          noted as (
             insert into outbox.acts (who, action, pipeline, selector, events, reason)
             select ''retention'', ''lost'', l.pipeline, format(''ids %%s to %%s'', min(g.id), max(g.id)), count(*),
@@ -893,7 +896,12 @@ begin
          select min(g.id), max(g.id), count(*), count(*) filter (where cardinality(g.lost) > 0),
                 array(select distinct l.pipeline from gone g cross join unnest(g.lost) l (pipeline) order by 1)
            from gone g',
-        coalesce(after, -9223372036854775808), looked_to, outbox.may_go(aged.seen, overdue.seen, behind), outbox.is_behind())
+        coalesce(after, -9223372036854775808), looked_to, outbox.may_go(aged.seen, overdue.seen, behind),
+        case when overdue.seen is null then '''{}''::text[]'
+             else format('array(
+                select c.pipeline from outbox.cursors c where %s
+                union select n from unnest($1) n where not exists (select from outbox.cursors c where c.pipeline = n))',
+                outbox.is_behind()) end)
         into first_id, last_id, events, unpublished, lost_to using pipelines;
     if events > 0 then
         update outbox.upkeep set up_to = greatest(up_to, retire_rows.last_id) where task = 'retention';

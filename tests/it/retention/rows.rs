@@ -226,3 +226,36 @@ async fn a_foreign_key_is_named() {
     })
     .await;
 }
+
+/// Without statistics a planner would read and sort all that is old for each batch.
+#[tokio::test]
+async fn a_batch_costs_what_its_own_rows_cost() {
+    let test = "retention::rows::a_batch_costs_what_its_own_rows_cost";
+    fresh::database(test, async |database| {
+        let mut superuser = database.superuser().await;
+        run(
+            &mut superuser,
+            "alter table outbox.events_1 set (autovacuum_enabled = off)",
+        )
+        .await;
+        run(
+            &mut superuser,
+            "insert into outbox.events (aggregate_type, aggregate_id, event_type)
+             select 'order', repeat('x', 400), 'p' from generate_series(1, 100000)",
+        )
+        .await;
+        sample(&mut superuser, 0.0).await;
+        sample(&mut superuser, 8.0).await;
+        publish(&mut superuser, "main", 100_000).await;
+        let batch = format!("select * from outbox.retire_rows({WEEK}, null, null, null, 1000)");
+        // The catalogs are read once.
+        run(&mut superuser, &batch).await;
+        let explain = format!("explain (analyze, buffers) {batch}");
+        let plan = values(&mut superuser, &explain).await.join("\n");
+        let hits = plan.split_once("shared hit=").unwrap().1;
+        let digits: String = hits.chars().take_while(char::is_ascii_digit).collect();
+        let buffers: u32 = digits.parse().unwrap();
+        assert!(buffers < 5000, "{plan}");
+    })
+    .await;
+}
