@@ -197,7 +197,7 @@ pub fn print(kind: Kind) -> String {
     print_with(kind, Partitions::default())
 }
 
-/// As [`print`], with first partitions as the configuration has them.
+/// As [`print`](fn@print), with first partitions as the configuration has them.
 #[must_use]
 pub fn print_with(kind: Kind, partitions: Partitions) -> String {
     let mut script = String::new();
