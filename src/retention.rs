@@ -1,25 +1,30 @@
-//! Keeps room in the log: partitions made ahead of the newest id, and what every pipeline has published given back.
+//! Keeps room in the log: partitions are made ahead of the newest id, and events that are old and published leave.
 //!
-//! Nothing waits for this: an insert that fits no partition goes to the default one, and an event that is kept too long
-//! costs space only. So trouble is logged and tried again.
+//! Never stands in the way of writers or of the relay: an insert that fits no partition goes to the default one, and an event
+//! that stays too long costs space only. So trouble is logged and tried again. Beside the flow, on connections of its own.
+//!
+//! # What an event's age is told by
+//!
+//! Writers set `occurred_at`, so it tells nothing. Every fortieth of `retention.keep` the relay notes a *sample*: which
+//! events are committed now, and how many seconds its own clock, which nobody can set, has counted so far. An event that a
+//! sample of `keep` ago has is at least `keep` old; one that committed later, whatever its id, is in no such sample. Time
+//! during which no relay runs counts as the database's clock has it, up to a fortieth of `keep`, and that much is added to
+//! `keep`: a clock that is set forth removes nothing early, and a relay that was away for long removes late.
+//!
+//! While a relay runs, a published event is gone when it is `keep` and a tenth of it old, or two looks after `keep` where
+//! that is longer.
+
+mod outlived;
+pub mod postgres;
+pub mod sqlite;
 
 use std::time::Duration;
 
-use anyhow::Context;
-use serde::Deserialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-use sqlx::{AssertSqlSafe, Connection, Executor, Row};
-use tokio::time::sleep;
+use tokio::time::Instant;
+
+pub use self::outlived::Outlived;
 
 use crate::event::PipelineName;
-use crate::ledger::view;
-use crate::reason::reason;
-use crate::source::postgres::{ask, connect};
-use crate::telemetry::LogMetrics;
-
-/// Rows of a SQLite outbox that are deleted in one transaction: no writer waits longer than for these.
-const ROWS_AT_ONCE: i64 = 1_000;
 
 /// How long events are kept.
 #[derive(Clone, Debug)]
@@ -40,219 +45,105 @@ pub struct Settings {
     pub pipelines: Vec<PipelineName>,
 }
 
-/// A partition whose space was given back.
-#[derive(Debug, PartialEq, Eq, Deserialize)]
-struct Retired {
-    partition: String,
+/// Samples of this many for the time that events are kept.
+const SAMPLES: u32 = 40;
+
+/// A sample is noted this often where events are kept for ever: for the forecast.
+const SPACING_MAX: Duration = Duration::from_hours(6);
+
+/// Rows that are looked at in one transaction: no writer of a SQLite file waits longer than for these.
+const ROWS_AT_ONCE: i64 = 5_000;
+
+/// Transactions that delete rows in one look: what is left goes in the next.
+const BATCHES_MAX: usize = 200;
+
+impl Settings {
+    /// Between two samples.
+    fn spacing(&self) -> Duration {
+        let keep = self.keep.unwrap_or(Duration::MAX);
+        (keep / SAMPLES).clamp(Duration::from_millis(1), SPACING_MAX)
+    }
+
+    /// Samples that are older than this are not needed.
+    fn longest(&self) -> Duration {
+        let keep = self.keep.unwrap_or_default();
+        keep.max(self.drop_unpublished_after.unwrap_or_default())
+    }
+}
+
+/// The seconds that relays have counted, and when this one was told.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    seconds: f64,
+    at: Instant,
+}
+
+impl Counted {
+    /// To be asked before the question is sent.
+    fn elapsed(self) -> f64 {
+        self.at.elapsed().as_secs_f64()
+    }
+}
+
+/// Events that left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Gone {
     first_id: i64,
     last_id: i64,
     events: u64,
     /// Of these, by one pipeline or more.
     unpublished: u64,
-    /// Whether the empty partition is gone as well.
-    dropped: bool,
+    /// Pipelines that had not published them.
+    lost_to: Vec<String>,
 }
 
-/// Looks after the log in PostgreSQL now and then, for ever.
-pub async fn keep_postgres(options: PgConnectOptions, settings: Settings) {
-    let metrics = LogMetrics::new(settings.disk_budget_bytes);
-    loop {
-        if let Err(error) = look_after(&options, &settings, &metrics).await {
-            tracing::warn!(error = %reason(&error), "could not look after the partitions, inserts go on");
-        }
-        sleep(settings.interval).await;
-    }
-}
-
-async fn look_after(
-    options: &PgConnectOptions,
-    settings: &Settings,
-    metrics: &LogMetrics,
-) -> Result<(), anyhow::Error> {
-    let mut connection = connect(options).await?;
-    let made = make(&mut connection, settings).await;
-    let retired = retire(&mut connection, settings, metrics).await;
-    let size = view::postgres::log_size(&mut connection).await;
-    // Whether the session ends politely is the server's affair.
-    let _ = connection.close().await;
-    made.and(retired)?;
-    metrics.size(size?.bytes);
-    Ok(())
-}
-
-async fn make(connection: &mut PgConnection, settings: &Settings) -> Result<(), anyhow::Error> {
-    let statement = format!(
-        "select outbox.make_partitions({}, {})",
-        settings.partitions_ahead, settings.partition_events
-    );
-    let row = connection
-        .fetch_one(sqlx::raw_sql(AssertSqlSafe(statement)))
-        .await
-        .context("make partitions")?;
-    let made: i32 = row
-        .try_get_unchecked(0)
-        .context("decode how many partitions were made")?;
-    if made > 0 {
-        tracing::info!(made, "made partitions of outbox.events ahead");
-    }
-    Ok(())
-}
-
-async fn retire(
-    connection: &mut PgConnection,
-    settings: &Settings,
-    metrics: &LogMetrics,
-) -> Result<(), anyhow::Error> {
-    let Some(statement) = statement(settings) else {
-        return Ok(());
-    };
-    loop {
-        let retired: Vec<Retired> = ask::all_within(connection, &statement, Duration::from_mins(5))
-            .await
-            .context("retire a partition")?;
-        let Some(retired) = retired.first() else {
-            return Ok(());
-        };
-        metrics.retired(retired.events, retired.unpublished);
-        tell(retired);
-    }
-}
-
-/// The call that retires one partition; none when everything is kept.
-fn statement(settings: &Settings) -> Option<String> {
-    let names: Vec<String> = settings
-        .pipelines
-        .iter()
-        .map(|name| ask::literal(name.as_str()))
-        .collect();
-    Some(format!(
-        "select * from outbox.retire_partition({}, array[{}]::text[], {})",
-        interval(settings.keep?),
-        names.join(", "),
-        settings
-            .drop_unpublished_after
-            .map_or("null".to_owned(), interval)
-    ))
-}
-
-fn interval(duration: Duration) -> String {
-    format!("interval '{} seconds'", duration.as_secs())
-}
-
-fn tell(retired: &Retired) {
-    let Retired {
-        partition,
-        first_id,
-        last_id,
-        events,
-        unpublished,
-        dropped,
-    } = retired;
-    if *unpublished > 0 {
-        tracing::error!(
-            %partition,
+impl Gone {
+    /// Says that events were lost, where they were.
+    fn tell_loss(&self) {
+        let Self {
             first_id,
             last_id,
-            events,
+            events: _,
             unpublished,
-            "dropped events that were NOT published by every pipeline (retention.drop_unpublished_after)"
-        );
-    } else {
-        tracing::info!(%partition, first_id, last_id, events, dropped, "retired a partition of published events");
-    }
-}
-
-/// Looks after a SQLite outbox now and then, for ever.
-pub async fn keep_sqlite(options: SqliteConnectOptions, settings: Settings, now_us: fn() -> i64) {
-    let metrics = LogMetrics::new(settings.disk_budget_bytes);
-    loop {
-        if let Err(error) = delete_published(&options, &settings, &metrics, now_us).await {
-            tracing::warn!(error = %reason(&error), "could not delete published events, nothing waits for that");
-        }
-        sleep(settings.interval).await;
-    }
-}
-
-async fn delete_published(
-    options: &SqliteConnectOptions,
-    settings: &Settings,
-    metrics: &LogMetrics,
-    now_us: fn() -> i64,
-) -> Result<(), anyhow::Error> {
-    let mut connection = SqliteConnection::connect_with(options)
-        .await
-        .context("open the SQLite outbox")?;
-    metrics.size(view::sqlite::log_size(&mut connection).await?.bytes);
-    let Some(keep) = settings.keep else {
-        return Ok(());
-    };
-    let before_us = now_us().saturating_sub(micros(keep));
-    let overdue_us = settings
-        .drop_unpublished_after
-        .map_or(i64::MIN, |after| now_us().saturating_sub(micros(after)));
-    let published = published_in_sqlite(&mut connection, &settings.pipelines).await?;
-    loop {
-        let deleted = delete_some(&mut connection, published, before_us, overdue_us).await?;
-        let unpublished = deleted.iter().filter(|id| **id > published).count() as u64;
-        let events = deleted.len() as u64;
-        metrics.retired(events, unpublished);
-        if unpublished > 0 {
+            lost_to,
+        } = self;
+        if *unpublished > 0 {
             tracing::error!(
-                events,
+                first_id,
+                last_id,
                 unpublished,
-                "deleted events that were NOT published by every pipeline (retention.drop_unpublished_after)"
+                pipelines = lost_to.join(", "),
+                "removed events that these pipelines had NOT published: they are older than \
+                 retention.drop_unpublished_after; `outbox-relay acts` keeps the ids. Find out why the pipelines stand with \
+                 `outbox-relay status`, or set retention.drop_unpublished_after = \"never\", before more are lost"
             );
-        } else if events > 0 {
-            tracing::debug!(events, "deleted published events");
-        }
-        if deleted.len() < usize::try_from(ROWS_AT_ONCE).unwrap_or(usize::MAX) {
-            return Ok(());
         }
     }
 }
 
-/// The id up to which every pipeline has published; 0 when one has not begun.
-async fn published_in_sqlite(
-    connection: &mut SqliteConnection,
-    pipelines: &[PipelineName],
-) -> Result<i64, anyhow::Error> {
-    let names: Vec<&str> = pipelines.iter().map(PipelineName::as_str).collect();
-    let names = serde_json::to_string(&names).context("write the names of the pipelines")?;
-    sqlx::query_scalar(
-        "select coalesce(min(coalesce(c.last_id, 0)), 0) \
-           from (select pipeline, shard from outbox_cursors union all \
-                 select value, 0 from json_each(?1) \
-                  where value not in (select pipeline from outbox_cursors)) p \
-           left join outbox_cursors c on c.pipeline = p.pipeline and c.shard = p.shard",
-    )
-    .bind(names)
-    .fetch_one(connection)
-    .await
-    .context("read the cursors")
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// From the oldest on; returns the ids.
-async fn delete_some(
-    connection: &mut SqliteConnection,
-    published: i64,
-    before_us: i64,
-    overdue_us: i64,
-) -> Result<Vec<i64>, anyhow::Error> {
-    sqlx::query_scalar(
-        "delete from outbox_events where id in ( \
-            select id from (select id, occurred_at from outbox_events order by id limit ?4) \
-             where occurred_at < ?2 and (id <= ?1 or occurred_at < ?3)) \
-         returning id",
-    )
-    .bind(published)
-    .bind(before_us)
-    .bind(overdue_us)
-    .bind(ROWS_AT_ONCE)
-    .fetch_all(connection)
-    .await
-    .context("delete published events")
-}
-
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+    #[test]
+    fn samples_lie_a_fortieth_of_the_time_apart() {
+        let settings = |keep| Settings {
+            keep,
+            drop_unpublished_after: None,
+            disk_budget_bytes: None,
+            interval: Duration::from_mins(1),
+            partition_events: 1,
+            partitions_ahead: 1,
+            pipelines: Vec::new(),
+        };
+        for (keep, spacing) in [
+            (Some(Duration::from_hours(40)), Duration::from_hours(1)),
+            (Some(Duration::from_secs(1)), Duration::from_millis(25)),
+            (Some(Duration::ZERO), Duration::from_millis(1)),
+            (Some(Duration::from_hours(24 * 365)), SPACING_MAX),
+            (None, SPACING_MAX),
+        ] {
+            assert_eq!(settings(keep).spacing(), spacing, "{keep:?}");
+        }
+    }
 }

@@ -58,11 +58,11 @@ pub async fn run(
     match &config.source {
         Source::Postgres(settings) => {
             let options = settings.options.clone();
-            others.spawn(retention::keep_postgres(options, retention));
+            others.spawn(retention::postgres::Upkeep::new(options, retention).run());
         }
         Source::Sqlite { path, .. } => {
             let options = sqlite_options(path);
-            others.spawn(retention::keep_sqlite(options, retention, wall_clock_us));
+            others.spawn(retention::sqlite::Upkeep::new(options, retention, wall_clock_us).run());
         }
     }
     if let Some(listener) = listener {

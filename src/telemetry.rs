@@ -138,7 +138,10 @@ const LATENCY: Metric = Metric {
     kind: Kind::Histogram,
     meaning: "from the emit to the sink's confirmation",
 };
-const LOG_BYTES: Metric = gauge("outbox_log_bytes", "what the log takes on the disk");
+const LOG_BYTES: Metric = gauge(
+    "outbox_log_bytes",
+    "what the log takes on the disk; absent until that is known",
+);
 const LOG_BUDGET: Metric = gauge(
     "outbox_log_budget_bytes",
     "what it may take (`retention.disk_budget`), where that is set",
@@ -416,7 +419,6 @@ impl PipelineMetrics {
 
 /// The metrics of the log as a whole.
 pub struct LogMetrics {
-    bytes: Gauge,
     retired: Counter,
     retired_unpublished: Counter,
 }
@@ -431,16 +433,15 @@ impl LogMetrics {
             metrics::gauge!(LOG_BUDGET.name).set(bytes as f64);
         }
         Self {
-            bytes: metrics::gauge!(LOG_BYTES.name),
             retired: metrics::counter!(RETIRED.name),
             retired_unpublished: metrics::counter!(RETIRED_UNPUBLISHED.name),
         }
     }
 
-    /// What it takes.
+    /// What it takes. Until that is known there is no such gauge: 0 would say that the log is empty.
     #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
     pub fn size(&self, bytes: u64) {
-        self.bytes.set(bytes as f64);
+        metrics::gauge!(LOG_BYTES.name).set(bytes as f64);
     }
 
     /// Events whose space was given back.

@@ -121,10 +121,80 @@ create index events_xid_id on outbox.events (xid, id);
 -- An insert never fails because nobody made partitions: what fits nowhere else lands here.
 create table outbox.events_default partition of outbox.events default;
 
--- Makes partitions until `ahead` of them lie wholly beyond the newest id; returns how many it made: none when there are
--- enough, or when another session is at it. Writers go on meanwhile, however long their transactions: a partition is
--- made as a table of its own and then attached, which locks out nobody but the users of the default partition. When
--- those keep it from its locks it fails soon (SQLSTATE 55P03), and is to be called again later.
+-- What one relay at a time does: it locks the row of the task meanwhile. No role but the owner of the functions below may
+-- lock rows of this table, so no other session can keep a task from being done.
+create table outbox.upkeep (
+    task  text   primary key,
+    -- Of 'retention': rows up to this id may have been deleted one by one.
+    up_to bigint not null default 0
+);
+
+insert into outbox.upkeep (task) values ('partitions'), ('samples'), ('retention');
+
+-- Whether this transaction does the task; false while another one is at it.
+create function outbox.begin_upkeep(task text)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- What the functions look at after they have waited for a lock has to be what is committed by then.
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'the upkeep of the outbox has to be called under read committed, not %',
+            current_setting('transaction_isolation')
+            using errcode = 'active_sql_transaction',
+                  hint = 'Begin the transaction with: begin isolation level read committed';
+    end if;
+    -- A copy of the schema alone has no rows.
+    insert into outbox.upkeep (task) values (begin_upkeep.task) on conflict do nothing;
+    perform from outbox.upkeep u where u.task = begin_upkeep.task for update skip locked;
+    return found;
+end
+$$;
+
+-- The partitions with bounds, the default one left out. The expressions have no backslash, whose meaning depends on a setting.
+create function outbox.partition_bounds()
+returns table (name regclass, lower bigint, upper bigint)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select b.name, coalesce(b.lower, -9223372036854775808), coalesce(b.upper, 9223372036854775807)
+      from (select c.oid::regclass as name,
+                   pg_get_expr(c.relpartbound, c.oid) as bound,
+                   (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM [(]''?(-?[0-9]+)''?[)]'))[1]::bigint as lower,
+                   (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO [(]''?(-?[0-9]+)''?[)]'))[1]::bigint as upper
+              from pg_inherits i
+              join pg_class c on c.oid = i.inhrelid
+             where i.inhparent = 'outbox.events'::regclass) b
+     where b.bound <> 'DEFAULT'
+     order by 2
+$$;
+
+-- The first id from this one on that only the default partition takes.
+create function outbox.first_without_partition(id bigint)
+returns bigint
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    bounds record;
+    free bigint := id;
+begin
+    for bounds in select b.lower, b.upper from outbox.partition_bounds() b order by b.lower loop
+        if bounds.lower <= free and free < bounds.upper then
+            free := bounds.upper;
+        end if;
+    end loop;
+    return free;
+end
+$$;
+
+-- Makes partitions until `ahead` of them lie wholly beyond the newest id, without a gap from it on; returns how many it
+-- made: none when there are enough, or when another session is at it. Writers go on meanwhile, however long their
+-- transactions: a partition is made as a table of its own and then attached, which locks out nobody but the users of the
+-- default partition. When those keep it from its locks it fails soon (SQLSTATE 55P03), and is to be called again later.
 create function outbox.make_partitions(ahead integer default 8, rows_per_partition bigint default 5000000)
 returns integer
 language plpgsql
@@ -137,8 +207,14 @@ declare
     made integer := 0;
     newest bigint;
     used boolean;
+    -- Where the next partition begins, and where the last one has to end: at another partition, or a row of the default one.
+    start bigint;
+    stop bigint;
     upper bigint;
     beyond bigint;
+    name text;
+    -- For what is being inserted while partitions are made: each session has drawn one id at most before it waits.
+    room constant bigint := least(rows_per_partition, greatest(1000, 10 * current_setting('max_connections')::bigint));
 begin
     if coalesce(ahead, 0) not between 1 and 1000 or coalesce(rows_per_partition, 0) < 1 then
         raise exception 'outbox.make_partitions expects 1 to 1000 partitions of at least 1 row, got % of %',
@@ -146,42 +222,58 @@ begin
             using errcode = 'invalid_parameter_value';
     end if;
     -- One at a time: two relays that start together must not race for the same range.
-    if not pg_try_advisory_xact_lock(1868721016, 2) then
+    if not outbox.begin_upkeep('partitions') then
         return 0;
     end if;
-
-    select max((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint)
-      into upper
-      from pg_inherits i
-      join pg_class c on c.oid = i.inhrelid
-     where i.inhparent = 'outbox.events'::regclass;
-    if upper > (select last_value from outbox.events_id_seq) + ahead * rows_per_partition then
+    -- What the newest id would need is there, or all that would be made behind the room.
+    select s.last_value into newest from outbox.events_id_seq s;
+    start := outbox.first_without_partition(newest);
+    if start > newest + ahead * rows_per_partition
+       or (start <= newest + rows_per_partition / 10
+           and outbox.first_without_partition(start + room) > start + room + (ahead - 1) * rows_per_partition) then
         return 0;
     end if;
 
     -- The locks of attaching, taken before the newest id is read: what is drawn while this waits for them is known then.
     lock table only outbox.events in share update exclusive mode;
     lock table outbox.events_default in access exclusive mode;
-    select last_value, is_called into newest, used from outbox.events_id_seq;
+    select s.last_value, s.is_called into newest, used from outbox.events_id_seq s;
+    start := outbox.first_without_partition(newest);
     beyond := newest + ahead * rows_per_partition;
-    if upper is null and not used then
-        upper := 1;
-    elsif coalesce(upper, 1) <= newest + rows_per_partition / 10 then
-        -- The partitions ran out, or are about to, and the default one takes over. What has an id there stays there;
-        -- leave room for what is being inserted meanwhile, or that would belong to neither partition and fail.
-        upper := greatest(upper, newest) + rows_per_partition;
-        beyond := upper + (ahead - 1) * rows_per_partition;
+    if used and start <= newest + rows_per_partition / 10 then
+        -- The partitions ran out, or are about to, or lie elsewhere, and the default one takes over. What has an id there
+        -- stays there, and so does what is being inserted meanwhile: it would belong to neither partition and fail.
+        beyond := start + room + (ahead - 1) * rows_per_partition;
+        start := outbox.first_without_partition(start + room);
+    end if;
+    select least(min(b.lower), (select min(e.id) from only outbox.events_default e where e.id >= start))
+      into stop
+      from outbox.partition_bounds() b
+     where b.lower > start;
+    stop := coalesce(stop, 9223372036854775807);
+    upper := start;
+    while upper <= beyond and upper < stop loop
+        upper := least(upper + rows_per_partition, stop);
+    end loop;
+    if upper = start then
+        return 0;
     end if;
 
     -- Attaching scans the default partition for rows of the new range. With this proof at hand it is scanned once, not
     -- once per partition.
-    execute format('alter table outbox.events_default add constraint events_default_scanned check (id < %s)', upper);
-    while upper <= beyond loop
-        execute format('create table outbox.%I (like outbox.events including all excluding indexes)',
-                       'events_' || upper);
-        execute format('alter table outbox.events attach partition outbox.%I for values from (%s) to (%s)',
-                       'events_' || upper, upper, upper + rows_per_partition);
-        upper := upper + rows_per_partition;
+    execute format('alter table outbox.events_default add constraint events_default_scanned check (id < %s or id >= %s)',
+                   start, upper);
+    stop := upper;
+    while start < stop loop
+        upper := least(start + rows_per_partition, stop);
+        name := 'events_' || start;
+        while to_regclass(format('outbox.%I', name)) is not null loop
+            name := name || '_';
+        end loop;
+        -- An identity column that was added to the log is the log's; a partition gets its values from there.
+        execute format('create table outbox.%I (like outbox.events including all excluding indexes excluding identity)', name);
+        execute format('alter table outbox.events attach partition outbox.%I for values from (%s) to (%s)', name, start, upper);
+        start := upper;
         made := made + 1;
     end loop;
     alter table outbox.events_default drop constraint events_default_scanned;
@@ -189,7 +281,10 @@ begin
 end
 $$;
 
-select outbox.make_partitions();
+-- `outbox-relay migrate` says how large they are to be.
+select outbox.make_partitions(
+    coalesce(nullif(current_setting('outbox.partitions_ahead', true), '')::integer, 8),
+    coalesce(nullif(current_setting('outbox.partition_events', true), '')::bigint, 5000000));
 
 -- Headers for every event of the current transaction: tenant, user, traceparent. A later call replaces an earlier one, and
 -- null takes it back.
@@ -468,6 +563,8 @@ create index parked_entity on outbox.parked (pipeline, entity, place);
 create index parked_id on outbox.parked (pipeline, id);
 -- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
 create index parked_wanted on outbox.parked (pipeline, id) where wanted is not null;
+-- Finds events whose content is in the log only: retention leaves them there.
+create index parked_without_content on outbox.parked (id) where not has_content;
 
 -- What operators asked for: who, when, of which events, why. The relay's role may add to it and change nothing.
 create table outbox.acts (
@@ -584,21 +681,170 @@ begin
 end
 $$;
 
--- Gives the space of the oldest partition back, when every event in it is old enough and published by every pipeline;
--- returns what it did, or no row when there is nothing to do. One partition per call: each is a transaction of its own.
+-- The log as it was at a few moments: what an event's age is told by, because writers set occurred_at and may set it to
+-- anything. Only outbox.take_sample writes here. About a hundred rows.
+create table outbox.samples (
+    id                bigint           generated always as identity primary key,
+    -- For people.
+    at                timestamptz      not null default clock_timestamp(),
+    -- The seconds that relays have counted until then with clocks that nobody sets; only differences mean something.
+    counted           double precision not null,
+    -- A row whose transaction this snapshot sees was committed by then; of any other that is not known.
+    seen              pg_snapshot      not null,
+    -- No such row had a higher id.
+    newest            bigint           not null,
+    -- Transaction ids mean something on the server that assigned them.
+    system_identifier bigint           not null
+);
+
+-- Tells how many seconds the relays have counted so far, and notes a sample when the last one is older than `spacing`.
 --
--- keep                    since the youngest event of the partition, at least
+-- counted, elapsed   what the last call of this relay returned, and the seconds since then by a clock that cannot be set;
+--                    null in the first call of a process: then the time since the last sample counts as the database's
+--                    clock has it, up to `spacing`, so that a clock that was set forth meanwhile does little
+-- longest            samples that are older than this are not needed
+create function outbox.take_sample(
+    spacing interval,
+    longest interval default '1 day',
+    counted double precision default null,
+    elapsed double precision default null
+)
+returns double precision
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
+as $$
+declare
+    here constant bigint := (select c.system_identifier from pg_control_system() c);
+    every constant double precision := extract(epoch from spacing);
+    horizon constant double precision := extract(epoch from greatest(longest, interval '1 day'));
+    now double precision;
+    last record;
+    seen pg_snapshot;
+    newest bigint;
+begin
+    if every is null or every <= 0 or horizon is null or not outbox.begin_upkeep('samples') then
+        return counted;
+    end if;
+    select s.counted, extract(epoch from clock_timestamp() - s.at) as ago into last
+      from outbox.samples s
+     where s.system_identifier = here
+     order by s.id desc
+     limit 1;
+    now := case
+        when last.counted is null then 0
+        when take_sample.counted is null or elapsed is null then last.counted + greatest(least(last.ago, every), 0)
+        else greatest(last.counted, take_sample.counted + greatest(elapsed, 0)) end;
+    if last.counted is not null and now < last.counted + every then
+        return now;
+    end if;
+    -- In this order: no row that the snapshot sees has an id above the one that is read after it.
+    seen := pg_current_snapshot();
+    select case when s.is_called then s.last_value else 0 end into newest from outbox.events_id_seq s;
+    insert into outbox.samples (counted, seen, newest, system_identifier) values (now, seen, newest, here);
+
+    -- Beyond ten times the spacing, and beyond the time that events are kept, 40 for the longest time are enough.
+    delete from outbox.samples d
+     where d.system_identifier <> here
+        or d.id = (
+            select s.id
+              from (select o.id, o.counted,
+                           lag(o.counted) over (order by o.id) as before, lead(o.counted) over (order by o.id) as after
+                      from outbox.samples o
+                     where o.system_identifier = here) s
+             where s.after < now - 1.2 * horizon
+                or (s.after < now - 50 * every and s.after - s.before < horizon / 40)
+             order by s.id
+             limit 1);
+    return now;
+end
+$$;
+
+-- The newest sample that is at least this old. A fortieth is added, because that is what a clock that was set while no
+-- relay ran may have added to the count.
+create function outbox.aged(age interval, slack double precision, now double precision)
+returns outbox.samples
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select s
+      from outbox.samples s
+     where s.system_identifier = (select c.system_identifier from pg_control_system() c)
+       and s.counted <= greatest(now, (select max(o.counted) from outbox.samples o where o.system_identifier = s.system_identifier))
+           - extract(epoch from age) * (1.025 + slack)
+     order by s.counted desc, s.id desc
+     limit 1
+$$;
+
+-- Whether a cursor belongs to another server or timeline: then it says nothing about these rows.
+create function outbox.at_home()
+returns boolean
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select not exists (
+        select from outbox.cursors c cross join pg_control_system() s
+         where c.system_identifier <> s.system_identifier
+            or c.timeline <> ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int)
+$$;
+
+-- A condition on a cursor c and an event e: the cursor has not passed the event. What the start of a window had seen is
+-- published, and of the window the ids up to the cursor's.
+create function outbox.is_behind()
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select '(c.prev is null
+             or (e.xid >= pg_snapshot_xmin(c.prev)
+                 and not pg_visible_in_snapshot(e.xid, c.prev)
+                 and not (pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id)))'
+$$;
+
+-- A condition on an event e: it may be removed. It is seen by the snapshot `aged`, so it was committed before that was
+-- taken; whoever commits later is not seen by it, whatever their ids. Every pipeline has published it, or `overdue` sees it,
+-- too. And nothing else needs it: neither a parked event whose content is only here, nor a replay that has still to read it.
+create function outbox.may_go(aged pg_snapshot, overdue pg_snapshot, behind boolean)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('pg_visible_in_snapshot(e.xid, %L)
+        and (%s %s)
+        and not exists (select from outbox.parked p
+                         where not p.has_content and p.id = e.id and p.event_id = e.event_id)
+        and not exists (select from outbox.replays r
+                         where r.state = ''open'' and e.id > r.last_id and e.id <= r.until_id)',
+        aged,
+        case when behind then 'false'
+             else format('not exists (select from outbox.cursors c where %s)', outbox.is_behind()) end,
+        case when overdue is null then ''
+             else format('or pg_visible_in_snapshot(e.xid, %L)', overdue) end)
+$$;
+
+-- Gives the space of the oldest partition back that can go whole: every event in it is old enough, published by every
+-- pipeline, and not needed any more. Returns what it did, or no row when there is nothing to do. One partition per call:
+-- each is a transaction of its own.
+--
+-- keep                    since the event was committed, at least
 -- pipelines               these have to have published it, also when they have no cursor yet; all cursors count besides
--- drop_unpublished_after  older than this it goes even though somebody has not published it; null: never
+-- drop_unpublished_after  older than this it goes even though a pipeline has not published it; null: never. What is lost
+--                         so is noted in outbox.acts
+-- counted                 what outbox.take_sample returned
 --
 -- The partition is emptied first, which waits for nobody but who uses that very partition, and is then dropped, which
 -- needs the whole log for a moment; where a long transaction keeps it from that, it stays, empty, until a later call.
 create function outbox.retire_partition(
     keep interval,
     pipelines text[] default '{}',
-    drop_unpublished_after interval default null
+    drop_unpublished_after interval default null,
+    counted double precision default null
 )
-returns table (partition text, first_id bigint, last_id bigint, events bigint, unpublished bigint, dropped boolean)
+returns table (partition text, first_id bigint, last_id bigint, events bigint, unpublished bigint, dropped boolean, lost_to text[])
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -608,63 +854,64 @@ as $$
 declare
     candidate record;
     newest bigint;
-    youngest timestamptz;
-    looked pg_snapshot;
-    overdue boolean;
+    aged outbox.samples;
+    overdue outbox.samples;
+    may_go text;
     late boolean;
     droppable boolean := true;
-    behind boolean := exists (select from unnest(pipelines) p (name)
-                               where not exists (select from outbox.cursors c where c.pipeline = p.name));
-    -- What the start of a window had seen is published, and of the window the ids up to the cursor's.
-    of_somebody constant text :=
-        'from outbox.cursors c join %s e
-             on c.prev is null
-             or (e.xid >= pg_snapshot_xmin(c.prev)
-                 and not pg_visible_in_snapshot(e.xid, c.prev)
-                 and not (pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id))';
+    failed integer := 0;
+    behind boolean;
+    lost json;
 begin
-    if keep is null or not pg_try_advisory_xact_lock(1868721016, 3) then
+    if keep is null or not outbox.begin_upkeep('retention') or not outbox.at_home() then
         return;
     end if;
-    -- A cursor that belongs to another server or timeline says nothing about these rows.
-    if exists (
-        select from outbox.cursors c cross join pg_control_system() s
-         where c.system_identifier <> s.system_identifier
-            or c.timeline <> ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int
-    ) then
+    -- A table that a foreign key refers to can't be truncated; outbox.retire_rows deletes what the key lets go.
+    if exists (select from pg_constraint k where k.contype = 'f' and k.confrelid = 'outbox.events'::regclass) then
         return;
     end if;
+    aged := outbox.aged(keep, 0, counted);
+    overdue := outbox.aged(drop_unpublished_after, 0, counted);
+    behind := exists (select from unnest(pipelines) p (name)
+                       where not exists (select from outbox.cursors c where c.pipeline = p.name));
+    may_go := outbox.may_go(aged.seen, overdue.seen, behind);
     select case when s.is_called then s.last_value else 0 end into newest from outbox.events_id_seq s;
 
     for candidate in
-        select c.oid::regclass as name, b.lower, b.upper
-          from pg_inherits i
-          join pg_class c on c.oid = i.inhrelid
-         cross join lateral (
-            select (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \(''?(\d+)''?\)'))[1]::bigint as lower,
-                   (regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \(''?(\d+)''?\)'))[1]::bigint as upper) b
-         where i.inhparent = 'outbox.events'::regclass and b.upper <= newest + 1
-         order by b.lower
+        select b.name, b.lower, b.upper from outbox.partition_bounds() b where b.upper <= newest + 1 order by b.lower
     loop
-        looked := pg_current_snapshot();
+        -- Where a pipeline stands, all that comes after has to stay, too.
+        exit when failed >= 8;
         partition := candidate.name::text;
-        -- Writers may set the time of an event: a few late ones are not to decide.
-        execute format(
-            'select max(occurred_at), min(id), max(id) from (select id, occurred_at from %s order by id desc limit 1000) e',
-            candidate.name) into youngest, first_id, last_id;
-        if youngest is not null then
-            exit when youngest > clock_timestamp() - keep;
-            overdue := coalesce(youngest <= clock_timestamp() - drop_unpublished_after, false);
-            exit when behind and not overdue;
-            if not overdue then
-                execute format('select exists (select ' || of_somebody || ')', candidate.name) into late;
-                exit when late;
+        execute format('select min(id), max(id) from %s', candidate.name) into first_id, last_id;
+        if first_id is not null then
+            -- Ids of the partition were handed out after the sample.
+            exit when aged.seen is null or last_id > aged.newest;
+            -- The newest first: most often one of them has to stay, if any.
+            execute format('select exists (select from (select * from %s order by id desc limit 1000) e where (%s) is not true)',
+                           candidate.name, may_go) into late;
+            if not late then
+                execute format('select exists (select from %s e where (%s) is not true)', candidate.name, may_go) into late;
             end if;
+            if late then
+                failed := failed + 1;
+                continue;
+            end if;
+            lost := null;
+            unpublished := 0;
             execute format('select count(*), min(id) from %s', candidate.name) into events, first_id;
-            if behind then
-                unpublished := events;
-            else
-                execute format('select count(distinct e.id) ' || of_somebody, candidate.name) into unpublished;
+            if overdue.seen is not null then
+                execute format(
+                    'with unpublished as (
+                        select e.id, p.pipeline from %s e
+                         cross join lateral (
+                            select c.pipeline from outbox.cursors c where %s
+                            union select n from unnest($1) n where not exists (select from outbox.cursors c where c.pipeline = n)) p)
+                     select (select count(distinct id) from unpublished),
+                            (select json_agg(l) from (
+                                select pipeline, min(id) as first, max(id) as last, count(*) as events
+                                  from unpublished group by pipeline) l)',
+                    candidate.name, outbox.is_behind()) into unpublished, lost using pipelines;
             end if;
             begin
                 execute format('lock table only %s in access exclusive mode', candidate.name);
@@ -672,14 +919,22 @@ begin
                 return;
             end;
             -- A transaction may have committed between the look and the lock; now none can any more.
-            execute format(
-                'select exists (select from %s where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1))',
-                candidate.name) into late using looked;
-            exit when late;
+            execute format('select exists (select from %s where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1))',
+                           candidate.name) into late using aged.seen;
+            if late then
+                failed := failed + 1;
+                continue;
+            end if;
             execute format('truncate only %s', candidate.name);
+            insert into outbox.acts (who, action, pipeline, selector, events, reason)
+            select 'retention', 'lost', l ->> 'pipeline', format('ids %s to %s', l ->> 'first', l ->> 'last'),
+                   (l ->> 'events')::bigint, 'not published within retention.drop_unpublished_after'
+              from json_array_elements(lost) l;
+            lost_to := array(select l ->> 'pipeline' from json_array_elements(lost) l);
         else
             events := 0;
             unpublished := 0;
+            lost_to := '{}';
             first_id := candidate.lower;
             last_id := candidate.upper - 1;
         end if;
@@ -703,6 +958,83 @@ begin
             return;
         end if;
     end loop;
+end
+$$;
+
+-- Deletes events that may go and that no partition takes along in time: those of a partition that is still in use, of the
+-- default one, and of one where an event has to stay. Looks at `rows_max` rows after the id `after`, in the order of their
+-- ids, through the primary key; returns what it did and how far it looked, or no row at the end of what is old enough. A
+-- short transaction that locks nothing but what it deletes.
+--
+-- The arguments are those of outbox.retire_partition.
+create function outbox.retire_rows(
+    keep interval,
+    pipelines text[] default '{}',
+    drop_unpublished_after interval default null,
+    counted double precision default null,
+    after bigint default null,
+    rows_max integer default 5000
+)
+returns table (first_id bigint, last_id bigint, events bigint, unpublished bigint, looked_to bigint, lost_to text[])
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '200ms'
+-- Along the primary key, whatever the statistics say of a table of which all rows come and go: without any, all that is old
+-- would be read and sorted for each batch. What that costs by the planner's count would have the statement compiled, which
+-- takes longer than to run it.
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+set jit = off
+as $$
+declare
+    aged outbox.samples;
+    overdue outbox.samples;
+    behind boolean;
+begin
+    if keep is null or not outbox.begin_upkeep('retention') or not outbox.at_home() then
+        return;
+    end if;
+    -- A twentieth later than whole partitions, so that a log that fills one in less than that is never deleted row by row.
+    aged := outbox.aged(keep, 0.05, counted);
+    if aged.seen is null then
+        return;
+    end if;
+    overdue := outbox.aged(drop_unpublished_after, 0.05, counted);
+    behind := exists (select from unnest(pipelines) p (name)
+                       where not exists (select from outbox.cursors c where c.pipeline = p.name));
+    execute format(
+        'select max(id) from (select id from outbox.events where id > %s and id <= %s order by id limit %s) e',
+        coalesce(after, -9223372036854775808), aged.newest, rows_max) into looked_to;
+    if looked_to is null then
+        return;
+    end if;
+    execute format(
+        'with gone as (
+            delete from outbox.events e
+             where e.id > %1$s and e.id <= %2$s and %3$s
+            returning e.id, %4$s as lost),
+         noted as (
+            insert into outbox.acts (who, action, pipeline, selector, events, reason)
+            select ''retention'', ''lost'', l.pipeline, format(''ids %%s to %%s'', min(g.id), max(g.id)), count(*),
+                   ''not published within retention.drop_unpublished_after''
+              from gone g cross join unnest(g.lost) l (pipeline)
+             group by l.pipeline)
+         select min(g.id), max(g.id), count(*), count(*) filter (where cardinality(g.lost) > 0),
+                array(select distinct l.pipeline from gone g cross join unnest(g.lost) l (pipeline) order by 1)
+           from gone g',
+        coalesce(after, -9223372036854775808), looked_to, outbox.may_go(aged.seen, overdue.seen, behind),
+        case when overdue.seen is null then '''{}''::text[]'
+             else format('array(
+                select c.pipeline from outbox.cursors c where %s
+                union select n from unnest($1) n where not exists (select from outbox.cursors c where c.pipeline = n))',
+                outbox.is_behind()) end)
+        into first_id, last_id, events, unpublished, lost_to using pipelines;
+    if events > 0 then
+        update outbox.upkeep set up_to = greatest(up_to, retire_rows.last_id) where task = 'retention';
+    end if;
+    return next;
 end
 $$;
 
@@ -777,6 +1109,7 @@ begin
      where prev is not null;
     -- Their snapshots mean nothing here, and what they had passed lies before every cursor now.
     delete from outbox.former_cursors;
+    delete from outbox.samples;
     -- Ends the lease of a relay that still works with what it read elsewhere.
     delete from outbox.incarnation;
     perform outbox.repair_sequence();
@@ -798,7 +1131,7 @@ grant select, insert, update, delete on outbox.pipelines to outbox_relay;
 grant select, insert, delete on outbox.former_cursors, outbox.pauses, outbox.skips to outbox_relay;
 grant select, insert on outbox.incarnation, outbox.dropped to outbox_relay;
 grant select, insert, update on outbox.replays to outbox_relay;
-grant select on outbox.resets to outbox_relay;
+grant select on outbox.resets, outbox.samples, outbox.upkeep to outbox_relay;
 -- Not the columns that say when, and as whom the database knows them.
 grant select, insert (who, action, pipeline, selector, events, reason) on outbox.acts to outbox_relay;
 
@@ -811,6 +1144,9 @@ grant execute on function
     outbox.name_bad_header(json)
     to outbox_writer;
 grant execute on function
-    outbox.make_partitions(integer, bigint), outbox.retire_partition(interval, text[], interval),
+    outbox.make_partitions(integer, bigint),
+    outbox.take_sample(interval, interval, double precision, double precision),
+    outbox.retire_partition(interval, text[], interval, double precision),
+    outbox.retire_rows(interval, text[], interval, double precision, bigint, integer),
     outbox.is_restored(), outbox.adopt(), outbox.repair_sequence(), outbox.shard_of(text, text, integer)
     to outbox_relay;

@@ -73,15 +73,30 @@ create table outbox_cursors (
     primary key (pipeline, shard)
 );
 
+-- The newest id at a few moments: what an event's age is told by, because writers set occurred_at and may set it to anything.
+-- Only the relay writes here; about a hundred rows.
+create table outbox_samples (
+    id      integer primary key autoincrement,
+    -- For people.
+    at      integer not null,
+    -- The seconds that relays have counted until then with clocks that nobody sets; only differences mean something.
+    counted real    not null,
+    -- Every event that was committed by then has an id up to this one, and no later event has.
+    newest  integer not null
+);
+
 -- Ids that began anew (rows deleted, and sqlite_sequence with them) lie below what the cursors have passed, where no relay
--- looks: such an event gets an id above all of them.
+-- looks, and would be taken for old: such an event gets an id above all that was seen.
 create trigger outbox_events_ids_go_on
 after insert on outbox_events
-when new.id <= (select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors)
+when new.id <= max(
+    coalesce((select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors), 0),
+    coalesce((select newest from outbox_samples order by id desc limit 1), 0))
 begin
     update outbox_events
        set id = 1 + max((select max(id) from outbox_events),
-                        (select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors))
+                        coalesce((select max(max(coalesce(ceiling, 0), coalesce(last_id, 0))) from outbox_cursors), 0),
+                        coalesce((select newest from outbox_samples order by id desc limit 1), 0))
      where id = new.id;
 end;
 
@@ -131,6 +146,8 @@ create index outbox_parked_id on outbox_parked (pipeline, id);
 create index outbox_parked_entity on outbox_parked (pipeline, aggregate_type, aggregate_id, id);
 -- Finds what was asked for: an owner looks every few seconds, and there is nearly never anything.
 create index outbox_parked_wanted on outbox_parked (pipeline, id) where wanted is not null;
+-- Finds events whose content is in the log only: retention leaves them there.
+create index outbox_parked_without_content on outbox_parked (event_id) where has_content = 0;
 
 -- What operators asked for: who, when, of which events, why.
 create table outbox_acts (

@@ -1,11 +1,13 @@
 //! `outbox-relay check`: is the configuration right, and what does it mean?
 
 use clap::Args;
+use humantime::format_duration;
 
 use super::show::say;
 use super::{ConfigArgs, Outcome};
 use crate::config::{Config, PipelineConfig, Sink, Source};
 use crate::relay::Policy;
+use crate::retention;
 use crate::sink::kafka::Delivery;
 use crate::source::postgres::CaptureMode;
 
@@ -25,6 +27,7 @@ impl Check {
         for pipeline in &config.pipelines {
             say!("  pipeline  {}", describe(pipeline));
         }
+        anstream::println!("  retention {}", retention(&config.retention));
         Ok(Outcome::Done)
     }
 }
@@ -48,6 +51,21 @@ fn source(config: &Config) -> String {
         }
         Source::Sqlite { path, .. } => format!("the SQLite file {}", path.display()),
     }
+}
+
+/// How long events stay, and when they are lost.
+fn retention(settings: &retention::Settings) -> String {
+    let keep = settings.keep.map_or("for ever".to_owned(), |keep| {
+        format!("for {}", format_duration(keep))
+    });
+    let unpublished = match (settings.keep, settings.drop_unpublished_after) {
+        (Some(_), Some(after)) => format!(
+            "events that a pipeline has not published within {} are LOST (retention.drop_unpublished_after)",
+            format_duration(after)
+        ),
+        _ => "what is not published stays until it is".to_owned(),
+    };
+    format!("published events stay {keep}; {unpublished}")
 }
 
 fn sink(config: &Config) -> String {

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use super::show::say;
 use super::{ConfigArgs, Outcome};
 use crate::config::Source;
-use crate::migrate::{self, Kind};
+use crate::migrate::{self, Kind, Partitions};
 use crate::supervise::sqlite_options;
 
 /// Make or update the outbox tables.
@@ -39,9 +39,16 @@ impl Migrate {
             anstream::print!("{}", migrate::print(kind));
             return Ok(Outcome::Done);
         }
-        let report = match self.config.load()?.source {
+        let config = self.config.load()?;
+        let partitions = Partitions {
+            events: config.retention.partition_events,
+            ahead: config.retention.partitions_ahead,
+        };
+        let report = match config.source {
             // Migrations need a session of their own, which a pooler does not give.
-            Source::Postgres(settings) => migrate::postgres(settings.direct_options).await?,
+            Source::Postgres(settings) => {
+                migrate::postgres_with(settings.direct_options, partitions).await?
+            }
             Source::Sqlite { path, .. } => {
                 migrate::sqlite(sqlite_options(&path).create_if_missing(true)).await?
             }

@@ -13,7 +13,8 @@ use super::{ConfigArgs, Outcome};
 use crate::database::with_next_step;
 use crate::event::PipelineName;
 use crate::verify::{
-    self, Doubled, Example, Finding, NotJudged, Options, PipelineReport, Progress, Side, Watcher,
+    self, Doubled, Example, Finding, Lost, LostEvents, NotJudged, Options, PipelineReport,
+    Progress, Side, Watcher,
 };
 
 /// Compare the topics with the log: what is missing, doubled, out of order, altered or unknown?
@@ -119,6 +120,7 @@ fn show_pipeline(report: &PipelineReport) {
         waiting,
         parked,
         dropped,
+        lost,
         not_judged,
         missing,
         out_of_order,
@@ -143,6 +145,7 @@ fn show_pipeline(report: &PipelineReport) {
         "given up by an operator: `outbox-relay acts`",
     );
     show_not_judged(not_judged);
+    show_lost(lost);
     show_finding("missing", missing, "passed by the cursor, and in no topic");
     if let Some(uuid) = missing
         .examples
@@ -215,6 +218,27 @@ fn show_not_judged(not_judged: &NotJudged) {
         ),
     ] {
         more("not judged", count, text);
+    }
+}
+
+fn show_lost(lost: &Lost) {
+    let Lost { count, removals } = lost;
+    if *count == 0 {
+        return;
+    }
+    line(
+        "lost",
+        *count,
+        RED,
+        "removed before they were published, by retention.drop_unpublished_after",
+    );
+    for LostEvents { ids, events, at } in removals {
+        let words = format!("{events} events, {ids}, removed at {at}");
+        anstream::println!("                {}", show::plain(&words));
+    }
+    let shown: u64 = removals.iter().map(|removal| removal.events).sum();
+    if shown < *count {
+        anstream::println!("                ...");
     }
 }
 

@@ -315,11 +315,12 @@ mod tests {
             )]);
         let config = Config::load(None, env).unwrap();
         let books = Books {
+            retained: crate::ledger::view::Retained::default(),
             newest_id: 8,
             log: LogSize {
                 bytes: 90,
                 oldest_seconds: None,
-                bytes_per_second: None,
+                growth: None,
             },
             pipelines: rows,
             relays: Vec::new(),

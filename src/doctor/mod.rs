@@ -9,6 +9,7 @@ mod kafka;
 mod kafka_rights;
 mod postgres;
 mod reading;
+mod retention;
 mod sqlite;
 mod transactions;
 
@@ -132,7 +133,9 @@ impl Finding {
 pub async fn examine(config: &Config, now_us: fn() -> i64) -> Vec<Finding> {
     let source = async {
         let mut findings = match &config.source {
-            Source::Postgres(settings) => postgres::examine(settings, now_us).await,
+            Source::Postgres(settings) => {
+                postgres::examine(settings, &config.retention, now_us).await
+            }
             Source::Sqlite { path, .. } => sqlite::examine(path).await,
         };
         let mut topics = BTreeSet::new();
@@ -186,6 +189,7 @@ async fn tables(
         daemon_answers,
     };
     let mut findings = books::judge(&seen);
+    findings.extend(retention::judge(&config.retention, &books));
     findings.extend(sequence(database.sequence().await?));
     // Rows of another cluster mean something once a relay has adopted them, and what is wrong with the table is known.
     if sound && books.pipelines.iter().all(|row| row.moved.is_none()) {

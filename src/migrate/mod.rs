@@ -56,6 +56,34 @@ pub struct Report {
     pub present: Vec<Version>,
 }
 
+/// The first partitions of the log in PostgreSQL.
+#[derive(Clone, Copy, Debug)]
+pub struct Partitions {
+    /// Events in each.
+    pub events: u64,
+    /// How many lie ahead.
+    pub ahead: u32,
+}
+
+impl Default for Partitions {
+    fn default() -> Self {
+        Self {
+            events: 5_000_000,
+            ahead: 8,
+        }
+    }
+}
+
+impl Partitions {
+    /// Tells the migration, until the end of its transaction.
+    fn statement(self) -> String {
+        let Self { events, ahead } = self;
+        format!(
+            "set local outbox.partition_events = '{events}'; set local outbox.partitions_ahead = '{ahead}';\n"
+        )
+    }
+}
+
 /// Brings a PostgreSQL database up to date, in one transaction that also works through a transaction-mode pooler.
 ///
 /// Writes nothing, and needs no right to, when there is nothing to do. What a copy of the schema has without its list of
@@ -66,19 +94,33 @@ pub struct Report {
 /// knows (it is older than the database, or a migration was changed since), or the schema has other objects of these names.
 /// Nothing was changed then.
 pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
+    postgres_with(options, Partitions::default()).await
+}
+
+/// As [`postgres`](fn@postgres), with first partitions as the configuration has them.
+///
+/// # Errors
+/// As [`postgres`](fn@postgres).
+pub async fn postgres_with(
+    options: PgConnectOptions,
+    partitions: Partitions,
+) -> anyhow::Result<Report> {
     /// Each attempt that fails like this was overtaken by another migration, which is complete then.
     const ATTEMPTS: u32 = 5;
     let options = options.disable_statement_logging();
     let mut attempt = 1;
     loop {
-        match migrate_postgres(&options).await {
+        match migrate_postgres(&options, partitions).await {
             Err(error) if attempt < ATTEMPTS && was_overtaken(&error) => attempt += 1,
             done => return done,
         }
     }
 }
 
-async fn migrate_postgres(options: &PgConnectOptions) -> anyhow::Result<Report> {
+async fn migrate_postgres(
+    options: &PgConnectOptions,
+    partitions: Partitions,
+) -> anyhow::Result<Report> {
     let mut connection = postgres::connect(options).await?;
     let mut transaction = ask::begin(&mut connection, Duration::ZERO)
         .await
@@ -88,12 +130,16 @@ async fn migrate_postgres(options: &PgConnectOptions) -> anyhow::Result<Report> 
     if !pending.is_empty() {
         // Migrations that run at the same time meet at the names that they make, where nobody else can keep them waiting.
         own_schema(&mut transaction).await?;
+        let all = || -> String {
+            let statements = steps(Kind::Postgres, &pending).map(|(_, statements)| statements);
+            std::iter::once(partitions.statement())
+                .chain(statements)
+                .collect()
+        };
         let statements = match objects::compare(&objects::present(&mut transaction).await?) {
-            Comparison::Nothing => steps(Kind::Postgres, &pending).map(|(_, s)| s).collect(),
+            Comparison::Nothing => all(),
             Comparison::Same => recognised(&pending),
-            Comparison::Different(_) if !applied.is_empty() => {
-                steps(Kind::Postgres, &pending).map(|(_, s)| s).collect()
-            }
+            Comparison::Different(_) if !applied.is_empty() => all(),
             Comparison::Different(differences) => bail!(different(&differences)),
         };
         transaction
@@ -241,6 +287,12 @@ pub async fn pending_sqlite(options: SqliteConnectOptions) -> anyhow::Result<Vec
 /// none of them.
 #[must_use]
 pub fn print(kind: Kind) -> String {
+    print_with(kind, Partitions::default())
+}
+
+/// As [`print`](fn@print), with first partitions as the configuration has them.
+#[must_use]
+pub fn print_with(kind: Kind, partitions: Partitions) -> String {
     let mut script = String::new();
     // Outside of the transaction, where the journal can't be changed.
     if kind == Kind::Sqlite {
@@ -252,6 +304,8 @@ pub fn print(kind: Kind) -> String {
         script.push_str(
             "set local search_path = pg_catalog, pg_temp;\nset local standard_conforming_strings = on;\n\n",
         );
+        script.push_str(&partitions.statement());
+        script.push('\n');
     }
     let all: Vec<&Migration> = migrator(kind).iter().collect();
     for (_, statements) in steps(kind, &all) {

@@ -26,7 +26,9 @@ use tokio::task::spawn_blocking;
 use self::expect::Rules;
 use self::judge::{Judge, Terms, Topic};
 use self::log::{Books, Log};
-pub use self::report::{Doubled, Example, Finding, NotJudged, PipelineReport, Report};
+pub use self::report::{
+    Doubled, Example, Finding, Lost, LostEvents, NotJudged, PipelineReport, Report,
+};
 use self::set_aside::SetAside;
 use self::topics::Cluster;
 use crate::config::{Config, Delivery, PipelineConfig, Policy, Sink};
@@ -143,6 +145,7 @@ impl Audit<'_> {
             settled,
             parked,
             dropped,
+            lost,
             moved: _,
         } = books;
         let parked = parked
@@ -187,6 +190,8 @@ impl Audit<'_> {
             }
         }
         report.pipeline = name.to_string();
+        report.lost = Lost::of(lost, from_id);
+        report.holds &= report.lost.count == 0;
         report.notes = notes;
         Ok(report)
     }

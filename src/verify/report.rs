@@ -41,6 +41,8 @@ pub struct PipelineReport {
     pub parked: u64,
     /// Events of the retained log that an operator gave up.
     pub dropped: u64,
+    /// Removed from the log before they were published, by `retention.drop_unpublished_after` (I4).
+    pub lost: Lost,
     /// What can't be known.
     pub not_judged: NotJudged,
     /// Settled and in no topic (I3, I4).
@@ -57,6 +59,55 @@ pub struct PipelineReport {
     pub duplicates_allowed: bool,
     /// What else is good to know.
     pub notes: Vec<String>,
+}
+
+/// Events that retention removed before a pipeline had published them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// How many.
+    pub count: u64,
+    /// The newest few removals, the last one first.
+    pub removals: Vec<LostEvents>,
+}
+
+/// One removal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LostEvents {
+    /// Such as "ids 1200 to 1999".
+    pub ids: String,
+    /// How many events of these the pipeline had not published.
+    pub events: u64,
+    /// When, in UTC.
+    pub at: String,
+}
+
+impl From<(String, i64, String)> for LostEvents {
+    fn from((ids, events, at): (String, i64, String)) -> Self {
+        let events = u64::try_from(events).unwrap_or_default();
+        Self { ids, events, at }
+    }
+}
+
+impl LostEvents {
+    /// Whether one of them has this id or a later one.
+    fn reaches(&self, from_id: i64) -> bool {
+        let last = self.ids.rsplit(' ').next().unwrap_or_default();
+        last.parse().is_ok_and(|last: i64| last >= from_id)
+    }
+}
+
+impl Lost {
+    /// Of all removals, the oldest first, those of events from this id on.
+    pub(super) fn of(removals: Vec<LostEvents>, from_id: i64) -> Self {
+        let mut removals: Vec<LostEvents> = removals
+            .into_iter()
+            .filter(|removal| removal.reaches(from_id))
+            .collect();
+        let count = removals.iter().map(|removal| removal.events).sum();
+        removals.reverse();
+        removals.truncate(EXAMPLES_MAX);
+        Self { count, removals }
+    }
 }
 
 /// What can't be known, because one side no longer has it.

@@ -23,6 +23,7 @@ use crate::database::Database;
 use crate::ledger::view::{Books, LogSize, PipelineBooks, Server};
 use crate::reason::reason;
 use crate::relay::status::State;
+use crate::retention::{self, Outlived};
 use crate::supervise::wall_clock_us;
 
 const REFRESH: Duration = Duration::from_secs(2);
@@ -114,6 +115,7 @@ impl StatusArgs {
         if let Some(books) = &seen.books {
             relays(books);
             show_log(&books.log, config.retention.disk_budget_bytes);
+            show_retained(books, &config.retention);
         }
         if let Some(server) = seen.books.as_ref().and_then(|books| books.server.as_ref()) {
             show_server(server);
@@ -298,6 +300,25 @@ fn show_log(log: &LogSize, budget_bytes: Option<u64>) {
     say!("{BOLD}log{BOLD:#}: {}", forecast(log, budget_bytes));
 }
 
+/// Says when events stay for longer than they should, and which were lost.
+fn show_retained(books: &Books, retention: &retention::Settings) {
+    if let Some(Outlived { what, why, mend }) = retention.outlived(books) {
+        anstream::println!(
+            "  {RED}{}{RED:#}: {}; {mend}",
+            show::plain(&what),
+            show::plain(&why)
+        );
+    }
+    for lost in &books.retained.lost {
+        anstream::println!(
+            "  {RED}{}{RED:#}: {} events were LOST by retention.drop_unpublished_after, the last {} ago: see `outbox-relay acts`",
+            show::plain(&lost.pipeline),
+            lost.events,
+            show::age(lost.seconds_ago)
+        );
+    }
+}
+
 /// How large the log is, and when it will be too large.
 #[expect(clippy::cast_precision_loss, reason = "a forecast is for people")]
 #[expect(
@@ -312,19 +333,29 @@ fn forecast(log: &LogSize, budget_bytes: Option<u64>) -> String {
         format!(", the oldest event is {} old", show::age(oldest))
     });
     let now = format!("{}{budget}{oldest}", size(log.bytes));
-    let Some(rate) = log.bytes_per_second.filter(|rate| *rate > 0.0) else {
-        return now;
+    let left = budget_bytes.map(|budget| budget.saturating_sub(log.bytes));
+    let full = match left {
+        Some(0) => ": FULL (retention.disk_budget)",
+        _ => "",
     };
-    let end = match budget_bytes.map(|budget| budget.saturating_sub(log.bytes)) {
-        None => String::new(),
-        Some(0) => ": FULL (retention.disk_budget)".to_owned(),
-        Some(left) => format!(
-            ": full in {} if nothing is retired",
+    let Some(growth) = log.growth.filter(|growth| growth.bytes_per_second() > 0.0) else {
+        return format!("{now}{full}");
+    };
+    let rate = growth.bytes_per_second();
+    let end = left.filter(|left| *left > 0).map_or(String::new(), |left| {
+        format!(
+            ": full in {} if nothing is removed",
             show::age(left as f64 / rate)
-        ),
-    };
+        )
+    });
     let a_day = size((rate * 86_400.0) as u64);
-    format!("{now}, {a_day} a day come in{end}")
+    let made_of = format!(
+        "{} ids in {}, {} each",
+        growth.ids,
+        show::age(growth.observed_seconds),
+        size(growth.bytes_per_event as u64)
+    );
+    format!("{now}, {a_day} a day come in ({made_of}){full}{end}")
 }
 
 fn show_server(server: &Server) {
@@ -377,32 +408,43 @@ fn show_server(server: &Server) {
 mod tests {
     use super::*;
 
+    use crate::ledger::view::Growth;
+
     const GIB: u64 = 1 << 30;
 
     #[test]
     fn the_forecast_says_when_the_disk_is_full() {
-        let log = |bytes, bytes_per_second| LogSize {
+        let log = |bytes, growth| LogSize {
             bytes,
             oldest_seconds: Some(7200.0),
-            bytes_per_second,
+            growth,
         };
-        let mib_a_second = Some(f64::from(1 << 20));
+        let mib_a_second = Some(Growth {
+            observed_seconds: 7200.0,
+            ids: 7_372_800,
+            bytes_per_event: 1024.0,
+        });
         for (log, budget, expected) in [
             (log(GIB, None), None, "1.0 GiB, the oldest event is 2 h old"),
             (
+                log(GIB, None),
+                Some(GIB),
+                "1.0 GiB of 1.0 GiB, the oldest event is 2 h old: FULL (retention.disk_budget)",
+            ),
+            (
                 log(GIB, mib_a_second),
                 None,
-                "1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in",
+                "1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in (7372800 ids in 2 h, 1.0 KiB each)",
             ),
             (
                 log(GIB, mib_a_second),
                 Some(10 * GIB),
-                "1.0 GiB of 10.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in: full in 3 h if nothing is retired",
+                "1.0 GiB of 10.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in (7372800 ids in 2 h, 1.0 KiB each): full in 3 h if nothing is removed",
             ),
             (
                 log(GIB, mib_a_second),
                 Some(GIB),
-                "1.0 GiB of 1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in: FULL (retention.disk_budget)",
+                "1.0 GiB of 1.0 GiB, the oldest event is 2 h old, 84.4 GiB a day come in (7372800 ids in 2 h, 1.0 KiB each): FULL (retention.disk_budget)",
             ),
         ] {
             assert_eq!(forecast(&log, budget), expected);

@@ -169,13 +169,14 @@ mod tests {
             moved: None,
         };
         let books = Books {
+            retained: crate::ledger::view::Retained::default(),
             newest_id: 2_234_567,
             pipelines: vec![row("main"), row("audit")],
             relays: Vec::new(),
             log: LogSize {
                 bytes: 0,
                 oldest_seconds: None,
-                bytes_per_second: None,
+                growth: None,
             },
             server: None,
         };

@@ -14,9 +14,14 @@ use std::borrow::Cow;
 use super::{Finding, Probed, answered};
 use crate::migrate;
 use crate::reason::reason;
+use crate::retention;
 use crate::source::postgres::{CaptureMode, Settings, ask, connect};
 
-pub(super) async fn examine(settings: &Settings, now_us: fn() -> i64) -> Probed {
+pub(super) async fn examine(
+    settings: &Settings,
+    retention: &retention::Settings,
+    now_us: fn() -> i64,
+) -> Probed {
     let options = settings.options.clone().disable_statement_logging();
     let mut connection = match connect(&options).await {
         Ok(connection) => connection,
@@ -35,7 +40,7 @@ pub(super) async fn examine(settings: &Settings, now_us: fn() -> i64) -> Probed 
     ));
     match table::exists(&mut connection).await {
         Ok(true) => {
-            let (of_outbox, readable) = examine_outbox(&mut connection, settings).await;
+            let (of_outbox, readable) = examine_outbox(&mut connection, settings, retention).await;
             findings.extend(of_outbox);
             tables = readable;
         }
@@ -69,6 +74,7 @@ fn reached(connection: &PgConnection, options: &PgConnectOptions) -> String {
 async fn examine_outbox(
     connection: &mut PgConnection,
     settings: &Settings,
+    retention: &retention::Settings,
 ) -> (Vec<Finding>, bool) {
     let mut findings = Vec::new();
     let rights = rights::examine(connection).await;
@@ -83,7 +89,7 @@ async fn examine_outbox(
     }
     findings.extend(answered(
         "table",
-        table::examine(connection, settings.mode).await,
+        table::examine(connection, settings.mode, retention).await,
     ));
     (findings, enough)
 }

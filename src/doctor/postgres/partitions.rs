@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::super::Finding;
+use crate::retention;
 
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Partition {
@@ -22,7 +23,11 @@ pub(super) fn none() -> Finding {
     )
 }
 
-pub(super) fn judge(partitions: &[Partition], newest_id: Option<i64>) -> Vec<Finding> {
+pub(super) fn judge(
+    partitions: &[Partition],
+    newest_id: Option<i64>,
+    retention: &retention::Settings,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     let unlogged: Vec<&str> = partitions
         .iter()
@@ -53,12 +58,17 @@ pub(super) fn judge(partitions: &[Partition], newest_id: Option<i64>) -> Vec<Fin
             .sql("create table outbox.events_default partition of outbox.events default"),
         );
     }
-    findings.extend(ahead(partitions, newest_id));
+    findings.extend(ahead(partitions, newest_id, retention));
+    findings.extend(another_size(partitions, newest_id, retention));
     findings.extend(rows_in_default(partitions));
     findings
 }
 
-fn ahead(partitions: &[Partition], newest_id: Option<i64>) -> Option<Finding> {
+fn ahead(
+    partitions: &[Partition],
+    newest_id: Option<i64>,
+    retention: &retention::Settings,
+) -> Option<Finding> {
     let newest = newest_id?;
     let covers_next = |partition: &&Partition| {
         partition
@@ -80,11 +90,43 @@ fn ahead(partitions: &[Partition], newest_id: Option<i64>) -> Option<Finding> {
         Finding::warning(
             "partitions",
             what,
-            "events in the default partition are published like all others, but it can't be dropped once they are \
+            "events in the default partition are published like all others, but are removed one by one later \
              (the daemon makes partitions: has it been away?)",
         )
-        .sql("select outbox.make_partitions()"),
+        .sql(format!(
+            "select outbox.make_partitions({}, {})",
+            retention.partitions_ahead, retention.partition_events
+        )),
     )
+}
+
+/// The partitions that lie ahead were made with another setting.
+fn another_size(
+    partitions: &[Partition],
+    newest_id: Option<i64>,
+    retention: &retention::Settings,
+) -> Option<Finding> {
+    let newest = newest_id?;
+    let last = partitions
+        .iter()
+        .filter_map(|partition| partition.lower.zip(partition.upper))
+        .filter(|(lower, _)| *lower > newest + 1)
+        .max()?;
+    let size = last.1.saturating_sub(last.0);
+    (u64::try_from(size) != Ok(retention.partition_events)).then(|| {
+        Finding::note(
+            "partition_size",
+            format!(
+                "the partitions ahead have {size} ids each, retention.partition_events is {}",
+                retention.partition_events
+            ),
+            format!(
+                "the setting counts from id {} on; old events are removed on time all the same, one by one where a \
+                 partition can't go whole",
+                last.1
+            ),
+        )
+    })
 }
 
 fn rows_in_default(partitions: &[Partition]) -> Option<Finding> {
@@ -99,18 +141,17 @@ fn rows_in_default(partitions: &[Partition]) -> Option<Finding> {
                 "the default partition {name} has {} kB",
                 default.bytes / 1024
             ),
-            "its events are published like all others, but it can't be dropped once they are",
+            "its events are published like all others, and the relay removes them one by one when they are old enough, \
+             which costs more than dropping a partition",
         )
-        // What the start of a window had seen is published; what commits late is not among it.
-        .sql(format!(
-            "delete from {name} e where not exists (select from outbox.cursors c \
-             where c.prev is null or not pg_visible_in_snapshot(e.xid, c.prev)); vacuum {name}"
-        )),
+        .advice("nothing to do while a relay runs; vacuum makes its space free for new events"),
     )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -123,18 +164,31 @@ mod tests {
             name: "outbox.p".to_owned(),
             bytes: 0,
         };
+        let retention = retention::Settings {
+            keep: None,
+            drop_unpublished_after: None,
+            disk_budget_bytes: None,
+            interval: Duration::from_secs(1),
+            partition_events: 10,
+            partitions_ahead: 1,
+            pipelines: Vec::new(),
+        };
         let found = |newest_id, bounds: &[(i64, i64)]| {
             let mut partitions: Vec<Partition> = bounds
                 .iter()
                 .map(|(lower, upper)| partition(Some(*lower), Some(*upper)))
                 .collect();
             partitions.push(partition(None, None));
-            judge(&partitions, Some(newest_id))
+            judge(&partitions, Some(newest_id), &retention)
                 .into_iter()
                 .map(|finding| finding.what)
                 .collect::<Vec<_>>()
         };
         assert!(found(0, &[(1, 10), (10, 20)]).is_empty());
+        assert_eq!(
+            found(0, &[(1, 10), (10, 30)]),
+            ["the partitions ahead have 20 ids each, retention.partition_events is 10"]
+        );
         assert_eq!(
             found(0, &[(1, 10)]),
             ["no partition is left ahead of the one in use"]

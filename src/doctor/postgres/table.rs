@@ -9,6 +9,7 @@ use sqlx::postgres::PgConnection;
 use super::super::Finding;
 use super::partitions::{self, Partition};
 use crate::migrate::objects;
+use crate::retention;
 use crate::source::postgres::{CaptureMode, ask};
 
 /// Column and type.
@@ -74,8 +75,8 @@ select c.relkind = 'p' as partitioned,
        (select t.tgenabled in ('O', 'A') from pg_trigger t
          where t.tgrelid = c.oid and t.tgname = 'events_notify') as notifies,
        (select coalesce(json_agg(p), '[]') from (
-            select (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'FROM \\(''?(\\d+)''?\\)'))[1]::bigint as lower,
-                   (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'TO \\(''?(\\d+)''?\\)'))[1]::bigint as upper,
+            select (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'FROM [(]''?(-?[0-9]+)''?[)]'))[1]::bigint as lower,
+                   (regexp_match(pg_get_expr(pc.relpartbound, pc.oid), 'TO [(]''?(-?[0-9]+)''?[)]'))[1]::bigint as upper,
                    pg_get_expr(pc.relpartbound, pc.oid) = 'DEFAULT' as is_default,
                    pc.relpersistence = 'u' as unlogged,
                    pc.oid::regclass::text as name,
@@ -142,6 +143,7 @@ pub(super) async fn exists(connection: &mut PgConnection) -> Result<bool, anyhow
 pub(super) async fn examine(
     connection: &mut PgConnection,
     mode: CaptureMode,
+    retention: &retention::Settings,
 ) -> Result<Vec<Finding>, anyhow::Error> {
     let facts: Facts = ask::one(connection, FACTS)
         .await
@@ -153,7 +155,11 @@ pub(super) async fn examine(
     findings.extend(row_security(&facts));
     findings.extend(trigger(facts.notifies, mode));
     if facts.partitioned {
-        findings.extend(partitions::judge(&facts.partitions, facts.newest_id));
+        findings.extend(partitions::judge(
+            &facts.partitions,
+            facts.newest_id,
+            retention,
+        ));
     } else {
         findings.push(partitions::none());
     }

@@ -20,6 +20,8 @@ pub struct Books {
     pub relays: Vec<LiveRelay>,
     /// What the log takes.
     pub log: LogSize,
+    /// What keeps the log from being shorter.
+    pub retained: Retained,
     /// Where the database is a server.
     pub server: Option<Server>,
 }
@@ -38,10 +40,72 @@ pub struct LiveRelay {
 pub struct LogSize {
     /// Tables and indexes; of a SQLite outbox the whole file.
     pub bytes: u64,
-    /// Age of the oldest event that is retained; none without any.
+    /// Age of the oldest event that is retained: what its `occurred_at` says, within the bounds that the samples of the log
+    /// set; none without any.
     pub oldest_seconds: Option<f64>,
-    /// By the rate of the newest 100,000 ids and the average size; none without events.
-    pub bytes_per_second: Option<f64>,
+    /// How fast it grows; none where the log was observed for less than an hour.
+    pub growth: Option<Growth>,
+}
+
+/// What came in during a time of an hour to about a day.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Growth {
+    /// How long that was.
+    pub observed_seconds: f64,
+    /// Ids that were handed out.
+    pub ids: i64,
+    /// What an event takes with its indexes, on average; the space of empty tables is left out.
+    pub bytes_per_event: f64,
+}
+
+impl Growth {
+    /// What comes in.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a forecast is for people")]
+    pub fn bytes_per_second(&self) -> f64 {
+        self.ids as f64 * self.bytes_per_event / self.observed_seconds.max(1.0)
+    }
+}
+
+/// What there is to know of events that are retained, and of those that were lost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Retained {
+    /// The event with the lowest id.
+    pub first: Option<FirstRetained>,
+    /// Since the last sample of the log was noted; none before the first.
+    pub sampled_seconds_ago: Option<f64>,
+    /// Constraints that refer to the log, as `name of table`.
+    pub foreign_keys: Vec<String>,
+    /// What `retention.drop_unpublished_after` has cost within the last seven days.
+    pub lost: Vec<LostEvents>,
+}
+
+/// Why the event with the lowest id is there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirstRetained {
+    /// Its id.
+    pub id: i64,
+    /// It is committed for this long at least, by the database's clock; none where no sample tells.
+    pub at_least_seconds: Option<f64>,
+    /// Of that, for this long as relays have counted.
+    pub counted_seconds: Option<f64>,
+    /// Pipelines whose cursor has not passed it.
+    pub held_by: Vec<String>,
+    /// Whether it is parked and its content is only here.
+    pub parked: bool,
+    /// Replays that have still to read it.
+    pub replays: Vec<i64>,
+}
+
+/// Events that a pipeline lost to retention.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LostEvents {
+    /// The pipeline.
+    pub pipeline: String,
+    /// How many.
+    pub events: i64,
+    /// Since the last of them was removed.
+    pub seconds_ago: f64,
 }
 
 /// What the database knows about one pipeline.

@@ -59,18 +59,73 @@ select current_setting('server_version') as version,
                extract(epoch from clock_timestamp() - min(prepared))::float8 as oldest_prepared_seconds
           from pg_prepared_xacts) p";
 
-/// Three rows found by primary key; the sizes come from the file system.
+/// Two rows found by primary key, and about a hundred samples; the sizes come from the file system. An empty partition has
+/// a page for each index. What came in is told by the sample that is nearest to a day old, and at least an hour.
 const LOG_SIZE: &str = "
+with samples as (
+    select s.* from outbox.samples s
+     where s.system_identifier = (select c.system_identifier from pg_control_system() c))
 select size.bytes,
-       extract(epoch from clock_timestamp() - first.occurred_at)::float8 as oldest_seconds,
-       size.bytes::float8 / (last.id - first.id + 1) * (last.id - recent.id)
-           / greatest(extract(epoch from clock_timestamp() - recent.occurred_at)::float8, 0.001) as bytes_per_second
-  from (select coalesce(sum(pg_total_relation_size(relid)), 0)::bigint as bytes
-          from pg_partition_tree('outbox.events')) size
-  left join lateral (select id, occurred_at from outbox.events order by id limit 1) first on true
-  left join lateral (select id, occurred_at from outbox.events order by id desc limit 1) last on true
+       greatest(0, least(
+            greatest(case when isfinite(first.occurred_at)
+                          then extract(epoch from clock_timestamp() - first.occurred_at)::float8 end, age.at_least),
+            age.at_most)) + case when first.id is null then null else 0 end as oldest_seconds,
+       case when newest.id >= base.newest and last.id >= first.id then json_build_object(
+            'observed_seconds', extract(epoch from clock_timestamp() - base.at)::float8,
+            'ids', newest.id - base.newest,
+            'bytes_per_event', size.used::float8 / (last.id - first.id + 1)) end as growth
+  from (select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint as bytes,
+               coalesce(sum(greatest(0, pg_total_relation_size(t.relid) - current_setting('block_size')::bigint * (
+                    select count(*) from pg_index i where i.indrelid in (c.oid, c.reltoastrelid)))), 0)::bigint as used
+          from pg_partition_tree('outbox.events') t
+          join pg_class c on c.oid = t.relid and c.relkind = 'r') size
+ cross join (select case when s.is_called then s.last_value else 0 end as id from outbox.events_id_seq s) newest
+  left join lateral (select id, xid, occurred_at from outbox.events order by id limit 1) first on true
+  left join lateral (select id from outbox.events order by id desc limit 1) last on true
   left join lateral (
-        select id, occurred_at from outbox.events where id >= last.id - 100000 order by id limit 1) recent on true";
+        select extract(epoch from clock_timestamp() - min(s.at)
+                    filter (where pg_visible_in_snapshot(first.xid, s.seen)))::float8 as at_least,
+               extract(epoch from clock_timestamp() - max(s.at)
+                    filter (where not pg_visible_in_snapshot(first.xid, s.seen)))::float8 as at_most
+          from samples s) age on true
+  left join lateral (
+        select s.at, s.newest from samples s where s.at <= clock_timestamp() - interval '1 hour'
+         order by abs(extract(epoch from clock_timestamp() - interval '1 day' - s.at)) limit 1) base on true";
+
+/// A few rows found by their keys, and the samples.
+const RETAINED: &str = "
+with samples as (
+    select s.* from outbox.samples s
+     where s.system_identifier = (select c.system_identifier from pg_control_system() c))
+select (select json_build_object(
+                'id', e.id,
+                'at_least_seconds', extract(epoch from clock_timestamp() - (
+                    select min(s.at) from samples s where pg_visible_in_snapshot(e.xid, s.seen)))::float8,
+                'counted_seconds', (select max(s.counted) - min(s.counted)
+                        filter (where pg_visible_in_snapshot(e.xid, s.seen)) from samples s),
+                -- As outbox.is_behind has it.
+                'held_by', (select coalesce(json_agg(distinct c.pipeline), '[]') from outbox.cursors c
+                             where c.prev is null
+                                or (e.xid >= pg_snapshot_xmin(c.prev)
+                                    and not pg_visible_in_snapshot(e.xid, c.prev)
+                                    and not (pg_visible_in_snapshot(e.xid, c.cur) and e.id <= c.last_id))),
+                'parked', exists (select from outbox.parked p
+                                   where not p.has_content and p.id = e.id and p.event_id = e.event_id),
+                'replays', (select coalesce(json_agg(r.id), '[]') from outbox.replays r
+                             where r.state = 'open' and e.id > r.last_id and e.id <= r.until_id))
+          from (select id, xid, event_id from outbox.events order by id limit 1) e) as first,
+       extract(epoch from clock_timestamp() - (select max(s.at) from samples s))::float8 as sampled_seconds_ago,
+       (select coalesce(json_agg(k.conname || ' of ' || k.conrelid::regclass order by 1), '[]')
+          from pg_constraint k
+         where k.contype = 'f' and k.conparentid = 0
+           and k.confrelid in (select t.relid from pg_partition_tree('outbox.events') t)) as foreign_keys,
+       (select coalesce(json_agg(l), '[]') from (
+            select a.pipeline, sum(a.events)::bigint as events,
+                   extract(epoch from clock_timestamp() - max(a.at))::float8 as seconds_ago
+              from outbox.acts a
+             where a.who = 'retention' and a.action = 'lost' and a.at > clock_timestamp() - interval '7 days'
+             group by a.pipeline
+             order by a.pipeline) l) as lost";
 
 #[derive(Deserialize)]
 struct PipelineRow {
@@ -129,6 +184,9 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
     .await
     .context("look which relays are there")?;
     let log = log_size(connection).await?;
+    let retained = ask::one(connection, RETAINED)
+        .await
+        .context("ask what is retained")?;
     let server: Server = ask::one(connection, SERVER)
         .await
         .context("ask about the server")?;
@@ -137,6 +195,7 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
         pipelines,
         relays,
         log,
+        retained,
         server: Some(server),
     })
 }
@@ -260,7 +319,8 @@ fn oldest_unpublished(row: &PipelineRow) -> Result<Option<String>, anyhow::Error
         cur.xmax
     ));
     Ok(Some(format!(
-        "select extract(epoch from clock_timestamp() - min(occurred_at))::float8 as seconds from ({}) part",
+        "select extract(epoch from clock_timestamp() - min(occurred_at) \
+                    filter (where isfinite(occurred_at)))::float8 as seconds from ({}) part",
         parts.join(" union all ")
     )))
 }

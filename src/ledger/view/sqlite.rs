@@ -4,7 +4,7 @@ use anyhow::Context;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
-use super::{Books, LogSize, Owner, PipelineBooks, backlog};
+use super::{Books, Growth, LogSize, Owner, PipelineBooks, Retained, backlog};
 use crate::event::EventId;
 use crate::ledger::Pause;
 use crate::source::sqlite::newest_id;
@@ -33,19 +33,50 @@ select n.pipeline, n.shard, c.last_id,
   left join outbox_pauses z on z.pipeline = n.pipeline
  order by n.pipeline, n.shard";
 
-/// Three rows found by rowid.
+/// Two rows found by rowid, and about a hundred samples. An empty file has a page for each table and index.
 const LOG_SIZE: &str = "
 with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
      first as (select id, occurred_at from outbox_events order by id limit 1),
      last as (select id from outbox_events order by id desc limit 1),
-     recent as (select id, occurred_at from outbox_events
-                 where id >= (select id from last) - 100000 order by id limit 1)
+     age as (select max(now.us - s.at) filter (where s.newest >= first.id) as at_least,
+                    min(now.us - s.at) filter (where s.newest < first.id) as at_most
+               from first, now left join outbox_samples s on true),
+     base as (select s.at, s.newest from outbox_samples s, now where s.at <= now.us - 3600000000
+               order by abs(now.us - 86400000000 - s.at) limit 1)
 select page_count * page_size,
-       (select (now.us - occurred_at) / 1000000.0 from first, now),
-       (select page_count * page_size * 1.0 / (last.id - first.id + 1) * (last.id - recent.id)
-                   / max((now.us - recent.occurred_at) / 1000000.0, 0.001)
-          from first, last, recent, now)
-  from pragma_page_count(), pragma_page_size()";
+       (select max(0, min(max(now.us - first.occurred_at, coalesce(age.at_least, now.us - first.occurred_at)),
+                          coalesce(age.at_most, 9e18))) / 1000000.0
+          from first, now, age),
+       (select (now.us - base.at) / 1000000.0 from base, now),
+       (select (select max(seq) from sqlite_sequence where name = 'outbox_events') - base.newest from base),
+       (select max(0, page_count - freelist_count - (select count(*) from sqlite_schema where rootpage > 0)) * page_size * 1.0
+                   / (last.id - first.id + 1)
+          from first, last)
+  from pragma_page_count(), pragma_page_size(), pragma_freelist_count()";
+
+/// A few rows found by their keys, and the samples.
+const RETAINED: &str = "
+with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000)
+select json_object(
+    'first', (select json_object(
+                'id', e.id,
+                'at_least_seconds', (select max(now.us - s.at) / 1000000.0 from outbox_samples s where s.newest >= e.id),
+                'counted_seconds', (select max(s.counted) - min(s.counted) filter (where s.newest >= e.id)
+                                      from outbox_samples s),
+                'held_by', (select json_group_array(c.pipeline) from outbox_cursors c where coalesce(c.last_id, 0) < e.id),
+                'parked', json(iif(exists (select 1 from outbox_parked p where p.has_content = 0 and p.event_id = e.event_id),
+                                   'true', 'false')),
+                'replays', (select json_group_array(r.id) from outbox_replays r
+                             where r.state = 'open' and e.id > r.last_id and e.id <= r.until_id))
+              from (select id, event_id from outbox_events order by id limit 1) e),
+    'sampled_seconds_ago', (select (now.us - max(s.at)) / 1000000.0 from outbox_samples s),
+    'foreign_keys', json('[]'),
+    'lost', (select json_group_array(json_object('pipeline', l.pipeline, 'events', l.events, 'seconds_ago', l.seconds_ago))
+               from (select a.pipeline, sum(a.events) as events, (now.us - max(a.at)) / 1000000.0 as seconds_ago
+                       from outbox_acts a
+                      where a.who = 'retention' and a.action = 'lost' and a.at > now.us - 604800000000
+                      group by a.pipeline) l))
+  from now";
 
 /// Reads the books.
 ///
@@ -64,6 +95,7 @@ pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Er
         pipelines,
         relays: Vec::new(),
         log: log_size(connection).await?,
+        retained: retained(connection).await?,
         server: None,
     })
 }
@@ -78,11 +110,29 @@ pub async fn log_size(connection: &mut SqliteConnection) -> Result<LogSize, anyh
         .await
         .context("ask for the size of the log")?;
     let bytes: i64 = row.try_get_unchecked(0)?;
+    let observed_seconds: Option<f64> = row.try_get_unchecked(2)?;
+    let ids: Option<i64> = row.try_get_unchecked(3)?;
+    let bytes_per_event: Option<f64> = row.try_get_unchecked(4)?;
+    let growth = observed_seconds.zip(ids.zip(bytes_per_event)).map(
+        |(observed_seconds, (ids, bytes_per_event))| Growth {
+            observed_seconds,
+            ids,
+            bytes_per_event,
+        },
+    );
     Ok(LogSize {
         bytes: bytes.unsigned_abs(),
         oldest_seconds: row.try_get_unchecked(1)?,
-        bytes_per_second: row.try_get_unchecked(2)?,
+        growth: growth.filter(|growth| growth.ids >= 0),
     })
+}
+
+async fn retained(connection: &mut SqliteConnection) -> Result<Retained, anyhow::Error> {
+    let document: String = sqlx::query_scalar(RETAINED)
+        .fetch_one(connection)
+        .await
+        .context("ask what is retained")?;
+    serde_json::from_str(&document).context("understand what is retained")
 }
 
 fn pipeline(row: &SqliteRow, newest_id: i64) -> Result<PipelineBooks, sqlx::Error> {

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::expect::Emitted;
 use super::judge::Retained;
+pub(super) use super::report::LostEvents;
 use crate::config::Source;
 use crate::event::PipelineName;
 
@@ -29,6 +30,8 @@ pub(super) struct Books {
     pub(super) moved: bool,
     /// Ids and uuids of those that operators gave up, ascending.
     pub(super) dropped: Vec<(i64, Uuid)>,
+    /// Events that retention removed before the pipeline had published them.
+    pub(super) lost: Vec<LostEvents>,
 }
 
 /// Which events a pipeline is done with.

@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 use uuid::Uuid;
 
-use super::{Books, Cursor, Emitted, Retained, Settled, gaps};
+use super::{Books, Cursor, Emitted, LostEvents, Retained, Settled, gaps};
 use crate::event::PipelineName;
 
 pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
@@ -51,6 +51,15 @@ select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_
         .fetch_one(&mut *transaction)
         .await
         .context("read the cursor and the parked events")?;
+    let lost: Vec<(String, i64, String)> = sqlx::query_as(
+        "select selector, events, to_char(at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') from outbox.acts \
+          where who = 'retention' and action = 'lost' and pipeline = $1 order by id",
+    )
+    .persistent(false)
+    .bind(pipeline.as_str())
+    .fetch_all(&mut *transaction)
+    .await
+    .context("read what retention has removed unpublished")?;
     transaction.commit().await?;
     let moved = row.try_get::<Option<bool>, _>(3)?.unwrap_or_default();
     let snapshots = |column| row.try_get::<Vec<Option<String>>, _>(column);
@@ -77,6 +86,7 @@ select coalesce(array_agg(c.prev::text order by s.shard), '{}'), coalesce(array_
         parked: events(4, 7)?,
         moved,
         dropped: events(5, 6)?,
+        lost: lost.into_iter().map(LostEvents::from).collect(),
     })
 }
 
@@ -119,7 +129,8 @@ pub(super) async fn earliest_from(
     id: i64,
 ) -> Result<Option<i64>, anyhow::Error> {
     let statement = format!(
-        "select (extract(epoch from min(occurred_at)) * 1000000)::bigint from outbox.events where id >= {id}"
+        "select (extract(epoch from min(occurred_at) filter (where isfinite(occurred_at))) * 1000000)::bigint \
+           from outbox.events where id >= {id}"
     );
     Ok(rows(connection, statement).await?[0].try_get(0)?)
 }
@@ -222,17 +233,27 @@ async fn retained(connection: &mut PgConnection) -> Result<Retained, anyhow::Err
 select bound[1]::bigint, bound[2]::bigint
   from pg_inherits i
   join pg_class c on c.oid = i.inhrelid
- cross join regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \\(''?(-?\\d+)''?\\) TO \\(''?(-?\\d+)''?\\)') bound
+ cross join regexp_match(pg_get_expr(c.relpartbound, c.oid), 
+                          'FROM [(]''?(-?[0-9]+)''?[)] TO [(]''?(-?[0-9]+)''?[)]') bound
  where i.inhparent = 'outbox.events'::regclass and bound is not null
    and exists (select from outbox.events e where e.id >= bound[1]::bigint and e.id < bound[2]::bigint)
  order by 1";
+    // Up to there old events are deleted one by one, around those that have to stay.
+    const DELETED: &str =
+        "select coalesce(max(up_to), 0) from outbox.upkeep where task = 'retention'";
     let first = sqlx::query_scalar(FIRST).persistent(false);
     let first = first.fetch_optional(&mut *connection).await;
     let bounds = sqlx::query_as(BOUNDS).persistent(false);
     let bounds: Result<Vec<(i64, i64)>, _> = bounds.fetch_all(&mut *connection).await;
     let gone = gaps(&bounds.context("read the partitions of the log")?);
+    let deleted = sqlx::query_scalar(DELETED).persistent(false);
+    let deleted: i64 = deleted
+        .fetch_one(&mut *connection)
+        .await
+        .context("read how far events were deleted")?;
+    let first: Option<i64> = first.context("read the oldest event")?;
     Ok(Retained {
-        first: first.context("read the oldest event")?,
+        first: first.map(|first| first.max(deleted + 1)),
         gone,
     })
 }

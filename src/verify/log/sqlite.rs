@@ -8,7 +8,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
 use sqlx::{ConnectOptions, Connection, Row};
 use uuid::Uuid;
 
-use super::{Books, Emitted, Retained, Settled};
+use super::{Books, Emitted, LostEvents, Retained, Settled};
 use crate::event::PipelineName;
 
 pub(super) async fn open(path: &Path) -> Result<SqliteConnection, anyhow::Error> {
@@ -47,6 +47,14 @@ pub(super) async fn books(
     .fetch_all(&mut *transaction)
     .await
     .context("read the dropped events")?;
+    let lost: Vec<(String, i64, String)> = sqlx::query_as(
+        "select selector, events, strftime('%Y-%m-%dT%H:%M:%SZ', at / 1000000, 'unixepoch') from outbox_acts \
+          where who = 'retention' and action = 'lost' and pipeline = ? order by id",
+    )
+    .bind(pipeline.as_str())
+    .fetch_all(&mut *transaction)
+    .await
+    .context("read what retention has removed unpublished")?;
     transaction.commit().await?;
     let events = |events: Vec<(i64, String)>| {
         let events = events.into_iter();
@@ -59,6 +67,7 @@ pub(super) async fn books(
         parked: events(parked),
         moved: false,
         dropped: events(dropped),
+        lost: lost.into_iter().map(LostEvents::from).collect(),
     })
 }
 

@@ -177,6 +177,15 @@ async fn what_is_broken_is_found_and_mended_by_its_remedy() {
             "revoke execute on function outbox.make_partitions from outbox_relay",
         ),
         (
+            "rights",
+            "revoke execute on function outbox.take_sample, outbox.retire_partition from outbox_relay",
+        ),
+        (
+            "rights",
+            "revoke execute on function outbox.retire_rows from outbox_relay; \
+             revoke select on outbox.samples, outbox.upkeep from outbox_relay",
+        ),
+        (
             "writers_order",
             "grant insert on outbox.events to outbox_writer",
         ),

@@ -6,6 +6,7 @@ mod doctor;
 mod doctor_rights;
 mod parked;
 mod pipelines;
+mod retention;
 mod status;
 mod tail;
 
@@ -252,6 +253,7 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
             "RELAY_PIPELINES__ORDERS__FILTER__AGGREGATE_TYPES",
             r#"["order", "cart"]"#,
         ),
+        ("RELAY_RETENTION__DROP_UNPUBLISHED_AFTER", "30d"),
     ];
     let Ran { out, .. } = relay(&["check"], &env).await.ends_with(0);
     expect![[r#"
@@ -262,6 +264,7 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
           pipeline  letters: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a dead letter, copied to topic dead
           pipeline  lossy: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is DROPPED
           pipeline  orders: order, cart to topic shop.{aggregate_type}, key {aggregate_id}; what is rejected is parked
+          retention published events stay for 7days; events that a pipeline has not published within 30days are LOST (retention.drop_unpublished_after)
     "#]]
     .assert_eq(&out);
 }

@@ -1,5 +1,9 @@
 //! What every pipeline has published gives its space back, and nothing else does.
 
+mod age;
+mod rows;
+mod sqlite;
+
 use sqlx::postgres::PgConnection;
 
 use crate::fresh::{self, Database, emit, run, value, values};
@@ -21,16 +25,31 @@ async fn small_partitions(database: &Database) -> (PgConnection, PgConnection) {
     (superuser, relay)
 }
 
-/// So many events, of which all that are there are made eight days old.
+/// So many events, which a sample has, and eight days pass for the relay, whatever the writers say about the time.
 async fn emit_old(superuser: &mut PgConnection, events: u32) {
     run(
         superuser,
         &format!(
             "select outbox.emit('order', '1', 'order.placed', '{{}}') from generate_series(1, {events});
-             update outbox.events set occurred_at = clock_timestamp() - interval '8 days'"
+             update outbox.events set occurred_at = 'infinity' where id % 2 = 0;
+             update outbox.events set occurred_at = '-infinity' where id % 2 = 1"
         ),
     )
     .await;
+    sample(superuser, 0.0).await;
+    sample(superuser, 8.0).await;
+}
+
+/// What a relay notes whose clock has counted so many days since the last time.
+async fn sample(connection: &mut PgConnection, days: f64) -> f64 {
+    let last = "select coalesce(max(counted), 0)::text from outbox.samples";
+    let last: f64 = value(connection, last).await.parse().unwrap();
+    let seconds = days * 86_400.0;
+    let take = format!(
+        "select outbox.take_sample('1 millisecond', '9 days', {last}, {})::text",
+        seconds.max(0.001)
+    );
+    value(connection, &take).await.parse().unwrap()
 }
 
 /// Writes the cursor of a pipeline that has published what is committed now, up to an id.
@@ -40,7 +59,7 @@ async fn publish(superuser: &mut PgConnection, pipeline: &str, last_id: i64) {
         &format!(
             "delete from outbox.cursors where pipeline = '{pipeline}';
              insert into outbox.cursors (pipeline, prev, cur, floor, ceiling, next_floor, last_id, system_identifier, timeline)
-             select '{pipeline}', '1:1:', pg_current_snapshot(), 0, 1000, 0, {last_id}, s.system_identifier, c.timeline_id
+             select '{pipeline}', '1:1:', pg_current_snapshot(), 0, 1000000, 0, {last_id}, s.system_identifier, c.timeline_id
                from pg_control_system() s, pg_control_checkpoint() c"
         ),
     )
@@ -160,6 +179,13 @@ async fn a_transaction_that_commits_late_keeps_its_partition() {
             "its row is not published"
         );
         publish(&mut superuser, "main", 16).await;
+        assert_eq!(
+            retire(&mut relay, WEEK).await,
+            NOTHING,
+            "its row was committed just now"
+        );
+        sample(&mut superuser, 0.0).await;
+        sample(&mut superuser, 8.0).await;
         assert_eq!(
             retire(&mut relay, WEEK).await,
             ["outbox.events_1 1 10 10 0 t"]
