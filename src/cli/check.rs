@@ -18,6 +18,7 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn run(self) -> Result<Outcome, anyhow::Error> {
         let config = self.config.load()?;
+        config.try_out()?;
         anstream::println!("the configuration is right");
         anstream::println!("  from      {}", source(&config));
         anstream::println!("  to        {}", sink(&config));

@@ -33,6 +33,7 @@ impl Run {
         let hang_up = signal(SignalKind::hangup())?;
         let changed_at = self.config.changed_at();
         let config = self.config.load()?;
+        config.try_out()?;
         let set_log_level = logging::install(&config.log)?;
         let (stop, stopping) = oneshot::channel();
         let stopping = async {

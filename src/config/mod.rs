@@ -246,6 +246,18 @@ struct RawSink {
 }
 
 impl Config {
+    /// Tries out what only the machine that runs the relay can tell: whether the files of the Kafka client are there, and
+    /// whether it can be made. Connects to nothing.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the reason.
+    pub fn try_out(&self) -> Result<(), ConfigError> {
+        match &self.sink {
+            Sink::Kafka(settings) => settings.try_out().map_err(ConfigError::new),
+            Sink::Stdout => Ok(()),
+        }
+    }
+
     /// Reads the configuration. `env` is the environment as data: pairs of name and value.
     ///
     /// # Errors
@@ -418,7 +430,7 @@ impl RawSink {
                     kafka.sasl.password =
                         Some(read_secret("sink.kafka.sasl.password_file", &file)?);
                 }
-                kafka.check_delivery().map_err(ConfigError::new)?;
+                kafka.check().map_err(ConfigError::new)?;
                 Ok(Sink::Kafka(Box::new(kafka)))
             }
         }

@@ -111,6 +111,12 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
             Shard::COUNT_MAX
         )));
     }
+    if let Some(reason) = topic.illegal_as_topic() {
+        return Err(ConfigError::new(format!(
+            "{key}.topic = {:?}: {reason}: every event would be rejected",
+            topic.to_string()
+        )));
+    }
     for (setting, value) in [
         ("parked_max", parked_max),
         ("parked_max_per_entity", parked_max_per_entity),

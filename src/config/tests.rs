@@ -95,7 +95,11 @@ fn one_pipeline_is_set_in_the_environment_like_all_of_them() {
 
 #[test]
 fn a_password_of_digits_stays_text() {
-    let config = load("", &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")]).unwrap();
+    let config = load(
+        "[sink.kafka.sasl]\nmechanism = \"PLAIN\"\nusername = \"relay\"",
+        &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")],
+    )
+    .unwrap();
     let Sink::Kafka(kafka) = config.sink else {
         panic!("the default sink is Kafka")
     };

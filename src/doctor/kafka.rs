@@ -80,6 +80,17 @@ impl ProducerContext for Context {
 pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -> Vec<Finding> {
     let topics = known_topics(pipelines);
     let mut findings = illegal(&topics);
+    if let Err(why) = settings.try_out() {
+        findings.push(
+            Finding::error(
+                "kafka_settings",
+                why,
+                "there is no Kafka client with these settings, so that the relay does not start",
+            )
+            .advice("mend the setting and run `outbox-relay check`"),
+        );
+        return findings;
+    }
     match cluster(settings).await {
         Ok(cluster) => {
             findings.extend(unreachable_brokers(settings, &cluster.brokers).await);

@@ -4,9 +4,11 @@
 //! rejection: with no message timeout librdkafka itself retries for ever, in order.
 
 mod asker;
+mod check;
 mod life;
 mod partition;
 mod polled;
+mod properties;
 mod settings;
 mod topic;
 mod transaction;

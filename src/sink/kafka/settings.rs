@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
+use super::check::{canonical, is_file, marks};
 use super::topic::MESSAGE_BYTES_DEFAULT;
 use crate::event::{PipelineName, Shard};
 
@@ -19,7 +21,8 @@ const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// `host:port`, separated by commas.
+    /// `host:port`, separated by commas; a list is taken as well.
+    #[serde(deserialize_with = "brokers")]
     pub brokers: String,
     /// How this client names itself to the brokers.
     pub client_id: String,
@@ -106,6 +109,33 @@ pub struct Sasl {
     pub password_file: Option<PathBuf>,
 }
 
+/// One text, or a list of them.
+fn brokers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    struct Brokers;
+
+    impl<'de> Visitor<'de> for Brokers {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a text or a list such as [\"kafka-1:9092\", \"kafka-2:9092\"]")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<String, A::Error> {
+            let mut all: Vec<String> = Vec::new();
+            while let Some(broker) = list.next_element()? {
+                all.push(broker);
+            }
+            Ok(all.join(","))
+        }
+    }
+
+    deserializer.deserialize_any(Brokers)
+}
+
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -163,7 +193,8 @@ impl Settings {
     pub(crate) fn check_delivery(&self) -> Result<(), String> {
         /// What is appended must still fit the name of a topic, which has 249 characters at most.
         const LENGTH_MAX: usize = 150;
-        if self.properties.contains_key("transactional.id") {
+        let given = |name: &String| canonical(name) == "transactional.id";
+        if self.properties.keys().any(given) {
             return Err(
                 "sink.kafka.properties has \"transactional.id\": set sink.kafka.delivery = \"exactly-once\" and \
                  sink.kafka.transactional_id instead"
@@ -300,6 +331,46 @@ impl Settings {
         config
     }
 
+    /// The files that a client is made of: where they are named, and what they hold where that is known. A client reads
+    /// them when it is made, and never again.
+    pub(super) fn files(&self) -> Vec<(String, PathBuf, Option<&'static str>)> {
+        let Tls {
+            enabled: _,
+            ca_file,
+            certificate_file,
+            key_file,
+            key_password: _,
+        } = &self.tls;
+        let own = [
+            ("tls.ca_file", ca_file, Some("CERTIFICATE")),
+            (
+                "tls.certificate_file",
+                certificate_file,
+                Some("CERTIFICATE"),
+            ),
+            ("tls.key_file", key_file, Some("PRIVATE KEY")),
+            ("sasl.password_file", &self.sasl.password_file, None),
+        ];
+        let mut files: Vec<_> = own
+            .into_iter()
+            .filter_map(|(key, path, holds)| {
+                Some((format!("sink.kafka.{key}"), path.clone()?, holds))
+            })
+            .collect();
+        for (name, value) in &self.properties {
+            let name = canonical(name);
+            if is_file(&name, value) {
+                let holds = marks(&name);
+                files.push((
+                    format!("sink.kafka.properties.{name:?}"),
+                    value.into(),
+                    holds,
+                ));
+            }
+        }
+        files
+    }
+
     /// As a producer begins. Public for the bench, whose bare loop has the same one.
     #[doc(hidden)]
     #[must_use]
@@ -348,12 +419,18 @@ impl Settings {
         if partitioner.is_some_and(|name| !name.starts_with("murmur2")) {
             config.set("max.in.flight.requests.per.connection", "1");
         }
-        self.with_properties(config)
+        let mut config = self.with_properties(config);
+        // A broker refuses a batch as a whole: it has to fit the smallest topic, whatever was asked for.
+        let asked = config.get("batch.size").and_then(|size| size.parse().ok());
+        if asked.is_some_and(|asked: usize| asked > batch_bytes) {
+            config.set("batch.size", batch_bytes.to_string());
+        }
+        config
     }
 
     fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {
         for (name, value) in &self.properties {
-            config.set(name, value);
+            config.set(canonical(name), value);
         }
         if self.properties.contains_key("debug") {
             // Else librdkafka would keep to itself what it was asked to tell.
