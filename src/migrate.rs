@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use sqlx::migrate::{Migration, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::sleep;
 
-use crate::source::{postgres, sqlite};
+use crate::source::postgres::Connector;
+use crate::source::sqlite;
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -58,8 +59,8 @@ pub struct Report {
 /// # Errors
 /// When the server can't be reached, the rights do not suffice, or what was applied before is not what this program
 /// knows (it is older than the database, or a migration was changed since). Nothing was changed then.
-pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
-    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
+pub async fn postgres(connector: impl Into<Connector>) -> anyhow::Result<Report> {
+    let mut connection = connector.into().connect().await?;
     let mut transaction = connection.begin().await.context("begin to migrate")?;
     // One at a time, by a lock that ends with the transaction: one of the session would stay with the pooler.
     transaction
@@ -125,8 +126,8 @@ pub async fn sqlite(options: SqliteConnectOptions) -> anyhow::Result<Report> {
 ///
 /// # Errors
 /// When the server can't be reached or does not show what was applied, or that is not what this program knows.
-pub async fn pending_postgres(options: PgConnectOptions) -> anyhow::Result<Vec<Version>> {
-    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
+pub async fn pending_postgres(connector: impl Into<Connector>) -> anyhow::Result<Vec<Version>> {
+    let mut connection = connector.into().connect().await?;
     let applied = applied_in_postgres(&mut connection).await?;
     connection.close().await.context("close the connection")?;
     let pending = pending(Kind::Postgres, &applied)?;

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde::Deserialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use tokio::time::sleep;
 
 use crate::event::PipelineName;
 use crate::ledger::view;
-use crate::source::postgres::{ask, connect};
+use crate::source::postgres::{Connector, ask};
 use crate::telemetry::LogMetrics;
 
 /// Rows of a SQLite outbox that are deleted in one transaction: no writer waits longer than for these.
@@ -53,10 +53,10 @@ struct Retired {
 }
 
 /// Looks after the log in PostgreSQL now and then, for ever.
-pub async fn keep_postgres(options: PgConnectOptions, settings: Settings) {
+pub async fn keep_postgres(connector: Connector, settings: Settings) {
     let metrics = LogMetrics::new(settings.disk_budget_bytes);
     loop {
-        if let Err(error) = look_after(&options, &settings, &metrics).await {
+        if let Err(error) = look_after(&connector, &settings, &metrics).await {
             tracing::warn!(error = %format!("{error:#}"), "could not look after the partitions, inserts go on");
         }
         sleep(settings.interval).await;
@@ -64,11 +64,11 @@ pub async fn keep_postgres(options: PgConnectOptions, settings: Settings) {
 }
 
 async fn look_after(
-    options: &PgConnectOptions,
+    connector: &Connector,
     settings: &Settings,
     metrics: &LogMetrics,
 ) -> Result<(), anyhow::Error> {
-    let mut connection = connect(options).await?;
+    let mut connection = connector.connect().await?;
     let made = make(&mut connection, settings).await;
     let retired = retire(&mut connection, settings, metrics).await;
     let size = view::postgres::log_size(&mut connection).await;

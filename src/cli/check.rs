@@ -33,7 +33,7 @@ impl Check {
 fn source(config: &Config) -> String {
     match &config.source {
         Source::Postgres(settings) => {
-            let options = &settings.options;
+            let options = settings.connector.known();
             let user = options.get_username();
             format!(
                 "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}",

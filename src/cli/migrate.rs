@@ -35,7 +35,7 @@ impl Migrate {
         }
         let report = match self.config.load()?.source {
             // Migrations need a session of their own, which a pooler does not give.
-            Source::Postgres(settings) => migrate::postgres(settings.direct_options).await?,
+            Source::Postgres(settings) => migrate::postgres(settings.direct_connector).await?,
             Source::Sqlite { path, .. } => migrate::sqlite(sqlite_options(&path)).await?,
         };
         for version in &report.applied {

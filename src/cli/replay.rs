@@ -243,7 +243,7 @@ async fn open(config: &Config) -> Result<Books, Error> {
 fn history(source: &Source) -> AnyHistory {
     match source {
         Source::Postgres(settings) => {
-            AnyHistory::Postgres(postgres::History::new(settings.options.clone()))
+            AnyHistory::Postgres(postgres::History::new(settings.connector.clone()))
         }
         Source::Sqlite { path, .. } => {
             AnyHistory::Sqlite(sqlite::History::new(supervise::sqlite_options(path)))

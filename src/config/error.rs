@@ -1,7 +1,7 @@
 //! Says what is wrong with a setting: one line with file, key, value, reason and the nearest valid key.
 
-use figment::Figment;
 use figment::error::{Actual, Error, Kind};
+use figment::{Figment, Metadata};
 
 use super::environment::ENVIRONMENT;
 
@@ -28,21 +28,24 @@ impl ConfigError {
             .as_ref()
             .or_else(|| figment.get_metadata(figment.find_value(&path).ok()?.tag()));
         let line = describe(&error.kind, &path);
-        Self(
-            match metadata.map(|metadata| (&metadata.source, &*metadata.name)) {
-                Some((Some(figment::Source::File(file)), _)) => {
-                    format!("{}: {line}", file.display())
-                }
-                Some((_, ENVIRONMENT)) => {
-                    format!(
-                        "RELAY_{}: {line}",
-                        path.to_ascii_uppercase().replace('.', "__")
-                    )
-                }
-                Some((_, name)) => format!("{name}: {line}"),
-                None => line,
-            },
-        )
+        Self(match metadata.map(|metadata| origin(metadata, &path)) {
+            Some(place) => format!("{place}: {line}"),
+            None => line,
+        })
+    }
+}
+
+/// Where a setting was written: the file, the variable or the name of the layer.
+pub(super) fn place(figment: &Figment, path: &str) -> Option<String> {
+    let value = figment.find_value(path).ok()?;
+    Some(origin(figment.get_metadata(value.tag())?, path))
+}
+
+fn origin(metadata: &Metadata, path: &str) -> String {
+    match (&metadata.source, &*metadata.name) {
+        (Some(figment::Source::File(file)), _) => file.display().to_string(),
+        (_, ENVIRONMENT) => format!("RELAY_{}", path.to_ascii_uppercase().replace('.', "__")),
+        (_, name) => name.to_owned(),
     }
 }
 

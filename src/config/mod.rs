@@ -2,6 +2,7 @@
 //!
 //! Parses, does not validate afterwards: a [`Config`] that exists can be run. Knows no database and no broker.
 
+mod admin;
 mod database_url;
 mod environment;
 mod error;
@@ -11,7 +12,7 @@ mod retention;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -24,8 +25,11 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sqlx::postgres::PgConnectOptions;
 
+use self::admin::RawAdmin;
+pub use self::admin::{Admin, Token};
 use self::environment::Environment;
 pub use self::error::ConfigError;
+use self::error::place;
 use self::pipeline::{RawPipeline, resolve_pipelines};
 use self::retention::RawRetention;
 pub use crate::encode::Format as RecordFormat;
@@ -35,7 +39,7 @@ pub use crate::relay::Policy;
 use crate::sink::kafka;
 pub use crate::sink::kafka::Delivery;
 use crate::source::PageLimits;
-use crate::source::postgres::CaptureMode;
+use crate::source::postgres::{CaptureMode, Connector};
 
 /// The shipped file: the lowest layer, and the reference documentation.
 pub const DEFAULTS: &str = include_str!("../../relay.toml");
@@ -126,40 +130,6 @@ struct RawRelay {
 /// The bounds of each pipeline.
 pub type RelayConfig = crate::relay::Settings;
 
-/// The HTTP interface.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Admin {
-    /// Whether there is one.
-    pub enabled: bool,
-    /// Where it listens.
-    pub listen: SocketAddr,
-    /// What whoever changes something has to know; without it nothing can be changed there.
-    pub token: Option<SecretString>,
-    token_file: Option<PathBuf>,
-}
-
-impl Admin {
-    fn resolve(mut self) -> Result<Self, ConfigError> {
-        const CHARACTERS_MIN: usize = 16;
-        if let Some(file) = self.token_file.take() {
-            if self.token.is_some() {
-                return Err(ConfigError::new(
-                    "admin.token and admin.token_file are both set",
-                ));
-            }
-            self.token = Some(read_secret("admin.token_file", &file)?);
-        }
-        let short = |token: &SecretString| token.expose_secret().len() < CHARACTERS_MIN;
-        if self.token.as_ref().is_some_and(short) {
-            return Err(ConfigError::new(format!(
-                "admin.token is too easy to guess: it has to have at least {CHARACTERS_MIN} characters"
-            )));
-        }
-        Ok(self)
-    }
-}
-
 /// Logging.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -193,7 +163,7 @@ struct Raw {
     _pipeline: RawPipeline,
     relay: RawRelay,
     retention: RawRetention,
-    admin: Admin,
+    admin: RawAdmin,
     log: Log,
 }
 
@@ -218,6 +188,7 @@ struct RawPostgres {
     url: Option<SecretString>,
     url_file: Option<PathBuf>,
     direct_url: Option<SecretString>,
+    direct_url_file: Option<PathBuf>,
     capture: CaptureMode,
     #[serde(with = "humantime_serde")]
     poll_interval: Duration,
@@ -291,8 +262,9 @@ impl Config {
             admin,
             log,
         } = raw;
+        let given = with_contents(flat(&figment));
         let pipelines = resolve_pipelines(&figment, pipelines.into_keys().collect())?;
-        let source = source.resolve()?;
+        let source = source.resolve(&figment)?;
         if let Source::Sqlite { .. } = source
             && let Some(pipeline) = pipelines.iter().find(|pipeline| pipeline.shards > 1)
         {
@@ -303,15 +275,42 @@ impl Config {
         }
         Ok(Self {
             source,
-            sink: sink.resolve()?,
+            sink: sink.resolve(&figment)?,
             relay: relay.resolve()?,
             retention: retention.resolve(&pipelines)?,
             pipelines,
             admin: admin.resolve()?,
             log,
-            given: Given(flat(&figment)),
+            given: Given(given),
         })
     }
+}
+
+/// What a key of a file with a secret is followed by, where its content is meant.
+pub(crate) const CONTENT: &str = " (its content)";
+
+/// With a hash of what the files with secrets say, so that a change of one of them is told.
+fn with_contents(mut settings: BTreeMap<String, Value>) -> BTreeMap<String, Value> {
+    for key in [
+        "source.postgres.url_file",
+        "source.postgres.direct_url_file",
+        "sink.kafka.sasl.password_file",
+        "sink.kafka.tls.ca_file",
+        "sink.kafka.tls.certificate_file",
+        "sink.kafka.tls.key_file",
+        "admin.token_file",
+    ] {
+        let content = settings
+            .get(key)
+            .and_then(Value::as_str)
+            .and_then(|path| std::fs::read(path).ok());
+        if let Some(content) = content {
+            let mut hasher = DefaultHasher::new();
+            content.hash(&mut hasher);
+            settings.insert(format!("{key}{CONTENT}"), hasher.finish().into());
+        }
+    }
+    settings
 }
 
 fn flat(figment: &Figment) -> BTreeMap<String, Value> {
@@ -335,9 +334,9 @@ fn flat(figment: &Figment) -> BTreeMap<String, Value> {
 }
 
 impl RawSource {
-    fn resolve(self) -> Result<Source, ConfigError> {
+    fn resolve(self, figment: &Figment) -> Result<Source, ConfigError> {
         match self.kind {
-            SourceKind::Postgres => self.postgres.resolve(),
+            SourceKind::Postgres => self.postgres.resolve(figment),
             SourceKind::Sqlite => {
                 let RawSqlite {
                     path,
@@ -358,22 +357,19 @@ impl RawSource {
 }
 
 impl RawPostgres {
-    fn resolve(self) -> Result<Source, ConfigError> {
+    fn resolve(self, figment: &Figment) -> Result<Source, ConfigError> {
         let Self {
             url,
             url_file,
             direct_url,
+            direct_url_file,
             capture,
             poll_interval,
         } = self;
-        let url = match (url, url_file) {
-            (Some(url), None) => url,
-            (None, Some(file)) => read_secret("source.postgres.url_file", &file)?,
-            (Some(_), Some(_)) => {
-                return Err(ConfigError::new(
-                    "source.postgres.url and source.postgres.url_file are both set",
-                ));
-            }
+        let connector = match (url, url_file) {
+            (Some(url), None) => connector("source.postgres.url", &url)?,
+            (None, Some(file)) => connector_of_file("source.postgres.url_file", file)?,
+            (Some(_), Some(_)) => return Err(both_set("source.postgres.url", "url_file", figment)),
             (None, None) => {
                 return Err(ConfigError::new(
                     "source.postgres.url is missing: set it in the file, in RELAY_SOURCE__POSTGRES__URL, or name a \
@@ -381,20 +377,50 @@ impl RawPostgres {
                 ));
             }
         };
-        let options = postgres_options("source.postgres.url", &url)?;
-        let direct_options = match &direct_url {
-            Some(direct) => postgres_options("source.postgres.direct_url", direct)?,
-            None => options.clone(),
+        let direct_connector = match (direct_url, direct_url_file) {
+            (Some(url), None) => self::connector("source.postgres.direct_url", &url)?,
+            (None, Some(file)) => connector_of_file("source.postgres.direct_url_file", file)?,
+            (Some(_), Some(_)) => {
+                return Err(both_set(
+                    "source.postgres.direct_url",
+                    "direct_url_file",
+                    figment,
+                ));
+            }
+            (None, None) => connector.clone(),
         };
         Ok(Source::Postgres(Box::new(
             crate::source::postgres::Settings {
-                options,
-                direct_options,
+                connector,
+                direct_connector,
                 mode: capture,
                 poll_interval,
             },
         )))
     }
+}
+
+fn connector(key: &str, url: &SecretString) -> Result<Connector, ConfigError> {
+    Ok(postgres_options(key, url)?.into())
+}
+
+/// The file is read again at each attempt to connect.
+fn connector_of_file(key: &'static str, file: PathBuf) -> Result<Connector, ConfigError> {
+    Connector::reading(move || postgres_options(key, &read_secret(key, &file)?))
+}
+
+/// With the places, for of a variable and a file the reader sees one only.
+fn both_set(key: &str, other: &str, figment: &Figment) -> ConfigError {
+    let table = key.rsplit_once('.').map_or("", |(table, _)| table);
+    let place = |key: &str| match place(figment, key) {
+        Some(place) => format!("{key} ({place})"),
+        None => key.to_owned(),
+    };
+    ConfigError::new(format!(
+        "{} and {} are both set: take one of them away",
+        place(key),
+        place(&format!("{table}.{other}"))
+    ))
 }
 
 /// What the relay's connections have in common.
@@ -416,19 +442,18 @@ pub fn postgres_options(key: &str, url: &SecretString) -> Result<PgConnectOption
 }
 
 impl RawSink {
-    fn resolve(self) -> Result<Sink, ConfigError> {
+    fn resolve(self, figment: &Figment) -> Result<Sink, ConfigError> {
         match self.kind {
             SinkKind::Stdout => Ok(Sink::Stdout),
             SinkKind::Kafka => {
                 let mut kafka = self.kafka;
-                if let Some(file) = kafka.sasl.password_file.take() {
+                // The name of the file stays: it is read again for each client.
+                if let Some(file) = &kafka.sasl.password_file {
                     if kafka.sasl.password.is_some() {
-                        return Err(ConfigError::new(
-                            "sink.kafka.sasl.password and password_file are both set",
-                        ));
+                        let key = "sink.kafka.sasl.password";
+                        return Err(both_set(key, "password_file", figment));
                     }
-                    kafka.sasl.password =
-                        Some(read_secret("sink.kafka.sasl.password_file", &file)?);
+                    kafka.sasl.password = Some(read_secret("sink.kafka.sasl.password_file", file)?);
                 }
                 kafka.check().map_err(ConfigError::new)?;
                 Ok(Sink::Kafka(Box::new(kafka)))
@@ -487,7 +512,13 @@ fn bytes(size: ByteSize) -> usize {
 
 fn read_secret(key: &str, path: &Path) -> Result<SecretString, ConfigError> {
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text.trim_end_matches(['\r', '\n']).to_owned().into()),
+        Ok(text) => match text.trim_end_matches(['\r', '\n']) {
+            "" => Err(ConfigError::new(format!(
+                "{key} = {:?}: the file is empty",
+                path.display().to_string()
+            ))),
+            text => Ok(text.to_owned().into()),
+        },
         Err(error) => Err(ConfigError::new(format!(
             "{key} = {:?}: {error}",
             path.display().to_string()

@@ -48,7 +48,7 @@ fn the_defaults_are_pinned() {
     expect![[r#"
         PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest, shards: 1 }
         Settings { page: PageLimits { rows: 2000, bytes: 2097152 }, in_flight_rows: 60000, in_flight_bytes: 33554432, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms, redrive_rate: 500 }
-        Admin { enabled: true, listen: 127.0.0.1:9187, token: None, token_file: None }
+        Admin { enabled: true, listen: 127.0.0.1:9187, token: Token(none) }
         Log { level: "info", format: Text }
     "#]]
     .assert_eq(&format!("{:?}\n{relay:?}\n{admin:?}\n{log:?}\n", pipelines[0]));
@@ -209,18 +209,18 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         relay.toml: pipelines.orders.topik: no such setting; did you mean "topic"?
         relay.toml: pipelines.orders.topic: {customer} is not known; a template may use {aggregate_type}, {aggregate_id} and {event_type}
         relay.toml: pipelines.orders.start: "yesterday" is neither "earliest" nor "latest" nor a time such as "2026-01-31T00:00:00Z"
-        relay.toml: admin.listen: invalid socket address syntax
+        relay.toml: admin.listen: "here" has to be an address and a port, such as "127.0.0.1:9187", or "0.0.0.0:9187" for every address of this machine
         relay.toml: TOML parse error at line 1, column 5 invalid table header expected `.`, `]`
         RELAY_LOG__FORMAT: log.format = "xml": has to be one of text, json; there is text, json
         RELAY_LOG__COLOUR: log.colour: no such setting; there is level, format
-        source.postgres.url and source.postgres.url_file are both set
+        source.postgres.url (RELAY_SOURCE__POSTGRES__URL) and source.postgres.url_file (relay.toml) are both set: take one of them away
         sink.kafka.sasl.password_file = "/none": No such file or directory (os error 2)
         relay.toml: sink.kafka.delivery = "exactly-twice": has to be one of at-least-once, exactly-once; did you mean "exactly-once"?
         sink.kafka.transactional_id is missing: sink.kafka.delivery = "exactly-once" needs a name that no other outbox on the Kafka cluster uses, such as "shop-relay"; two outboxes with the same one would shut each other out
         sink.kafka.transactional_id = "a b": 1 to 150 of A-Z, a-z, 0-9, ".", "_" and "-", for a topic is named after it
         sink.kafka.properties has "transactional.id": set sink.kafka.delivery = "exactly-once" and sink.kafka.transactional_id instead
-        admin.token is too easy to guess: it has to have at least 16 characters
-        admin.token and admin.token_file are both set
+        admin.token: the token is too easy to guess: it has to have at least 16 characters
+        admin.token and admin.token_file are both set: take one of them away
         pipelines.orders.shards = 0: has to be 1 to 64
         pipelines.orders.shards = 65: has to be 1 to 64
         pipelines.orders.parked_max = 0: has to be at least 1; to set nothing aside say on_rejected = "halt" or "drop"

@@ -37,6 +37,11 @@ impl<K: Sink> Publisher<'_, K> {
         let in_doubt = !in_flight && self.sink.trouble().is_some();
         let state = self.state(life, in_doubt);
         self.report(life, state);
+        if self.sink.trouble().is_some()
+            && let Some(reason) = self.sink.outdated()
+        {
+            return Some(Ended::Sink(SinkError(reason)));
+        }
         if !asks {
             return None;
         }

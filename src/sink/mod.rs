@@ -101,6 +101,12 @@ pub trait Sink: Send {
         ready(false)
     }
 
+    /// Why a session that begins now would be made of other values than this one, such as a password or a certificate that
+    /// was replaced. Asked once a second while the sink is in trouble.
+    fn outdated(&self) -> Option<String> {
+        None
+    }
+
     /// Makes sure that topics exist (creating them if so configured), beside the flow: records of other topics are handed
     /// over meanwhile. Every topic gets an answer.
     fn look_up(&mut self, topics: Vec<String>) -> LookUp;
@@ -214,6 +220,13 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.is_cut_off().await,
             Self::Stdout(sink) => sink.is_cut_off().await,
+        }
+    }
+
+    fn outdated(&self) -> Option<String> {
+        match self {
+            Self::Kafka(sink) => sink.outdated(),
+            Self::Stdout(sink) => sink.outdated(),
         }
     }
 

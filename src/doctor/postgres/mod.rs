@@ -7,7 +7,6 @@ mod rights;
 mod server;
 mod table;
 
-use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use std::borrow::Cow;
 
@@ -15,17 +14,23 @@ use super::{Finding, answered};
 use crate::config::PipelineConfig;
 use crate::migrate;
 use crate::reason::reason;
-use crate::source::postgres::{CaptureMode, Settings, ask, connect};
+use crate::source::postgres::{CaptureMode, Settings, ask};
 
 pub(super) async fn examine(
     settings: &Settings,
     pipelines: &[PipelineConfig],
     now_us: fn() -> i64,
 ) -> Vec<Finding> {
-    let options = settings.options.clone().disable_statement_logging();
-    let mut connection = match connect(&options).await {
+    let connector = &settings.connector;
+    let mut connection = match connector.connect().await {
         Ok(connection) => connection,
-        Err(error) => return vec![unreachable("source.postgres.url", &options, &error)],
+        Err(error) => {
+            return vec![unreachable(
+                "source.postgres.url",
+                connector.known(),
+                &error,
+            )];
+        }
     };
     let mut findings = Vec::new();
     findings.extend(answered(
@@ -54,7 +59,7 @@ async fn examine_outbox(
     let enough = matches!(&rights, Ok(rights) if rights.suffice_to_read());
     findings.extend(answered("rights", rights.map(rights::Rights::judge)));
     if enough {
-        let pending = migrate::pending_postgres(settings.options.clone()).await;
+        let pending = migrate::pending_postgres(settings.connector.clone()).await;
         findings.extend(answered(
             "migrations",
             pending.map(|pending| not_migrated(&pending)),
@@ -75,11 +80,15 @@ async fn examine_outbox(
 }
 
 async fn listening(settings: &Settings) -> Vec<Finding> {
-    let options = settings.direct_options.clone().disable_statement_logging();
-    match pooler::examine(&options).await {
+    let connector = &settings.direct_connector;
+    match pooler::examine(connector).await {
         Ok(findings) => findings,
         // The same address as the other one: that it was reached is known, so the session itself is at fault.
-        Err(error) => vec![unreachable("source.postgres.direct_url", &options, &error)],
+        Err(error) => vec![unreachable(
+            "source.postgres.direct_url",
+            connector.known(),
+            &error,
+        )],
     }
 }
 

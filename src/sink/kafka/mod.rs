@@ -37,6 +37,8 @@ use crate::position::Position;
 /// A Kafka cluster.
 pub struct KafkaSink {
     settings: Settings,
+    /// What the files said of which the producer was made, as a hash.
+    made_of: u64,
     life: Option<Life>,
     /// What is known of topics outlives a life; which of their partitions know the producer does not.
     topics: HashMap<String, (Topic, Option<Partitions>)>,
@@ -68,6 +70,7 @@ impl KafkaSink {
     pub fn new(settings: Settings) -> Self {
         Self {
             settings,
+            made_of: 0,
             life: None,
             topics: HashMap::new(),
             created: 0,
@@ -85,6 +88,9 @@ impl Sink for KafkaSink {
         for (_, partitions) in self.topics.values_mut() {
             *partitions = None;
         }
+        // Before they are read: what changes meanwhile is seen later.
+        self.made_of = self.settings.fingerprint();
+        self.settings = self.settings.current()?;
         let config = self.settings.producer(self.batch_bytes);
         self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
         Ok(())
@@ -141,6 +147,14 @@ impl Sink for KafkaSink {
             && life.has_nobody(topic).await
     }
 
+    /// librdkafka reads its files when a client is made, and logs in with the same password for ever.
+    fn outdated(&self) -> Option<String> {
+        (self.life.is_some() && self.settings.fingerprint() != self.made_of).then(|| {
+            "a file with the password or the certificates for Kafka has changed: connecting anew with its content"
+                .to_owned()
+        })
+    }
+
     fn look_up(&mut self, names: Vec<String>) -> LookUp {
         let mut answers = Vec::new();
         let mut asked = Vec::new();
@@ -166,7 +180,15 @@ impl Sink for KafkaSink {
             answers.extend(asked.into_iter().map(not_open));
             return Box::pin(ready(answers));
         };
-        let (settings, producer) = (self.settings.clone(), life.asker());
+        let settings = match self.settings.current() {
+            Ok(settings) => settings,
+            Err(error) => {
+                let unread = |name| (name, Err(NotPrepared::Unknown(error.clone())));
+                answers.extend(asked.into_iter().map(unread));
+                return Box::pin(ready(answers));
+            }
+        };
+        let producer = life.asker();
         let room = self.settings.topics.max.saturating_sub(self.created);
         Box::pin(async move {
             let found = topic::look_up(&settings, asked, asks_max, room).await;

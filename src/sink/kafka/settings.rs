@@ -1,15 +1,17 @@
 //! What can be set about Kafka, and what librdkafka is told.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::SinkError;
 use super::check::{canonical, is_file, marks};
 use super::topic::MESSAGE_BYTES_DEFAULT;
 use crate::event::{PipelineName, Shard};
@@ -369,6 +371,39 @@ impl Settings {
             }
         }
         files
+    }
+
+    /// A hash of what those files say now.
+    pub(super) fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (_, path, _) in self.files() {
+            // One that can't be read is another one than before.
+            fs::read(&path).ok().hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// The same with the password that the file says now.
+    ///
+    /// # Errors
+    /// When the file can't be read, or is empty.
+    pub(super) fn current(&self) -> Result<Self, SinkError> {
+        let mut settings = self.clone();
+        if let Some(path) = &self.sasl.password_file {
+            let unread = |why: &dyn fmt::Display| {
+                SinkError(format!(
+                    "read the password for Kafka from {:?} (sink.kafka.sasl.password_file): {why}",
+                    path.display().to_string()
+                ))
+            };
+            let text = fs::read_to_string(path).map_err(|error| unread(&error))?;
+            let password = text.trim_end_matches(['\r', '\n']);
+            if password.is_empty() {
+                return Err(unread(&"the file is empty"));
+            }
+            settings.sasl.password = Some(password.to_owned().into());
+        }
+        Ok(settings)
     }
 
     /// As a producer begins. Public for the bench, whose bare loop has the same one.

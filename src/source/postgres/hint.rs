@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::connect;
+use super::Connector;
 use super::pace::Pace;
 use crate::event::EventId;
 
@@ -33,7 +33,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Hints {
     mode: CaptureMode,
-    options: PgConnectOptions,
+    connector: Connector,
     ear: Ear,
     /// Whether it is known that nobody listens.
     told: bool,
@@ -52,15 +52,11 @@ enum Ear {
 }
 
 impl Hints {
-    pub(super) fn new(
-        mode: CaptureMode,
-        options: PgConnectOptions,
-        poll_interval: Duration,
-    ) -> Self {
+    pub(super) fn new(mode: CaptureMode, connector: Connector, poll_interval: Duration) -> Self {
         let now = Instant::now();
         Self {
             mode,
-            options,
+            connector,
             ear: Ear::Closed(now),
             told: false,
             pace: Pace::new(mode, poll_interval, now),
@@ -98,7 +94,7 @@ impl Hints {
         } else if self.mode == CaptureMode::Listen
             && matches!(self.ear, Ear::Closed(until) if Instant::now() >= until)
         {
-            self.ear = Ear::Opening(Box::pin(listen(self.options.clone())));
+            self.ear = Ear::Opening(Box::pin(listen(self.connector.clone())));
         }
         let due = self.pace.next(matches!(self.ear, Ear::Open(_)));
         // What was heard may be due already.
@@ -162,9 +158,10 @@ impl Ear {
     }
 }
 
-async fn listen(options: PgConnectOptions) -> Result<PgListener, anyhow::Error> {
+async fn listen(connector: Connector) -> Result<PgListener, anyhow::Error> {
     // Says why it fails: a pool asks again and again, and in the end only that there was no time left.
-    drop(connect(&options).await?);
+    drop(connector.connect().await?);
+    let options = connector.current()?;
     let listening = async {
         let pool = PgPoolOptions::new()
             .max_connections(1)
