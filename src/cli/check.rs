@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{ConfigArgs, Outcome};
-use crate::config::{Config, PipelineConfig, Sink, Source};
+use crate::config::{Config, InForce, PipelineConfig, Sink, Source, postgres_security};
 use crate::relay::Policy;
 use crate::sink::kafka::Delivery;
 use crate::source::postgres::CaptureMode;
@@ -13,6 +13,10 @@ use crate::source::postgres::CaptureMode;
 pub(super) struct Check {
     #[command(flatten)]
     config: ConfigArgs,
+
+    /// Show every setting that is in force, and where it was written; secrets are not shown.
+    #[arg(long)]
+    all: bool,
 }
 
 impl Check {
@@ -25,21 +29,35 @@ impl Check {
         for pipeline in &config.pipelines {
             anstream::println!("  pipeline  {}", describe(pipeline));
         }
+        for weakness in config.weaknesses() {
+            anstream::println!("  warning   {weakness}");
+        }
+        for note in config.notes() {
+            anstream::println!("  note      {note}");
+        }
+        if self.all {
+            anstream::println!();
+            for InForce { key, value, origin } in &config.in_force {
+                anstream::println!("{key} = {value}   # {origin}");
+            }
+        }
+        anstream::println!("whether both ends answer is told by `outbox-relay doctor`");
         Ok(Outcome::Done)
     }
 }
 
 /// Host and database, never the password.
-fn source(config: &Config) -> String {
+pub(super) fn source(config: &Config) -> String {
     match &config.source {
         Source::Postgres(settings) => {
             let options = settings.connector.known();
             let user = options.get_username();
             format!(
-                "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}",
+                "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}, {}",
                 options.get_host(),
                 options.get_port(),
                 options.get_database().unwrap_or(user),
+                postgres_security(options),
                 match settings.mode {
                     CaptureMode::Listen => "woken by notifications",
                     CaptureMode::Poll => "polling",
@@ -50,21 +68,9 @@ fn source(config: &Config) -> String {
     }
 }
 
-fn sink(config: &Config) -> String {
+pub(super) fn sink(config: &Config) -> String {
     match &config.sink {
         Sink::Kafka(settings) => {
-            let tls = if settings.tls.enabled {
-                "TLS"
-            } else {
-                "no TLS"
-            };
-            let sasl = settings
-                .sasl
-                .mechanism
-                .as_ref()
-                .map_or("no login".to_owned(), |mechanism| {
-                    format!("login by {mechanism}")
-                });
             let topics = if settings.topics.create {
                 "topics are created"
             } else {
@@ -77,8 +83,9 @@ fn sink(config: &Config) -> String {
                 _ => "at least once".to_owned(),
             };
             format!(
-                "Kafka at {}, {tls}, {sasl}, {topics}, {delivery}",
-                settings.brokers
+                "Kafka at {}, {}, {topics}, {delivery}",
+                settings.brokers,
+                settings.security()
             )
         }
         Sink::Stdout => "the standard output".to_owned(),

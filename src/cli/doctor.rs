@@ -5,7 +5,7 @@ use anyhow::Error;
 use clap::Args;
 
 use super::show::{self, DIM, GREEN, RED, YELLOW};
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, check};
 use crate::doctor::{self, Finding, Remedy, Severity};
 use crate::supervise::wall_clock_us;
 
@@ -26,6 +26,8 @@ impl Doctor {
         if self.json {
             anstream::println!("{}", serde_json::to_string_pretty(&findings)?);
         } else {
+            anstream::println!("from  {}", check::source(&config));
+            anstream::println!("to    {}", check::sink(&config));
             show_findings(&findings);
         }
         let healthy = findings

@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, check, version};
 use crate::config::Config;
 use crate::reload::Reload;
 use crate::{logging, supervise};
@@ -35,6 +35,7 @@ impl Run {
         let config = self.config.load()?;
         config.try_out()?;
         let set_log_level = logging::install(&config.log)?;
+        self.config.announce(&config);
         let (stop, stopping) = oneshot::channel();
         let stopping = async {
             // A sender that is gone would mean that nobody can ask any more.
@@ -71,9 +72,32 @@ fn signals(stop: oneshot::Sender<()>) -> Result<impl Future<Output = Error>, Err
 }
 
 impl ConfigArgs {
+    /// The first words of the log: what is running, between which ends, with which settings.
+    fn announce(&self, config: &Config) {
+        let file = self
+            .file()
+            .map_or_else(|| "no file".to_owned(), |file| file.display().to_string());
+        let pipelines: Vec<&str> = config
+            .pipelines
+            .iter()
+            .map(|pipeline| pipeline.pipeline.name.as_str())
+            .collect();
+        tracing::info!(
+            from = check::source(config),
+            to = check::sink(config),
+            pipelines = pipelines.join(", "),
+            configuration = format!("{file} and {} variables", config.variables),
+            "outbox-relay {}",
+            version()
+        );
+        for weakness in config.weaknesses() {
+            tracing::warn!("{weakness}");
+        }
+    }
+
     /// When the file was written; none without a file.
     fn changed_at(&self) -> Option<SystemTime> {
-        std::fs::metadata(self.config.as_ref()?)
+        std::fs::metadata(self.file()?)
             .and_then(|file| file.modified())
             .ok()
     }

@@ -13,6 +13,11 @@ pub(super) const ENVIRONMENT: &str = "environment";
 pub(super) struct Environment(Vec<(String, Value)>);
 
 impl Environment {
+    /// How many settings come from variables.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// `shipped` is the text of the shipped file, whose comments name the settings that have no default.
     ///
     /// # Errors

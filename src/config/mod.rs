@@ -7,31 +7,34 @@ mod database_url;
 mod environment;
 mod error;
 mod level;
+mod notes;
 mod pipeline;
 mod retention;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
-use sqlx::postgres::PgConnectOptions;
 
 use self::admin::RawAdmin;
 pub use self::admin::{Admin, Token};
 use self::environment::Environment;
 pub use self::error::ConfigError;
 use self::error::place;
+pub(crate) use self::notes::{InForce, postgres_security, postgres_weakness};
 use self::pipeline::{RawPipeline, resolve_pipelines};
 use self::retention::RawRetention;
+use self::source::RawSource;
+pub use self::source::postgres_options;
 pub use crate::encode::Format as RecordFormat;
 use crate::event::Start;
 use crate::relay::Pipeline;
@@ -39,7 +42,6 @@ pub use crate::relay::Policy;
 use crate::sink::kafka;
 pub use crate::sink::kafka::Delivery;
 use crate::source::PageLimits;
-use crate::source::postgres::{CaptureMode, Connector};
 
 /// The shipped file: the lowest layer, and the reference documentation.
 pub const DEFAULTS: &str = include_str!("../../relay.toml");
@@ -63,6 +65,12 @@ pub struct Config {
     pub log: Log,
     /// What was given, for telling what changed.
     pub(crate) given: Given,
+    /// Every setting with its origin.
+    pub(crate) in_force: Vec<InForce>,
+    /// How many variables of the environment set something.
+    pub(crate) variables: usize,
+    /// What flows in from variables that are not the relay's, as notes.
+    from_elsewhere: Vec<String>,
 }
 
 /// Every setting by its key with dots, as in `sink.kafka.brokers`.
@@ -169,41 +177,6 @@ struct Raw {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum SourceKind {
-    Postgres,
-    Sqlite,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawSource {
-    kind: SourceKind,
-    postgres: RawPostgres,
-    sqlite: RawSqlite,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPostgres {
-    url: Option<SecretString>,
-    url_file: Option<PathBuf>,
-    direct_url: Option<SecretString>,
-    direct_url_file: Option<PathBuf>,
-    capture: CaptureMode,
-    #[serde(with = "humantime_serde")]
-    poll_interval: Duration,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawSqlite {
-    path: Option<PathBuf>,
-    #[serde(with = "humantime_serde")]
-    poll_interval: Duration,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
 enum SinkKind {
     Kafka,
     Stdout,
@@ -247,7 +220,9 @@ impl Config {
             }
             figment = figment.merge(Toml::file_exact(path));
         }
-        let environment = Environment::new(&figment, DEFAULTS, env)?;
+        let env: Vec<(String, String)> = env.into_iter().collect();
+        let environment = Environment::new(&figment, DEFAULTS, env.iter().cloned())?;
+        let variables = environment.len();
         let figment = figment.merge(environment);
         let raw: Raw = figment
             .extract()
@@ -264,7 +239,7 @@ impl Config {
         } = raw;
         let given = with_contents(flat(&figment));
         let pipelines = resolve_pipelines(&figment, pipelines.into_keys().collect())?;
-        let source = source.resolve(&figment)?;
+        let (source, from_elsewhere) = source.resolve(&figment, &env)?;
         if let Source::Sqlite { .. } = source
             && let Some(pipeline) = pipelines.iter().find(|pipeline| pipeline.shards > 1)
         {
@@ -281,7 +256,10 @@ impl Config {
             pipelines,
             admin: admin.resolve()?,
             log,
+            in_force: notes::in_force(&figment, &given),
             given: Given(given),
+            variables,
+            from_elsewhere,
         })
     }
 }
@@ -333,114 +311,6 @@ fn flat(figment: &Figment) -> BTreeMap<String, Value> {
     settings
 }
 
-impl RawSource {
-    fn resolve(self, figment: &Figment) -> Result<Source, ConfigError> {
-        match self.kind {
-            SourceKind::Postgres => self.postgres.resolve(figment),
-            SourceKind::Sqlite => {
-                let RawSqlite {
-                    path,
-                    poll_interval,
-                } = self.sqlite;
-                let path = path.ok_or_else(|| {
-                    ConfigError::new(
-                        "source.sqlite.path is missing: the file that holds the outbox",
-                    )
-                })?;
-                Ok(Source::Sqlite {
-                    path,
-                    poll_interval,
-                })
-            }
-        }
-    }
-}
-
-impl RawPostgres {
-    fn resolve(self, figment: &Figment) -> Result<Source, ConfigError> {
-        let Self {
-            url,
-            url_file,
-            direct_url,
-            direct_url_file,
-            capture,
-            poll_interval,
-        } = self;
-        let connector = match (url, url_file) {
-            (Some(url), None) => connector("source.postgres.url", &url)?,
-            (None, Some(file)) => connector_of_file("source.postgres.url_file", file)?,
-            (Some(_), Some(_)) => return Err(both_set("source.postgres.url", "url_file", figment)),
-            (None, None) => {
-                return Err(ConfigError::new(
-                    "source.postgres.url is missing: set it in the file, in RELAY_SOURCE__POSTGRES__URL, or name a \
-                     file with source.postgres.url_file",
-                ));
-            }
-        };
-        let direct_connector = match (direct_url, direct_url_file) {
-            (Some(url), None) => self::connector("source.postgres.direct_url", &url)?,
-            (None, Some(file)) => connector_of_file("source.postgres.direct_url_file", file)?,
-            (Some(_), Some(_)) => {
-                return Err(both_set(
-                    "source.postgres.direct_url",
-                    "direct_url_file",
-                    figment,
-                ));
-            }
-            (None, None) => connector.clone(),
-        };
-        Ok(Source::Postgres(Box::new(
-            crate::source::postgres::Settings {
-                connector,
-                direct_connector,
-                mode: capture,
-                poll_interval,
-            },
-        )))
-    }
-}
-
-fn connector(key: &str, url: &SecretString) -> Result<Connector, ConfigError> {
-    Ok(postgres_options(key, url)?.into())
-}
-
-/// The file is read again at each attempt to connect.
-fn connector_of_file(key: &'static str, file: PathBuf) -> Result<Connector, ConfigError> {
-    Connector::reading(move || postgres_options(key, &read_secret(key, &file)?))
-}
-
-/// With the places, for of a variable and a file the reader sees one only.
-fn both_set(key: &str, other: &str, figment: &Figment) -> ConfigError {
-    let table = key.rsplit_once('.').map_or("", |(table, _)| table);
-    let place = |key: &str| match place(figment, key) {
-        Some(place) => format!("{key} ({place})"),
-        None => key.to_owned(),
-    };
-    ConfigError::new(format!(
-        "{} and {} are both set: take one of them away",
-        place(key),
-        place(&format!("{table}.{other}"))
-    ))
-}
-
-/// What the relay's connections have in common.
-///
-/// # Errors
-/// When the text is no PostgreSQL URL; the error does not repeat it, for it may hold a password.
-pub fn postgres_options(key: &str, url: &SecretString) -> Result<PgConnectOptions, ConfigError> {
-    database_url::check(url.expose_secret())
-        .map_err(|why| ConfigError::new(format!("{key} {why}")))?;
-    let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
-        ConfigError::new(format!(
-            "{key} is not a URL such as postgres://user:password@host:5432/database"
-        ))
-    })?;
-    // Poolers refuse start-up parameters that they do not know.
-    Ok(options
-        .extra_float_digits(None)
-        .application_name("outbox-relay"))
-}
-
 impl RawSink {
     fn resolve(self, figment: &Figment) -> Result<Sink, ConfigError> {
         match self.kind {
@@ -451,7 +321,7 @@ impl RawSink {
                 if let Some(file) = &kafka.sasl.password_file {
                     if kafka.sasl.password.is_some() {
                         let key = "sink.kafka.sasl.password";
-                        return Err(both_set(key, "password_file", figment));
+                        return Err(both_set(key, "sink.kafka.sasl.password_file", figment));
                     }
                     kafka.sasl.password = Some(read_secret("sink.kafka.sasl.password_file", file)?);
                 }
@@ -504,6 +374,19 @@ impl RawRelay {
             redrive_rate,
         })
     }
+}
+
+/// With the places, for of a variable and a file the reader sees one only.
+fn both_set(key: &str, other: &str, figment: &Figment) -> ConfigError {
+    let place = |key: &str| match place(figment, key) {
+        Some(place) => format!("{key} ({place})"),
+        None => key.to_owned(),
+    };
+    ConfigError::new(format!(
+        "{} and {} are both set: take one of them away",
+        place(key),
+        place(other)
+    ))
 }
 
 fn bytes(size: ByteSize) -> usize {

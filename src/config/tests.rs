@@ -2,6 +2,8 @@ use std::io::Write;
 
 use expect_test::expect;
 
+use secrecy::ExposeSecret;
+
 use super::*;
 use crate::encode;
 

@@ -4,6 +4,7 @@ mod books;
 mod partitions;
 mod pooler;
 mod rights;
+mod security;
 mod server;
 mod table;
 
@@ -33,6 +34,8 @@ pub(super) async fn examine(
         }
     };
     let mut findings = Vec::new();
+    let security = security::examine(&mut connection, connector.known()).await;
+    findings.extend(answered("postgres_security", security));
     findings.extend(answered(
         "server",
         server::examine(&mut connection, now_us).await,

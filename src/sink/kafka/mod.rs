@@ -313,6 +313,12 @@ impl Sink for KafkaSink {
     }
 }
 
+/// The version of librdkafka.
+#[must_use]
+pub fn version() -> String {
+    rdkafka::util::get_rdkafka_version().1
+}
+
 fn not_open() -> SinkError {
     SinkError("the Kafka producer is not open".to_owned())
 }
