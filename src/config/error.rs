@@ -89,7 +89,7 @@ fn describe(kind: &Kind, path: &str) -> String {
 }
 
 /// Whether a setting may hold a secret, or is of a table of settings that may.
-fn is_secret(path: &str) -> bool {
+pub(super) fn is_secret(path: &str) -> bool {
     // A value in place of a whole table may be one that was meant for a secret in it.
     const TABLES: [&str; 7] = [
         "source",
@@ -114,8 +114,15 @@ fn is_secret(path: &str) -> bool {
 fn show(actual: &Actual, path: &str) -> String {
     match actual {
         _ if is_secret(path) => "(not shown)".to_owned(),
+        Actual::Bool(value) => value.to_string(),
+        Actual::Unsigned(value) => value.to_string(),
+        Actual::Signed(value) => value.to_string(),
+        Actual::Float(value) => value.to_string(),
+        Actual::Char(value) => format!("{value:?}"),
         Actual::Str(text) => format!("{text:?}"),
-        other => other.to_string(),
+        Actual::Seq => "a list".to_owned(),
+        Actual::Map => "a table".to_owned(),
+        _ => "this value".to_owned(),
     }
 }
 
@@ -126,6 +133,10 @@ fn plain(expected: &str) -> &str {
         "parsable string" => "a size such as \"4MiB\"",
         "a duration" => "a duration such as \"200ms\" or \"10s\"",
         "a boolean" => "true or false",
+        "a string" | "string" | "path string" | "any valid UTF-8 string" => "a text in quotes",
+        "a sequence" | "sequence" => "a list such as [\"order\", \"customer\"]",
+        "a map" | "map" => "a table",
+        table if table.starts_with("struct ") => "a table",
         other => other,
     }
 }

@@ -393,18 +393,28 @@ fn bytes(size: ByteSize) -> usize {
     usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
 }
 
+/// The name of a file with a secret; what does not look like one may be the secret itself, put into the wrong setting.
+fn shown_path(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.starts_with('/') || text.starts_with("./") || text.starts_with("../") {
+        format!("{text:?}")
+    } else {
+        "(not shown, for it does not begin with \"/\" or \"./\")".to_owned()
+    }
+}
+
 fn read_secret(key: &str, path: &Path) -> Result<SecretString, ConfigError> {
     match std::fs::read_to_string(path) {
         Ok(text) => match text.trim_end_matches(['\r', '\n']) {
             "" => Err(ConfigError::new(format!(
-                "{key} = {:?}: the file is empty",
-                path.display().to_string()
+                "{key} = {}: the file is empty",
+                shown_path(path)
             ))),
             text => Ok(text.to_owned().into()),
         },
         Err(error) => Err(ConfigError::new(format!(
-            "{key} = {:?}: {error}",
-            path.display().to_string()
+            "{key} = {}: {error}",
+            shown_path(path)
         ))),
     }
 }

@@ -8,7 +8,7 @@ use figment::Figment;
 use figment::value::Value;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use super::error::place;
+use super::error::{is_secret, place};
 use super::{CONTENT, Config, PipelineConfig, Sink, Source};
 
 /// One setting that is in force.
@@ -107,7 +107,7 @@ pub(super) fn in_force(figment: &Figment, given: &BTreeMap<String, Value>) -> Ve
         .filter(|(key, _)| !key.ends_with(CONTENT))
         .map(|(key, value)| InForce {
             key: key.clone(),
-            value: if is_hidden(key) {
+            value: if is_hidden(key, value) {
                 "(not shown)".to_owned()
             } else {
                 serde_json::to_string(value).unwrap_or_default()
@@ -117,13 +117,17 @@ pub(super) fn in_force(figment: &Figment, given: &BTreeMap<String, Value>) -> Ve
         .collect()
 }
 
-fn is_hidden(key: &str) -> bool {
-    const SECRET: [&str; 6] = ["password", "secret", "passphrase", "pem", "token", "url"];
-    let of_properties = key.strip_prefix("sink.kafka.properties.");
-    // Settings of OAUTHBEARER in one text.
-    if of_properties.is_some_and(|name| name.ends_with("config")) {
-        return true;
+fn is_hidden(key: &str, value: &Value) -> bool {
+    match key.strip_prefix("sink.kafka.properties.") {
+        // Settings of OAUTHBEARER are one text.
+        Some(name) => ["password", "secret", "passphrase", "pem", "config"]
+            .iter()
+            .any(|part| name.contains(part)),
+        // The name of a file is none, unless the secret stands in its place.
+        None if key.ends_with("_file") => {
+            let begins = |text: &str| text.starts_with(['/', '.']);
+            !value.as_str().is_some_and(begins)
+        }
+        None => is_secret(key),
     }
-    // The name of a file is none.
-    !key.ends_with("_file") && SECRET.iter().any(|part| key.contains(part))
 }

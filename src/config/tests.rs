@@ -276,8 +276,100 @@ fn one_underscore_too_few_is_refused() {
             format!("{given}: no such setting; did you mean {meant} (two underscores)?")
         );
     }
-    // Of another program.
-    load("", &[URL, ("RELAY_RACE", "4x100")]).unwrap();
+    // Of Kubernetes, for a service that is called "relay".
+    for name in [
+        "RELAY_SERVICE_HOST",
+        "RELAY_PORT",
+        "RELAY_PORT_9187_TCP_ADDR",
+    ] {
+        load("", &[URL, (name, "10.0.0.1")]).unwrap();
+    }
+}
+
+#[test]
+fn a_variable_that_is_no_setting_is_refused_with_the_nearest() {
+    for (given, meant) in [
+        ("RELAY_BROKERS", "RELAY_SINK__KAFKA__BROKERS?"),
+        ("RELAY_KAFKA_BROKERS", "RELAY_SINK__KAFKA__BROKERS?"),
+        ("RELAY_POSTGRES_URL", "RELAY_SOURCE__POSTGRES__URL?"),
+        ("RELAY_LOG_LEVL", "RELAY_LOG__LEVEL?"),
+        ("RELAY_FOO", "a variable is named after"),
+        ("RELAY_LOG__LEVL", "did you mean \"level\"?"),
+    ] {
+        let refused = load("", &[URL, (given, "planted-secret")]).unwrap_err();
+        assert!(refused.starts_with(&format!("{given}: ")), "{refused}");
+        assert!(refused.contains(meant), "{refused}");
+        assert!(!refused.contains("planted-secret"), "{refused}");
+    }
+}
+
+#[test]
+fn lists_and_properties_can_be_variables() {
+    let types = |text: &str| {
+        let types = ("RELAY_PIPELINES__ORDERS__FILTER__AGGREGATE_TYPES", text);
+        let config = load("", &[URL, types]).unwrap();
+        config.pipelines[0].pipeline.filter.aggregate_types.clone()
+    };
+    assert_eq!(types("order"), ["order"]);
+    assert_eq!(types("order, cart,"), ["order", "cart"]);
+    assert_eq!(types("[\"order\", \"cart\"]"), ["order", "cart"]);
+    let kafka = |env: &[(&str, &str)]| {
+        let mut all = vec![URL];
+        all.extend_from_slice(env);
+        match load("", &all).unwrap().sink {
+            Sink::Kafka(kafka) => kafka,
+            Sink::Stdout => panic!("the default sink is Kafka"),
+        }
+    };
+    for name in [
+        "RELAY_SINK__KAFKA__PROPERTIES__SOCKET_KEEPALIVE_ENABLE",
+        "RELAY_SINK__KAFKA__PROPERTIES__SOCKET.KEEPALIVE.ENABLE",
+    ] {
+        let client = kafka(&[(name, "true")]).default_producer();
+        assert_eq!(
+            client.get("socket.keepalive.enable"),
+            Some("true"),
+            "{name}"
+        );
+    }
+    let policy = "RELAY_SINK__KAFKA__TOPICS__CONFIG__CLEANUP_POLICY";
+    let topics = kafka(&[(policy, "compact")]).topics.config;
+    assert_eq!(topics["cleanup.policy"], "compact");
+    let brokers = load("[sink.kafka]\nbrokers = [\"a:9092\", \"b:9092\"]", &[URL]).unwrap();
+    let Sink::Kafka(brokers) = brokers.sink else {
+        panic!("the default sink is Kafka")
+    };
+    assert_eq!(brokers.brokers, "a:9092,b:9092");
+}
+
+#[test]
+fn wrong_types_are_told_in_plain_words() {
+    let mut lines = String::new();
+    for toml in [
+        "[pipeline.filter]\naggregate_types = \"order\"",
+        "[sink.kafka]\nbrokers = 10",
+        "[sink.kafka]\nbrokers = { a = 1 }",
+        "[sink.kafka]\nclient_id = [\"a\"]",
+        "[relay]\npage_events = true",
+        "[relay]\npage_events = -1",
+        "[admin]\nenabled = 1",
+        "[retention]\nkeep = 7",
+        "log = 1",
+    ] {
+        lines += &load(toml, &[URL]).expect_err(toml);
+        lines += "\n";
+    }
+    expect![[r#"
+        relay.toml: pipeline.filter.aggregate_types = "order": has to be a list such as ["order", "customer"]
+        relay.toml: sink.kafka.brokers = 10: has to be a text or a list such as ["kafka-1:9092", "kafka-2:9092"]
+        relay.toml: sink.kafka.brokers = a table: has to be a text or a list such as ["kafka-1:9092", "kafka-2:9092"]
+        relay.toml: sink.kafka.client_id = a list: has to be a text in quotes
+        relay.toml: relay.page_events = true: has to be a whole number
+        relay.toml: relay.page_events = -1: has to be a whole number
+        relay.toml: admin.enabled = 1: has to be true or false
+        relay.toml: retention.keep = 7: has to be a text in quotes
+        relay.toml: log = 1: has to be a table
+    "#]].assert_eq(&lines);
 }
 
 #[test]

@@ -91,16 +91,16 @@ pub(super) async fn examine(settings: &Settings, pipelines: &[PipelineConfig]) -
         );
         return findings;
     }
-    findings.extend(settings.weaknesses().into_iter().map(|weakness| {
-        Finding::warning(
-            "kafka_security",
-            weakness,
-            "who is on the way can read it, or stand in for a broker",
-        )
-        .configuration("[sink.kafka.tls]\nenabled = true\nca_file = \"...\"")
-    }));
     match cluster(settings).await {
         Ok(cluster) => {
+            findings.extend(settings.weaknesses().into_iter().map(|weakness| {
+                Finding::warning(
+                    "kafka_security",
+                    weakness,
+                    "who is on the way can read it, or stand in for a broker",
+                )
+                .configuration("[sink.kafka.tls]\nenabled = true\nca_file = \"...\"")
+            }));
             findings.extend(unreachable_brokers(settings, &cluster.brokers).await);
             findings.extend(judge_topics(settings, &topics, &cluster));
             let transactions =

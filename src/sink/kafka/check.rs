@@ -309,6 +309,12 @@ impl Settings {
             || has("ssl.certificate.location")
             || has("ssl.certificate.pem");
         let key = tls.key_file.is_some() || has("ssl.key.location") || has("ssl.key.pem");
+        if tls.key_password.is_some() && !key {
+            return Err(
+                "sink.kafka.tls.key_password is set and has no effect without sink.kafka.tls.key_file: name the file, or take the password away"
+                    .to_owned(),
+            );
+        }
         match (certificate, key) {
             (true, false) => Err(
                 "sink.kafka.tls.key_file is missing: a certificate of this client is of use only with its key"

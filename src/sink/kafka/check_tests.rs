@@ -292,6 +292,10 @@ fn files_are_read_beforehand() {
             "certificate_file is missing",
         ),
         (
+            tls(&|tls| tls.key_password = Some("hunter2".to_owned().into())),
+            "without sink.kafka.tls.key_file",
+        ),
+        (
             tls(&|tls| tls.certificate_file = path("broken")),
             "key_file is missing",
         ),
