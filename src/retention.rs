@@ -14,6 +14,7 @@ use tokio::time::sleep;
 
 use crate::event::PipelineName;
 use crate::ledger::view;
+use crate::reason::reason;
 use crate::source::postgres::{Connector, ask};
 use crate::telemetry::LogMetrics;
 
@@ -57,7 +58,7 @@ pub async fn keep_postgres(connector: Connector, settings: Settings) {
     let metrics = LogMetrics::new(settings.disk_budget_bytes);
     loop {
         if let Err(error) = look_after(&connector, &settings, &metrics).await {
-            tracing::warn!(error = %format!("{error:#}"), "could not look after the partitions, inserts go on");
+            tracing::warn!(error = %reason(&error), "could not look after the partitions, inserts go on");
         }
         sleep(settings.interval).await;
     }
@@ -166,7 +167,7 @@ pub async fn keep_sqlite(options: SqliteConnectOptions, settings: Settings, now_
     let metrics = LogMetrics::new(settings.disk_budget_bytes);
     loop {
         if let Err(error) = delete_published(&options, &settings, &metrics, now_us).await {
-            tracing::warn!(error = %format!("{error:#}"), "could not delete published events, nobody waits for that");
+            tracing::warn!(error = %reason(&error), "could not delete published events, nobody waits for that");
         }
         sleep(settings.interval).await;
     }

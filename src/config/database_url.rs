@@ -25,10 +25,8 @@ const SSL_MODES: [&str; 5] = ["disable", "prefer", "require", "verify-ca", "veri
 
 /// What a URL says, as far as it is looked at here.
 struct Parts<'a> {
-    user: bool,
-    password: bool,
-    port: bool,
-    database: bool,
+    /// What stands before the parameters, by the names that those have.
+    said: Vec<&'static str>,
     parameters: Vec<(&'a str, &'a str)>,
 }
 
@@ -38,8 +36,8 @@ impl<'a> Parts<'a> {
         found.map(|(_, value)| *value)
     }
 
-    fn has(&self, name: &str) -> bool {
-        self.value(name).is_some()
+    fn says(&self, name: &str) -> bool {
+        self.said.contains(&name) || self.value(name).is_some()
     }
 }
 
@@ -71,41 +69,33 @@ pub(super) fn from_environment(
         ));
         Some(given.to_owned())
     };
-    taken("PGUSER", "the user", parts.user || parts.has("user"));
-    taken(
-        "PGPASSWORD",
-        "the password",
-        parts.password || parts.has("password"),
-    );
-    taken(
-        "PGDATABASE",
-        "the database",
-        parts.database || parts.has("dbname"),
-    );
+    taken("PGUSER", "the user", parts.says("user"));
+    taken("PGPASSWORD", "the password", parts.says("password"));
+    taken("PGDATABASE", "the database", parts.says("dbname"));
     taken(
         "PGSSLCERT",
         "the client's certificate",
-        parts.has("sslcert"),
+        parts.says("sslcert"),
     );
-    taken("PGSSLKEY", "the client's key", parts.has("sslkey"));
+    taken("PGSSLKEY", "the client's key", parts.says("sslkey"));
     taken(
         "PGAPPNAME",
         "the name of the session",
-        parts.has("application_name"),
+        parts.says("application_name"),
     );
     taken("PGOPTIONS", "options of the session", false);
-    if let Some(port) = taken("PGPORT", "the port", parts.port || parts.has("port"))
+    if let Some(port) = taken("PGPORT", "the port", parts.says("port"))
         && port.parse::<u16>().is_err()
     {
         return Err("PGPORT is no port: correct it, or write the port into the URL".to_owned());
     }
-    let mode = taken("PGSSLMODE", "sslmode", parts.has("sslmode"));
+    let mode = taken("PGSSLMODE", "sslmode", parts.says("sslmode"));
     if let Some(mode) = &mode {
         check_mode(mode).map_err(|why| format!("PGSSLMODE {why}"))?;
     }
     let mode = mode.as_deref().or(parts.value("sslmode"));
     let verifies = matches!(mode, Some("verify-ca" | "verify-full"));
-    if taken("PGSSLROOTCERT", "sslrootcert", parts.has("sslrootcert")).is_some() && !verifies {
+    if taken("PGSSLROOTCERT", "sslrootcert", parts.says("sslrootcert")).is_some() && !verifies {
         notes.pop();
         notes.push(
             "PGSSLROOTCERT has no effect without sslmode=verify-full or verify-ca".to_owned(),
@@ -219,14 +209,43 @@ fn parts(url: &str) -> Result<Parts<'_>, String> {
     for (name, _) in &parameters {
         known(name)?;
     }
-    let mode = value("sslmode");
+    let parts = Parts {
+        said: [
+            (
+                "user",
+                !credentials.is_empty() && !credentials.starts_with(':'),
+            ),
+            ("password", credentials.contains(':')),
+            ("port", has_port(host)),
+            ("dbname", path.len() > 1),
+        ]
+        .into_iter()
+        .filter_map(|(name, is_said)| is_said.then_some(name))
+        .collect(),
+        parameters,
+    };
+    check_tls(&parts)?;
+    Ok(parts)
+}
+
+fn has_port(host: &str) -> bool {
+    host.rsplit_once(':')
+        .is_some_and(|(_, port)| !port.is_empty() && !port.contains(']'))
+}
+
+/// Parameters of TLS that would change nothing are refused.
+fn check_tls(parts: &Parts<'_>) -> Result<(), String> {
+    let mode = parts.value("sslmode");
     mode.map_or(Ok(()), check_mode)?;
-    if value("sslrootcert").is_some() && !matches!(mode, Some("verify-ca" | "verify-full")) {
+    if parts.value("sslrootcert").is_some() && !matches!(mode, Some("verify-ca" | "verify-full")) {
         return Err(
             "has sslrootcert, which verifies nothing without sslmode=verify-full or verify-ca: write one of them".to_owned(),
         );
     }
-    let client = [value("sslcert").is_some(), value("sslkey").is_some()];
+    let client = [
+        parts.value("sslcert").is_some(),
+        parts.value("sslkey").is_some(),
+    ];
     if client[0] != client[1] {
         return Err(
             "has one of sslcert and sslkey: a client logs in with a certificate and its key"
@@ -239,15 +258,7 @@ fn parts(url: &str) -> Result<Parts<'_>, String> {
                 .to_owned(),
         );
     }
-    Ok(Parts {
-        user: !credentials.is_empty() && !credentials.starts_with(':'),
-        password: credentials.contains(':'),
-        port: host
-            .rsplit_once(':')
-            .is_some_and(|(_, port)| !port.is_empty() && !port.contains(']')),
-        database: path.len() > 1,
-        parameters,
-    })
+    Ok(())
 }
 
 fn known(name: &str) -> Result<(), String> {

@@ -84,6 +84,15 @@ pub(super) fn resolve_pipelines(
         .collect()
 }
 
+fn check_topic(key: &str, topic: &Template) -> Result<(), ConfigError> {
+    topic.illegal_as_topic().map_or(Ok(()), |reason| {
+        Err(ConfigError::new(format!(
+            "{key}.topic = {:?}: {reason}: every event would be rejected",
+            topic.to_string()
+        )))
+    })
+}
+
 fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, ConfigError> {
     let key = format!("pipelines.{name}");
     let pipeline_name = PipelineName::from_str(name)
@@ -111,12 +120,7 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
             Shard::COUNT_MAX
         )));
     }
-    if let Some(reason) = topic.illegal_as_topic() {
-        return Err(ConfigError::new(format!(
-            "{key}.topic = {:?}: {reason}: every event would be rejected",
-            topic.to_string()
-        )));
-    }
+    check_topic(&key, &topic)?;
     for (setting, value) in [
         ("parked_max", parked_max),
         ("parked_max_per_entity", parked_max_per_entity),

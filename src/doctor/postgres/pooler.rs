@@ -35,7 +35,7 @@ fn pooled() -> Finding {
     mend(Finding::warning(
         "listen",
         "a transaction-mode pooler stands between the relay and the server on the connection for LISTEN",
-        "the relay listens in silence and finds new events by its slow poll, up to a second late; and the process that \
+        "the relay is not woken and finds new events by its slow poll, up to a second late; and the process that \
          listens serves others too, whose drivers may fail at a notification that they did not ask for",
     ))
 }
@@ -44,7 +44,7 @@ fn deaf() -> Finding {
     mend(Finding::warning(
         "listen",
         "a notification sent to the connection for LISTEN did not arrive",
-        "the relay listens in silence and finds new events by its slow poll, up to a second late (nothing is lost)",
+        "the relay is not woken and finds new events by its slow poll, up to a second late (nothing is lost)",
     ))
 }
 

@@ -330,7 +330,7 @@ fn numbers_are_in_their_ranges() {
     none.queue_records = 0;
     assert!(refused(&none).contains("queue_records"));
     none = settings();
-    none.linger = std::time::Duration::from_secs(3600);
+    none.linger = std::time::Duration::from_hours(1);
     assert!(refused(&none).contains("linger.ms"));
 }
 

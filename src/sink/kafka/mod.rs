@@ -12,6 +12,7 @@ mod properties;
 mod settings;
 mod topic;
 mod transaction;
+mod trouble;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
@@ -121,15 +122,17 @@ impl Sink for KafkaSink {
     async fn check(&mut self) -> Result<(), SinkError> {
         let life = self.life.as_ref().ok_or_else(not_open)?;
         // The answer comes from any broker that is reached.
-        match life.metadata(self.familiar.as_deref()).await {
+        let answer = life.metadata(self.familiar.as_deref()).await;
+        let trouble = life.trouble.borrow().clone();
+        match answer {
             Ok(()) => {
                 life.trouble.send_replace(None);
                 Ok(())
             }
-            Err(error) => Err(SinkError(life.with_trouble(format!(
-                "no answer from Kafka at {}: {error}",
-                self.settings.brokers
-            )))),
+            Err(error) => Err(SinkError(trouble.unwrap_or_else(|| {
+                let why = trouble::answer(&error);
+                format!("no answer from Kafka at {}: {why}", self.settings.brokers)
+            }))),
         }
     }
 

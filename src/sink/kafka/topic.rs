@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
-use super::{NotPrepared, Settings, SinkError, Topics, lacks, log_librdkafka, not_set_up};
+use super::{NotPrepared, Settings, SinkError, Topics, lacks, log_librdkafka, not_set_up, trouble};
 use crate::event::{Record, Rejection};
 
 /// What a topic takes when it does not say: the broker's default `message.max.bytes`.
@@ -347,7 +347,10 @@ impl Admin {
             }
             Err(error) => {
                 let answer = |(name, _): &(String, Place)| {
-                    let error = unknown(format!("ask about topic {name}: {error}"));
+                    let error = unknown(format!(
+                        "ask about topic {name}: {}",
+                        trouble::answer(&error)
+                    ));
                     (name.clone(), Err(error))
                 };
                 return places.iter().map(answer).collect();
@@ -405,7 +408,8 @@ impl Admin {
             Ok(created) => created,
             Err(error) => {
                 let failed = |name| {
-                    let error = unknown(format!("create topic {name}: {error}"));
+                    let error =
+                        unknown(format!("create topic {name}: {}", trouble::answer(&error)));
                     (name, Err(error))
                 };
                 answers.extend(names.into_iter().map(failed));

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::Connector;
 use super::pace::Pace;
 use crate::event::EventId;
+use crate::reason::reason;
 
 /// How the source learns of new events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -124,7 +125,7 @@ impl Hints {
             Err(error) => {
                 self.ear = Ear::Closed(Instant::now() + RECONNECT);
                 if !std::mem::replace(&mut self.told, true) {
-                    let error = format!("{error:#}");
+                    let error = reason(&error);
                     tracing::warn!(%error, "cannot listen for notifications, polling until that works again");
                 }
                 false

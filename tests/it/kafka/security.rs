@@ -58,7 +58,7 @@ async fn a_wrong_password_is_named_and_not_shown() {
     };
     settings.sasl.password = Some("hunter2".to_owned().into());
     let error = refused(settings).await;
-    assert!(error.contains("Authentication"), "{error}");
+    assert!(error.contains("refuses the login"), "{error}");
     assert!(!error.contains("hunter2"), "{error}");
 }
 
