@@ -8,6 +8,7 @@ mod connector;
 mod hint;
 mod history;
 mod late;
+mod listener;
 mod pace;
 mod page;
 mod resets;
