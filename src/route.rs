@@ -151,6 +151,12 @@ impl Template {
         illegal_topic(&format!("{literal}{inserted}"))
     }
 
+    /// Whether aggregate types can be told from each other by the text.
+    #[must_use]
+    pub fn names_the_type(&self) -> bool {
+        self.parts.contains(&Part::Field(Field::AggregateType))
+    }
+
     /// Whether the text is the same for all events.
     #[must_use]
     pub fn is_fixed(&self) -> bool {

@@ -84,8 +84,26 @@ impl Config {
             let others = &self.pipelines[at + 1..];
             notes.extend(others.iter().filter_map(|other| overlap(one, other)));
         }
+        notes.extend(self.pipelines.iter().filter_map(shared_keys));
         notes
     }
+}
+
+/// Two entities of different types with the same id have the same key in a topic for both.
+fn shared_keys(config: &PipelineConfig) -> Option<String> {
+    let pipeline = &config.pipeline;
+    let (topic, key) = (&pipeline.route.topic, &pipeline.route.key);
+    let shares = !topic.names_the_type()
+        && !key.names_the_type()
+        && pipeline.filter.aggregate_types.len() != 1;
+    shares.then(|| {
+        format!(
+            "pipeline {} writes several aggregate types to topic {topic} with key {key}: entities of different types with \
+             the same id have the same key, and with cleanup.policy=compact one deletes the other; \
+             key = \"{{aggregate_type}}/{key}\" tells them apart",
+            pipeline.name
+        )
+    })
 }
 
 fn overlap(one: &PipelineConfig, other: &PipelineConfig) -> Option<String> {

@@ -101,6 +101,11 @@ pub trait Sink: Send {
         ready(false)
     }
 
+    /// What a person has to hear about records that are published all the same. Asked once a second; each is told once.
+    fn warnings(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Why a session that begins now would be made of other values than this one, such as a password or a certificate that
     /// was replaced. Asked once a second while the sink is in trouble.
     fn outdated(&self) -> Option<String> {
@@ -220,6 +225,13 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.is_cut_off().await,
             Self::Stdout(sink) => sink.is_cut_off().await,
+        }
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        match self {
+            Self::Kafka(sink) => sink.warnings(),
+            Self::Stdout(sink) => sink.warnings(),
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod asker;
 mod check;
+mod expired;
 mod life;
 mod partition;
 mod polled;
@@ -24,6 +25,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
 
+use self::expired::Expired;
 use self::life::Life;
 use self::partition::Partitions;
 pub use self::partition::partition_of;
@@ -53,6 +55,7 @@ pub struct KafkaSink {
     denied: BTreeSet<String>,
     /// Topics that were not there when they were last asked for.
     absent: BTreeSet<String>,
+    expired: Expired,
     /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
     batch_bytes: usize,
 }
@@ -78,6 +81,7 @@ impl KafkaSink {
             familiar: None,
             denied: BTreeSet::new(),
             absent: BTreeSet::new(),
+            expired: Expired::default(),
             batch_bytes: MESSAGE_BYTES_DEFAULT,
         }
     }
@@ -148,6 +152,10 @@ impl Sink for KafkaSink {
         life.has_nobody(topic).await
             && life::answers_others(&self.settings, topic).await
             && life.has_nobody(topic).await
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        self.expired.warnings()
     }
 
     /// librdkafka reads its files when a client is made, and logs in with the same password for ever.
@@ -291,6 +299,9 @@ impl Sink for KafkaSink {
             delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
         };
         let handed_over = life.hand_over(message, admission);
+        if handed_over.is_ok() && topic.forgets(record) {
+            self.expired.count(&record.topic);
+        }
         if life.lost.contains(&*record.topic) {
             self.topics.remove(&*record.topic);
         }

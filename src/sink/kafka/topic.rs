@@ -52,6 +52,8 @@ pub(super) struct Topic {
     after_max_ms: i64,
     /// A time up to which nothing is too far ahead, so that the clock is seldom read.
     not_ahead_ms: i64,
+    /// Records of before this time are deleted soon, as of the time when the topic was looked up.
+    kept_from_ms: i64,
     asked_at: Instant,
     doubted: bool,
 }
@@ -66,9 +68,17 @@ impl Topic {
             before_max_ms: limit("message.timestamp.before.max.ms").unwrap_or(i64::MAX),
             after_max_ms: limit("message.timestamp.after.max.ms").unwrap_or(i64::MAX),
             not_ahead_ms: 0,
+            kept_from_ms: limit("retention.ms")
+                .filter(|kept_ms| *kept_ms >= 0)
+                .map_or(i64::MIN, |kept_ms| now_ms().saturating_sub(kept_ms)),
             asked_at: Instant::now(),
             doubted: false,
         }
+    }
+
+    /// Whether the broker deletes such a record soon after it has taken it.
+    pub(super) fn forgets(&self, record: &Record<'_>) -> bool {
+        record.timestamp_ms < self.kept_from_ms
     }
 
     /// From now on a refusal is worth another question.
@@ -369,8 +379,13 @@ impl Admin {
             let told = |name: &str| described?.get(name)?.value.as_deref();
             let own_time = told("message.timestamp.type") == Some("LogAppendTime");
             let topic = Topic::new(place.partitions, |limit| {
-                // The broker puts in its own time and does not care for ours.
-                let applies = !(own_time && limit.starts_with("message.timestamp."));
+                // The broker puts in its own time and does not care for ours. Compaction alone deletes no record by its age.
+                let applies = match limit {
+                    "retention.ms" => {
+                        !own_time && told("cleanup.policy").is_none_or(|how| how.contains("delete"))
+                    }
+                    limit => !(own_time && limit.starts_with("message.timestamp.")),
+                };
                 told(limit).filter(|_| applies)?.parse().ok()
             });
             (name.clone(), Ok(topic))
