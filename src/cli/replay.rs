@@ -19,6 +19,7 @@ use crate::logging;
 use crate::relay::Pipeline;
 use crate::replay::books::{Books, Job, Listed};
 use crate::replay::{self, End};
+use crate::sink::Sink as _;
 use crate::source::{AnyHistory, Selection, postgres, sqlite};
 use crate::supervise;
 
@@ -276,6 +277,9 @@ async fn work(
         () = interrupted => None,
     };
     shown.end();
+    for warning in sink.warnings(true) {
+        anstream::eprintln!("warning: {warning}");
+    }
     let id = job.id;
     match ended {
         Some(Ok(End::Done)) => {

@@ -36,11 +36,17 @@ impl TryFrom<String> for TopicName {
     type Error = String;
 
     fn try_from(name: String) -> Result<Self, Self::Error> {
-        match illegal_topic(&name) {
+        match illegal_topic(&name).or_else(|| of_kafka(&name)) {
             Some(reason) => Err(reason),
             None => Ok(Self(name)),
         }
     }
+}
+
+/// Names that the sink refuses, whatever the brokers say.
+fn of_kafka(name: &str) -> Option<String> {
+    name.starts_with("__")
+        .then(|| "topic names that begin with \"__\" belong to Kafka itself".to_owned())
 }
 
 #[derive(Deserialize)]
@@ -85,12 +91,15 @@ pub(super) fn resolve_pipelines(
 }
 
 fn check_topic(key: &str, topic: &Template) -> Result<(), ConfigError> {
-    topic.illegal_as_topic().map_or(Ok(()), |reason| {
-        Err(ConfigError::new(format!(
-            "{key}.topic = {:?}: {reason}: every event would be rejected",
-            topic.to_string()
-        )))
-    })
+    let illegal = topic.illegal_as_topic();
+    illegal
+        .or_else(|| of_kafka(&topic.to_string()))
+        .map_or(Ok(()), |reason| {
+            Err(ConfigError::new(format!(
+                "{key}.topic = {:?}: {reason}: every event would be rejected",
+                topic.to_string()
+            )))
+        })
 }
 
 fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, ConfigError> {

@@ -188,6 +188,12 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
             "[pipelines.orders]\ndead_letter_topic = \"dead letters\"",
             &[],
         ),
+        (
+            "[pipelines.orders]\non_rejected = \"dead_letter\"\ndead_letter_topic = \"__dead\"",
+            &[],
+        ),
+        ("[pipelines.orders]\ntopic = \"__{aggregate_type}\"", &[]),
+        ("[pipelines.orders]\ntopic = \"a b/{aggregate_type}\"", &[]),
         ("[pipelines.orders]\non_rejected = \"ignore\"", &[]),
         ("[relay]\nredrive_rate = 0", &[]),
     ];
@@ -228,6 +234,9 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         pipelines.orders.parked_max = 0: has to be at least 1; to set nothing aside say on_rejected = "halt" or "drop"
         pipelines.orders.dead_letter_topic is set and on_rejected is not "dead_letter": nothing would go there
         relay.toml: pipelines.orders.dead_letter_topic: the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-'
+        relay.toml: pipelines.orders.dead_letter_topic: topic names that begin with "__" belong to Kafka itself
+        pipelines.orders.topic = "__{aggregate_type}": topic names that begin with "__" belong to Kafka itself: every event would be rejected
+        pipelines.orders.topic = "a b/{aggregate_type}": the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-': every event would be rejected
         relay.toml: pipelines.orders.on_rejected = "ignore": has to be one of park, dead_letter, drop, halt; there is park, dead_letter, drop, halt
         relay.redrive_rate = 0: has to be at least 1
     "#]].assert_eq(&lines);

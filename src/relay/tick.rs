@@ -37,7 +37,7 @@ impl<K: Sink> Publisher<'_, K> {
         let in_doubt = !in_flight && self.sink.trouble().is_some();
         let state = self.state(life, in_doubt);
         self.report(life, state);
-        for warning in self.sink.warnings() {
+        for warning in self.sink.warnings(false) {
             tracing::warn!(pipeline = %self.pipeline.name, "{warning}");
         }
         if self.sink.trouble().is_some()

@@ -101,8 +101,9 @@ pub trait Sink: Send {
         ready(false)
     }
 
-    /// What a person has to hear about records that are published all the same. Asked once a second; each is told once.
-    fn warnings(&mut self) -> Vec<String> {
+    /// What a person has to hear about records that are published all the same. Asked once a second; each is told once. What is
+    /// still being counted comes at the end only.
+    fn warnings(&mut self, _at_the_end: bool) -> Vec<String> {
         Vec::new()
     }
 
@@ -228,10 +229,10 @@ impl Sink for AnySink {
         }
     }
 
-    fn warnings(&mut self) -> Vec<String> {
+    fn warnings(&mut self, at_the_end: bool) -> Vec<String> {
         match self {
-            Self::Kafka(sink) => sink.warnings(),
-            Self::Stdout(sink) => sink.warnings(),
+            Self::Kafka(sink) => sink.warnings(at_the_end),
+            Self::Stdout(sink) => sink.warnings(at_the_end),
         }
     }
 

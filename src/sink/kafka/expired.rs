@@ -34,11 +34,10 @@ impl Expired {
     }
 
     /// What is to be said now.
-    pub(super) fn warnings(&mut self) -> Vec<String> {
-        let due = self
-            .0
-            .iter_mut()
-            .filter(|(_, counted)| !counted.told && counted.since.elapsed() >= COUNT_FOR);
+    pub(super) fn warnings(&mut self, at_the_end: bool) -> Vec<String> {
+        let due = self.0.iter_mut().filter(|(_, counted)| {
+            !counted.told && (at_the_end || counted.since.elapsed() >= COUNT_FOR)
+        });
         due.map(|(topic, counted)| {
             counted.told = true;
             format!(

@@ -154,8 +154,8 @@ impl Sink for KafkaSink {
             && life.has_nobody(topic).await
     }
 
-    fn warnings(&mut self) -> Vec<String> {
-        self.expired.warnings()
+    fn warnings(&mut self, at_the_end: bool) -> Vec<String> {
+        self.expired.warnings(at_the_end)
     }
 
     /// librdkafka reads its files when a client is made, and logs in with the same password for ever.
