@@ -12,7 +12,7 @@ pub(super) fn words(code: Option<Code>, text: &str) -> String {
     let at = broker.map_or_else(|| "Kafka".to_owned(), |broker| format!("Kafka at {broker}"));
     let why = without_state(rest);
     match code {
-        Some(Code::AllBrokersDown) => "no broker of Kafka is reached".to_owned(),
+        Some(Code::AllBrokersDown) => "none of Kafka's brokers is reached".to_owned(),
         Some(Code::Authentication | Code::SaslAuthenticationFailed) => {
             format!("{at} refuses the login: {why}")
         }
@@ -91,7 +91,7 @@ mod tests {
             (
                 Code::AllBrokersDown,
                 "1/1 brokers are down",
-                "no broker of Kafka is reached",
+                "none of Kafka's brokers is reached",
             ),
             (
                 Code::Authentication,
