@@ -14,7 +14,7 @@ use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
 use crate::ledger::view::{self, Books};
 use crate::ledger::{self, Pause};
 use crate::position::Position;
-use crate::source::{postgres, sqlite};
+use crate::source::sqlite;
 use crate::supervise::sqlite_options;
 
 /// Where a shard of a pipeline stands, or would begin.
@@ -37,10 +37,7 @@ pub(crate) enum Database {
 impl Database {
     pub(crate) async fn open(source: &Source) -> Result<Self, Error> {
         Ok(match source {
-            Source::Postgres(settings) => {
-                let options = settings.options.clone().disable_statement_logging();
-                Self::Postgres(postgres::connect(&options).await?)
-            }
+            Source::Postgres(settings) => Self::Postgres(settings.connector.connect().await?),
             Source::Sqlite { path, .. } => {
                 // Looking must not create an empty file where somebody mistyped a name.
                 let options = sqlite_options(path)

@@ -1,6 +1,7 @@
 //! Takes a changed configuration over while the relay runs, as far as that can be done without losing its place.
 //!
-//! Filters, the rate of redrives and the log level change at once. Everything else waits for a restart, and that is said, key by key.
+//! Filters, the rate of redrives and the log level change at once; what files with secrets say counts for each new connection,
+//! with or without a reload. Everything else waits for a restart, and that is said, key by key.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use figment::value::Value;
 use tokio::sync::watch;
 
-use crate::config::Config;
+use crate::config::{CONTENT, Config};
 use crate::event::PipelineName;
 use crate::logging::SetLevel;
 use crate::relay::Changes;
@@ -94,7 +95,9 @@ impl Reload {
                     .is_some_and(|rest| rest.starts_with(".filter."))
             })
         };
-        key == LOG_LEVEL
+        // Connections that are made from now on use it, whatever is done here.
+        key.ends_with(CONTENT)
+            || key == LOG_LEVEL
             || key == REDRIVE_RATE
             || key.starts_with("pipeline.filter.")
             || key

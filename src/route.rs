@@ -25,6 +25,23 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether some event could match both.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let common = |a: &[String], b: &[String]| {
+            a.is_empty() || b.is_empty() || a.iter().any(|name| b.contains(name))
+        };
+        let differs = |(name, value): (&String, &String)| {
+            other
+                .headers
+                .get(name)
+                .is_some_and(|theirs| theirs != value)
+        };
+        common(&self.aggregate_types, &other.aggregate_types)
+            && common(&self.event_types, &other.event_types)
+            && !self.headers.iter().any(differs)
+    }
+
     /// Whether the event concerns the pipeline.
     ///
     /// # Errors
@@ -116,6 +133,28 @@ impl Template {
                 Part::Field(Field::AggregateId | Field::EventType) => None,
             })
             .collect()
+    }
+
+    /// Why no event could have a legal topic of this template; none where the events decide.
+    #[must_use]
+    pub fn illegal_as_topic(&self) -> Option<String> {
+        let literal: String = self
+            .parts
+            .iter()
+            .map(|part| match part {
+                Part::Text(text) => text.as_str(),
+                Part::Field(_) => "",
+            })
+            .collect();
+        // Dots alone are legal beside what is inserted.
+        let inserted = if self.is_fixed() { "" } else { "x" };
+        illegal_topic(&format!("{literal}{inserted}"))
+    }
+
+    /// Whether aggregate types can be told from each other by the text.
+    #[must_use]
+    pub fn names_the_type(&self) -> bool {
+        self.parts.contains(&Part::Field(Field::AggregateType))
     }
 
     /// Whether the text is the same for all events.
@@ -262,6 +301,40 @@ mod tests {
             );
             assert_eq!(template.parse::<Template>().unwrap().to_string(), template);
         }
+    }
+
+    #[test]
+    fn what_no_event_could_make_legal_is_known_beforehand() {
+        let illegal = |text: &str| text.parse::<Template>().unwrap().illegal_as_topic();
+        for template in [
+            "shop.{aggregate_type}",
+            "all",
+            ".{event_type}",
+            "{aggregate_id}",
+        ] {
+            assert_eq!(illegal(template), None, "{template}");
+        }
+        for template in ["shop orders/{aggregate_type}", "ä", "..", &"x".repeat(250)] {
+            assert!(illegal(template).is_some(), "{template}");
+        }
+    }
+
+    #[test]
+    fn filters_overlap_where_an_event_could_match_both() {
+        let filter = |types: &[&str], headers: &[(&str, &str)]| Filter {
+            aggregate_types: types.iter().map(|name| (*name).to_owned()).collect(),
+            event_types: Vec::new(),
+            headers: headers
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
+        };
+        let all = Filter::default();
+        assert!(all.overlaps(&filter(&["order"], &[])));
+        assert!(filter(&["order", "cart"], &[]).overlaps(&filter(&["cart"], &[])));
+        assert!(!filter(&["order"], &[]).overlaps(&filter(&["cart"], &[])));
+        assert!(!filter(&[], &[("tenant", "a")]).overlaps(&filter(&[], &[("tenant", "b")])));
+        assert!(filter(&[], &[("tenant", "a")]).overlaps(&filter(&[], &[("region", "b")])));
     }
 
     #[test]

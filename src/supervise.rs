@@ -57,8 +57,8 @@ pub async fn run(
     let retention = config.retention.clone();
     match &config.source {
         Source::Postgres(settings) => {
-            let options = settings.options.clone();
-            others.spawn(retention::postgres::Upkeep::new(options, retention).run());
+            let connector = settings.connector.clone();
+            others.spawn(retention::postgres::Upkeep::new(connector, retention).run());
         }
         Source::Sqlite { path, .. } => {
             let options = sqlite_options(path);
@@ -110,6 +110,12 @@ pub async fn run(
 async fn take_over(reload: &mut Reload, reloads: &mut mpsc::Receiver<Config>) {
     while let Some(new) = reloads.recv().await {
         match reload.apply(&new) {
+            Ok(Reloaded { applied, refused }) if applied.is_empty() && refused.is_empty() => {
+                tracing::info!(
+                    "read the configuration again: nothing has changed; files with secrets are read at each new \
+                     connection"
+                );
+            }
             Ok(Reloaded { applied, refused }) => {
                 tracing::info!(applied = applied.join(", "), "reloaded the configuration");
                 if !refused.is_empty() {
@@ -151,7 +157,7 @@ pub(crate) fn assemble(
                 PostgresSource::new((**settings).clone()).of_shard(name.clone(), shard),
             )),
             AnyLedger::Postgres(Box::new(PostgresLedger::new(
-                settings.options.clone(),
+                settings.connector.clone(),
                 books,
             ))),
         ),

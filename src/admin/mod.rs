@@ -21,13 +21,12 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper::{Request, header};
 use hyper_util::rt::TokioIo;
-use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use crate::config::Source;
+use crate::config::{Source, Token};
 use crate::crew::ShownRelay;
 use crate::relay::status::Status;
 use crate::telemetry;
@@ -48,7 +47,7 @@ pub struct Shown {
     /// Where the parked events are.
     pub source: Source,
     /// What whoever changes something has to know.
-    pub token: Option<SecretString>,
+    pub token: Token,
     /// Who asks the database waits for one: curiosity must not use up its connections.
     pub database_turns: Semaphore,
 }

@@ -11,13 +11,14 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
 
 use super::Shown;
 use super::serve::Peer;
+use crate::config::Token;
 use crate::database::{Database, Refusal};
 use crate::event::{EventId, PipelineName};
 use crate::ledger::acts::{Action, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish};
@@ -65,7 +66,12 @@ fn wrong(why: impl Into<String>) -> Failed {
 }
 
 /// Whether the request has the token; the error says what is wrong.
-fn check_token(headers: &HeaderMap, token: Option<&SecretString>) -> Result<(), Failed> {
+fn check_token(headers: &HeaderMap, token: &Token) -> Result<(), Failed> {
+    // The error names a path, which is nothing for clients.
+    let Ok(token) = token.current() else {
+        let why = "the file of admin.token_file can't be read at the moment, or its token is too short: nothing can be changed";
+        return Err(Failed(StatusCode::SERVICE_UNAVAILABLE, anyhow!(why)));
+    };
     let Some(token) = token else {
         let why = "this needs a token, and none is set: set admin.token, RELAY_ADMIN__TOKEN or admin.token_file";
         return Err(Failed(StatusCode::FORBIDDEN, anyhow!(why)));
@@ -87,7 +93,7 @@ async fn authorized(
     request: Request,
     next: Next,
 ) -> Result<Response, Failed> {
-    check_token(request.headers(), shown.token.as_ref())?;
+    check_token(request.headers(), &shown.token)?;
     Ok(next.run(request).await)
 }
 
@@ -154,7 +160,7 @@ async fn show(
         ..Selector::default()
     };
     // Who may change something may see what it is about; to everybody else payloads and headers are nobody's business.
-    let trusted = check_token(&headers, shown.token.as_ref()).is_ok();
+    let trusted = check_token(&headers, &shown.token).is_ok();
     let _turn = shown.database_turns.acquire().await.map_err(Error::from)?;
     let mut database = Database::open(&shown.source).await?;
     let found = database.show(&selector, PAYLOAD_BYTES).await?;

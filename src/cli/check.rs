@@ -5,7 +5,7 @@ use humantime::format_duration;
 
 use super::show::say;
 use super::{ConfigArgs, Outcome};
-use crate::config::{Config, PipelineConfig, Sink, Source};
+use crate::config::{Config, InForce, PipelineConfig, Sink, Source, postgres_security};
 use crate::relay::Policy;
 use crate::retention;
 use crate::sink::kafka::Delivery;
@@ -16,33 +16,52 @@ use crate::source::postgres::CaptureMode;
 pub(super) struct Check {
     #[command(flatten)]
     config: ConfigArgs,
+
+    /// Show every setting that is in force, and where it was written; secrets are not shown.
+    #[arg(long)]
+    all: bool,
 }
 
 impl Check {
     pub(super) fn run(self) -> Result<Outcome, anyhow::Error> {
         let config = self.config.load()?;
+        config.try_out()?;
         say!("the configuration is right");
         say!("  from      {}", source(&config));
         say!("  to        {}", sink(&config));
         for pipeline in &config.pipelines {
             say!("  pipeline  {}", describe(pipeline));
         }
-        anstream::println!("  retention {}", retention(&config.retention));
+        say!("  retention {}", retention(&config.retention));
+        for weakness in config.weaknesses() {
+            say!("  warning   {weakness}");
+        }
+        for note in config.notes() {
+            say!("  note      {note}");
+        }
+        if self.all {
+            say!("");
+            for InForce { key, value, origin } in &config.in_force {
+                say!("{key} = {value}   # {origin}");
+            }
+        }
+        say!("whether both ends answer is told by `outbox-relay doctor`");
         Ok(Outcome::Done)
     }
 }
 
 /// Host and database, never the password.
-fn source(config: &Config) -> String {
+pub(super) fn source(config: &Config) -> String {
     match &config.source {
         Source::Postgres(settings) => {
-            let options = &settings.options;
+            let options = settings.connector.known();
             let user = options.get_username();
             format!(
-                "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}",
+                "PostgreSQL at {}:{}, database {:?}, as {user:?}, {}, {}",
                 options.get_host(),
                 options.get_port(),
                 options.get_database().unwrap_or(user),
+                postgres_security(options),
                 match settings.mode {
                     CaptureMode::Listen => "woken by notifications",
                     CaptureMode::Poll => "polling",
@@ -68,21 +87,9 @@ fn retention(settings: &retention::Settings) -> String {
     format!("published events stay {keep}; {unpublished}")
 }
 
-fn sink(config: &Config) -> String {
+pub(super) fn sink(config: &Config) -> String {
     match &config.sink {
         Sink::Kafka(settings) => {
-            let tls = if settings.tls.enabled {
-                "TLS"
-            } else {
-                "no TLS"
-            };
-            let sasl = settings
-                .sasl
-                .mechanism
-                .as_ref()
-                .map_or("no login".to_owned(), |mechanism| {
-                    format!("login by {mechanism}")
-                });
             let topics = if settings.topics.create {
                 "topics are created"
             } else {
@@ -95,8 +102,9 @@ fn sink(config: &Config) -> String {
                 _ => "at least once".to_owned(),
             };
             format!(
-                "Kafka at {}, {tls}, {sasl}, {topics}, {delivery}",
-                settings.brokers
+                "Kafka at {}, {}, {topics}, {delivery}",
+                settings.brokers,
+                settings.security()
             )
         }
         Sink::Stdout => "the standard output".to_owned(),

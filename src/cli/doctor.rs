@@ -7,7 +7,7 @@ use anyhow::Error;
 use clap::Args;
 
 use super::show::{self, DIM, GREEN, RED, YELLOW, say};
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, check};
 use crate::doctor::{self, Finding, Remedy, Severity};
 use crate::supervise::wall_clock_us;
 
@@ -31,6 +31,8 @@ impl Doctor {
         if self.json {
             say!("{}", serde_json::to_string_pretty(&findings)?);
         } else {
+            say!("from  {}", check::source(&config));
+            say!("to    {}", check::sink(&config));
             show_findings(&findings);
         }
         let healthy = findings

@@ -47,7 +47,7 @@ impl Migrate {
         let report = match config.source {
             // Migrations need a session of their own, which a pooler does not give.
             Source::Postgres(settings) => {
-                migrate::postgres_with(settings.direct_options, partitions).await?
+                migrate::postgres_with(settings.direct_connector, partitions).await?
             }
             Source::Sqlite { path, .. } => {
                 migrate::sqlite(sqlite_options(&path).create_if_missing(true)).await?

@@ -17,12 +17,14 @@ mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::config::{Config, ConfigError};
 use crate::reason::reason;
+use crate::sink::kafka;
 
 /// What the exit codes mean; part of the help.
 const EXIT_CODES: &str = "\
@@ -32,9 +34,24 @@ Exit codes:
   2  the command line or the configuration is wrong
   3  something was found: `doctor`, `verify` and `demo` say what";
 
+/// The version, the commit where the build was told it, and librdkafka's version.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        let commit = option_env!("OUTBOX_RELAY_COMMIT").map_or_else(String::new, |commit| {
+            format!("{}, ", commit.get(..12).unwrap_or(commit))
+        });
+        let librdkafka = kafka::version();
+        format!(
+            "{} ({commit}librdkafka {librdkafka})",
+            env!("CARGO_PKG_VERSION")
+        )
+    });
+    &VERSION
+}
+
 /// Publishes the committed rows of a transactional outbox to Kafka, in order per entity.
 #[derive(Debug, Parser)]
-#[command(name = "outbox-relay", version, about, after_help = EXIT_CODES, arg_required_else_help = true)]
+#[command(name = "outbox-relay", version = version(), about, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -76,14 +93,21 @@ enum Command {
 /// Where the configuration is.
 #[derive(Debug, Args)]
 struct ConfigArgs {
-    /// The configuration file; without one the built-in defaults and the environment count.
-    #[arg(long, short, value_name = "FILE", env = "RELAY_CONFIG")]
+    /// The configuration file, else the one that RELAY_CONFIG names; without one the built-in defaults and the environment
+    /// count.
+    // Read here and not by clap, for which an empty variable is a file without a name.
+    #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
 impl ConfigArgs {
     fn load(&self) -> Result<Config, ConfigError> {
-        Config::load(self.config.as_deref(), std::env::vars())
+        Config::load(self.file().as_deref(), std::env::vars())
+    }
+
+    fn file(&self) -> Option<PathBuf> {
+        let named = || std::env::var_os("RELAY_CONFIG").filter(|name| !name.is_empty());
+        self.config.clone().or_else(|| named().map(Into::into))
     }
 }
 

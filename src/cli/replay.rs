@@ -21,6 +21,7 @@ use crate::logging;
 use crate::relay::Pipeline;
 use crate::replay::books::{Books, Job, Listed};
 use crate::replay::{self, End};
+use crate::sink::Sink as _;
 use crate::source::{AnyHistory, Selection, postgres, sqlite};
 use crate::supervise;
 
@@ -246,7 +247,7 @@ async fn open(config: &Config) -> Result<Books, Error> {
 fn history(source: &Source) -> AnyHistory {
     match source {
         Source::Postgres(settings) => {
-            AnyHistory::Postgres(postgres::History::new(settings.options.clone()))
+            AnyHistory::Postgres(postgres::History::new(settings.connector.clone()))
         }
         Source::Sqlite { path, .. } => {
             AnyHistory::Sqlite(sqlite::History::new(supervise::sqlite_options(path)))
@@ -279,6 +280,9 @@ async fn work(
         () = interrupted => None,
     };
     shown.end();
+    for warning in sink.warnings(true) {
+        anstream::eprintln!("warning: {warning}");
+    }
     let id = job.id;
     match ended {
         Some(Ok(End::Done)) => {

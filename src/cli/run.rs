@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, check, version};
 use crate::config::{Config, Sink};
 use crate::reload::Reload;
 use crate::{logging, supervise};
@@ -33,7 +33,9 @@ impl Run {
         let hang_up = signal(SignalKind::hangup())?;
         let changed_at = self.config.changed_at();
         let config = self.config.load()?;
+        config.try_out()?;
         let set_log_level = logging::install(&config.log)?;
+        self.config.announce(&config);
         if matches!(config.sink, Sink::Stdout) {
             tracing::warn!(
                 "sink.kind is \"stdout\": what is printed counts as published, and Kafka will not get it; `outbox-relay tail` \
@@ -76,9 +78,32 @@ fn signals(stop: oneshot::Sender<()>) -> Result<impl Future<Output = Error>, Err
 }
 
 impl ConfigArgs {
+    /// The first words of the log: what is running, between which ends, with which settings.
+    fn announce(&self, config: &Config) {
+        let file = self
+            .file()
+            .map_or_else(|| "no file".to_owned(), |file| file.display().to_string());
+        let pipelines: Vec<&str> = config
+            .pipelines
+            .iter()
+            .map(|pipeline| pipeline.pipeline.name.as_str())
+            .collect();
+        tracing::info!(
+            from = check::source(config),
+            to = check::sink(config),
+            pipelines = pipelines.join(", "),
+            configuration = format!("{file} and {} variables", config.variables),
+            "outbox-relay {}",
+            version()
+        );
+        for weakness in config.weaknesses() {
+            tracing::warn!("{weakness}");
+        }
+    }
+
     /// When the file was written; none without a file.
     fn changed_at(&self) -> Option<SystemTime> {
-        std::fs::metadata(self.config.as_ref()?)
+        std::fs::metadata(self.file()?)
             .and_then(|file| file.modified())
             .ok()
     }

@@ -21,24 +21,159 @@ const PARAMETERS: [&str; 13] = [
     "statement-cache-capacity",
 ];
 
-const SSL_MODES: [&str; 6] = [
-    "disable",
-    "allow",
-    "prefer",
-    "require",
-    "verify-ca",
-    "verify-full",
-];
+const SSL_MODES: [&str; 5] = ["disable", "prefer", "require", "verify-ca", "verify-full"];
+
+/// What a URL says, as far as it is looked at here.
+struct Parts<'a> {
+    /// What stands before the parameters, by the names that those have.
+    said: Vec<&'static str>,
+    parameters: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Parts<'a> {
+    fn value(&self, wanted: &str) -> Option<&'a str> {
+        let found = self.parameters.iter().find(|(name, _)| *name == wanted);
+        found.map(|(_, value)| *value)
+    }
+
+    fn says(&self, name: &str) -> bool {
+        self.said.contains(&name) || self.value(name).is_some()
+    }
+}
 
 /// Why the URL is refused.
 pub(super) fn check(url: &str) -> Result<(), String> {
+    parts(url).map(|_| ())
+}
+
+/// What the client takes from variables of libpq because the URL does not say it, as notes for a person; the client does so
+/// without a word.
+///
+/// # Errors
+/// When a variable has a value that the client would ignore.
+pub(super) fn from_environment(
+    key: &str,
+    url: &str,
+    env: &[(String, String)],
+) -> Result<Vec<String>, String> {
+    let parts = parts(url).map_err(|why| format!("{key} {why}"))?;
+    let value = |name: &str| {
+        let found = env.iter().find(|(given, _)| given == name);
+        found.map(|(_, value)| value.as_str())
+    };
+    let mut notes = Vec::new();
+    let mut taken = |name: &str, what: &str, url_says: bool| {
+        let given = value(name).filter(|_| !url_says)?;
+        notes.push(format!(
+            "{what} is taken from {name}, for {key} does not say it"
+        ));
+        Some(given.to_owned())
+    };
+    taken("PGUSER", "the user", parts.says("user"));
+    taken("PGPASSWORD", "the password", parts.says("password"));
+    taken("PGDATABASE", "the database", parts.says("dbname"));
+    taken(
+        "PGSSLCERT",
+        "the client's certificate",
+        parts.says("sslcert"),
+    );
+    taken("PGSSLKEY", "the client's key", parts.says("sslkey"));
+    taken(
+        "PGAPPNAME",
+        "the name of the session",
+        parts.says("application_name"),
+    );
+    taken("PGOPTIONS", "options of the session", false);
+    if let Some(port) = taken("PGPORT", "the port", parts.says("port"))
+        && port.parse::<u16>().is_err()
+    {
+        return Err("PGPORT is no port: correct it, or write the port into the URL".to_owned());
+    }
+    let mode = taken("PGSSLMODE", "sslmode", parts.says("sslmode"));
+    if let Some(mode) = &mode {
+        check_mode(mode).map_err(|why| format!("PGSSLMODE {why}"))?;
+    }
+    let mode = mode.as_deref().or(parts.value("sslmode"));
+    let verifies = matches!(mode, Some("verify-ca" | "verify-full"));
+    if taken("PGSSLROOTCERT", "sslrootcert", parts.says("sslrootcert")).is_some() && !verifies {
+        notes.pop();
+        notes.push(
+            "PGSSLROOTCERT has no effect without sslmode=verify-full or verify-ca".to_owned(),
+        );
+    }
+    Ok(notes)
+}
+
+/// Whether the files that the URL names are there. Their names are not repeated: a part of a password may have come to stand
+/// there.
+pub(super) fn check_files(url: &str) -> Result<(), String> {
+    let parts = parts(url)?;
+    for (name, mark) in [
+        ("sslrootcert", "CERTIFICATE"),
+        ("sslcert", "CERTIFICATE"),
+        ("sslkey", "PRIVATE KEY"),
+    ] {
+        let Some(path) = parts.value(name) else {
+            continue;
+        };
+        let path = percent_decoded(path);
+        // The client takes the text itself as well.
+        if path.contains("-----BEGIN") {
+            continue;
+        }
+        let text =
+            std::fs::read(path).map_err(|error| format!("names a file by {name}: {error}"))?;
+        if !String::from_utf8_lossy(&text).contains(mark) {
+            return Err(format!(
+                "names a file by {name} that holds no {} in PEM form",
+                mark.to_lowercase()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        let code = bytes
+            .get(at + 1..at + 3)
+            .filter(|_| byte == b'%')
+            .and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 16).ok());
+        decoded.push(code.unwrap_or(byte));
+        at += if code.is_some() { 3 } else { 1 };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+fn check_mode(mode: &str) -> Result<(), String> {
+    if mode == "allow" {
+        return Err(
+            "has sslmode=allow, with which this client never encrypts: write prefer or require, or disable if nothing is \
+             to be encrypted"
+                .to_owned(),
+        );
+    }
+    if SSL_MODES.contains(&mode) {
+        return Ok(());
+    }
+    let nearest = nearest(mode, &SSL_MODES);
+    Err(format!(
+        "has an unknown sslmode: it has to be one of {}{nearest}",
+        SSL_MODES.join(", ")
+    ))
+}
+
+fn parts(url: &str) -> Result<Parts<'_>, String> {
     let rest = ["postgres://", "postgresql://"]
         .iter()
         .find_map(|scheme| url.strip_prefix(scheme))
         .ok_or_else(|| format!("is not a URL such as {EXAMPLE}"))?;
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let (authority, behind) = rest.split_at(end);
-    let (_, host) = authority.rsplit_once('@').unwrap_or(("", authority));
+    let (credentials, host) = authority.rsplit_once('@').unwrap_or(("", authority));
     let path_end = behind.find('?').unwrap_or(behind.len());
     let (path, query) = behind.split_at(path_end);
     if authority.matches('@').count() > 1 || path.contains(['@', '#']) {
@@ -74,17 +209,53 @@ pub(super) fn check(url: &str) -> Result<(), String> {
     for (name, _) in &parameters {
         known(name)?;
     }
-    let mode = value("sslmode");
-    if let Some(mode) = mode.filter(|mode| !SSL_MODES.contains(mode)) {
-        let nearest = nearest(mode, &SSL_MODES);
-        return Err(format!(
-            "has an unknown sslmode: it has to be one of {}{nearest}",
-            SSL_MODES.join(", ")
-        ));
-    }
-    if value("sslrootcert").is_some() && !matches!(mode, Some("verify-ca" | "verify-full")) {
+    let parts = Parts {
+        said: [
+            (
+                "user",
+                !credentials.is_empty() && !credentials.starts_with(':'),
+            ),
+            ("password", credentials.contains(':')),
+            ("port", has_port(host)),
+            ("dbname", path.len() > 1),
+        ]
+        .into_iter()
+        .filter_map(|(name, is_said)| is_said.then_some(name))
+        .collect(),
+        parameters,
+    };
+    check_tls(&parts)?;
+    Ok(parts)
+}
+
+fn has_port(host: &str) -> bool {
+    host.rsplit_once(':')
+        .is_some_and(|(_, port)| !port.is_empty() && !port.contains(']'))
+}
+
+/// Parameters of TLS that would change nothing are refused.
+fn check_tls(parts: &Parts<'_>) -> Result<(), String> {
+    let mode = parts.value("sslmode");
+    mode.map_or(Ok(()), check_mode)?;
+    if parts.value("sslrootcert").is_some() && !matches!(mode, Some("verify-ca" | "verify-full")) {
         return Err(
             "has sslrootcert, which verifies nothing without sslmode=verify-full or verify-ca: write one of them".to_owned(),
+        );
+    }
+    let client = [
+        parts.value("sslcert").is_some(),
+        parts.value("sslkey").is_some(),
+    ];
+    if client[0] != client[1] {
+        return Err(
+            "has one of sslcert and sslkey: a client logs in with a certificate and its key"
+                .to_owned(),
+        );
+    }
+    if client[0] && mode == Some("disable") {
+        return Err(
+            "has sslcert, which has no effect with sslmode=disable: take one of them away"
+                .to_owned(),
         );
     }
     Ok(())
@@ -128,6 +299,7 @@ mod tests {
         for url in [
             "postgres://relay@127.0.0.1:5432/app",
             "postgresql://relay:p%40ss%2Fw0rd@db/app?sslmode=verify-full&sslrootcert=/etc/ca.pem",
+            "postgres://relay@db/app?sslmode=require&sslcert=/etc/relay.pem&sslkey=/etc/relay.key",
             "postgres://relay@%2Fvar%2Frun%2Fpostgresql/app",
             "postgres:///app?host=/var/run/postgresql",
             "postgres://db",
@@ -169,6 +341,18 @@ mod tests {
                 "postgres://relay@db/app?sslmode=require&sslrootcert=planted",
                 "verifies nothing",
             ),
+            (
+                "postgres://relay:planted@db/app?sslmode=allow",
+                "never encrypts",
+            ),
+            (
+                "postgres://relay:planted@db/app?sslcert=planted",
+                "one of sslcert and sslkey",
+            ),
+            (
+                "postgres://relay:planted@db/app?sslmode=disable&sslcert=planted&sslkey=planted",
+                "no effect",
+            ),
             ("postgres://relay@db/app?sslpassword=planted", "sslpassword"),
             (
                 "postgres://relay@db/app?target_session_attrs=planted",
@@ -178,6 +362,61 @@ mod tests {
             let refused = check(url).unwrap_err();
             assert!(refused.contains(why), "{url}: {refused}");
             assert!(!refused.contains("planted"), "{url}: {refused}");
+        }
+    }
+    #[test]
+    fn files_have_to_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let certificate = folder.path().join("a certificate.pem");
+        std::fs::write(&certificate, "-----BEGIN CERTIFICATE-----\n").unwrap();
+        let url = |path: &str| format!("postgres://db/app?sslmode=verify-full&sslrootcert={path}");
+        let path = certificate.to_str().unwrap().replace(' ', "%20");
+        assert_eq!(check_files(&url(&path)), Ok(()));
+        std::fs::write(&certificate, "planted").unwrap();
+        let refused = check_files(&url(&path)).unwrap_err();
+        assert!(refused.contains("holds no certificate"), "{refused}");
+        let refused = check_files(&url("/planted")).unwrap_err();
+        assert!(refused.contains("No such file"), "{refused}");
+        assert!(!refused.contains("planted"), "{refused}");
+    }
+
+    #[test]
+    fn what_flows_in_from_the_environment_is_told() {
+        let env = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+            let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            pairs.iter().map(owned).collect()
+        };
+        let all = env(&[
+            ("PGHOST", "planted"),
+            ("PGPORT", "25432"),
+            ("PGUSER", "planted"),
+            ("PGPASSWORD", "planted"),
+            ("PGDATABASE", "planted"),
+            ("PGSSLMODE", "require"),
+            ("PGSSLROOTCERT", "planted"),
+        ]);
+        let notes = from_environment("source.postgres.url", "postgres://db", &all).unwrap();
+        assert_eq!(notes.len(), 6, "{notes:?}");
+        for name in ["PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE"] {
+            let told = |note: &String| note.contains(&format!("taken from {name}"));
+            assert!(notes.iter().any(told), "{name}: {notes:?}");
+        }
+        assert!(notes[5].contains("no effect"), "{notes:?}");
+        assert!(!notes.concat().contains("planted"), "{notes:?}");
+        let full = "postgres://u:p@db:5432/app?sslmode=disable&sslrootcert=";
+        assert!(from_environment("key", full, &all).is_err());
+        let full = "postgres://u:p@db:5432/app?sslmode=verify-full&sslrootcert=/ca.pem";
+        let notes = from_environment("key", full, &all).unwrap();
+        assert_eq!(notes, [""; 0]);
+        for (name, value) in [
+            ("PGPORT", "planted"),
+            ("PGSSLMODE", "allow"),
+            ("PGSSLMODE", "planted"),
+        ] {
+            let refused =
+                from_environment("key", "postgres://db", &env(&[(name, value)])).unwrap_err();
+            assert!(refused.starts_with(name), "{refused}");
+            assert!(!refused.contains("planted"), "{refused}");
         }
     }
 }

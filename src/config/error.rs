@@ -1,7 +1,7 @@
 //! Says what is wrong with a setting: one line with file, key, value, reason and the nearest valid key.
 
-use figment::Figment;
 use figment::error::{Actual, Error, Kind};
+use figment::{Figment, Metadata};
 
 use super::environment::ENVIRONMENT;
 
@@ -28,21 +28,24 @@ impl ConfigError {
             .as_ref()
             .or_else(|| figment.get_metadata(figment.find_value(&path).ok()?.tag()));
         let line = describe(&error.kind, &path);
-        Self(
-            match metadata.map(|metadata| (&metadata.source, &*metadata.name)) {
-                Some((Some(figment::Source::File(file)), _)) => {
-                    format!("{}: {line}", file.display())
-                }
-                Some((_, ENVIRONMENT)) => {
-                    format!(
-                        "RELAY_{}: {line}",
-                        path.to_ascii_uppercase().replace('.', "__")
-                    )
-                }
-                Some((_, name)) => format!("{name}: {line}"),
-                None => line,
-            },
-        )
+        Self(match metadata.map(|metadata| origin(metadata, &path)) {
+            Some(place) => format!("{place}: {line}"),
+            None => line,
+        })
+    }
+}
+
+/// Where a setting was written: the file, the variable or the name of the layer.
+pub(super) fn place(figment: &Figment, path: &str) -> Option<String> {
+    let value = figment.find_value(path).ok()?;
+    Some(origin(figment.get_metadata(value.tag())?, path))
+}
+
+fn origin(metadata: &Metadata, path: &str) -> String {
+    match (&metadata.source, &*metadata.name) {
+        (Some(figment::Source::File(file)), _) => file.display().to_string(),
+        (_, ENVIRONMENT) => format!("RELAY_{}", path.to_ascii_uppercase().replace('.', "__")),
+        (_, name) => name.to_owned(),
     }
 }
 
@@ -86,7 +89,7 @@ fn describe(kind: &Kind, path: &str) -> String {
 }
 
 /// Whether a setting may hold a secret, or is of a table of settings that may.
-fn is_secret(path: &str) -> bool {
+pub(super) fn is_secret(path: &str) -> bool {
     // A value in place of a whole table may be one that was meant for a secret in it.
     const TABLES: [&str; 7] = [
         "source",
@@ -111,8 +114,15 @@ fn is_secret(path: &str) -> bool {
 fn show(actual: &Actual, path: &str) -> String {
     match actual {
         _ if is_secret(path) => "(not shown)".to_owned(),
+        Actual::Bool(value) => value.to_string(),
+        Actual::Unsigned(value) => value.to_string(),
+        Actual::Signed(value) => value.to_string(),
+        Actual::Float(value) => value.to_string(),
+        Actual::Char(value) => format!("{value:?}"),
         Actual::Str(text) => format!("{text:?}"),
-        other => other.to_string(),
+        Actual::Seq => "a list".to_owned(),
+        Actual::Map => "a table".to_owned(),
+        _ => "this value".to_owned(),
     }
 }
 
@@ -123,6 +133,10 @@ fn plain(expected: &str) -> &str {
         "parsable string" => "a size such as \"4MiB\"",
         "a duration" => "a duration such as \"200ms\" or \"10s\"",
         "a boolean" => "true or false",
+        "a string" | "string" | "path string" | "any valid UTF-8 string" => "a text in quotes",
+        "a sequence" | "sequence" => "a list such as [\"order\", \"customer\"]",
+        "a map" | "map" => "a table",
+        table if table.starts_with("struct ") => "a table",
         other => other,
     }
 }

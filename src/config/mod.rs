@@ -2,32 +2,39 @@
 //!
 //! Parses, does not validate afterwards: a [`Config`] that exists can be run. Knows no database and no broker.
 
+mod admin;
 mod database_url;
 mod environment;
 mod error;
 mod level;
+mod notes;
 mod pipeline;
 mod retention;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
-use sqlx::postgres::PgConnectOptions;
 
+use self::admin::RawAdmin;
+pub use self::admin::{Admin, Token};
 use self::environment::Environment;
 pub use self::error::ConfigError;
+use self::error::place;
+pub(crate) use self::notes::{InForce, postgres_security, postgres_weakness};
 use self::pipeline::{RawPipeline, resolve_pipelines};
 use self::retention::RawRetention;
+use self::source::RawSource;
+pub use self::source::postgres_options;
 pub use crate::encode::Format as RecordFormat;
 use crate::event::Start;
 use crate::relay::Pipeline;
@@ -35,7 +42,6 @@ pub use crate::relay::Policy;
 use crate::sink::kafka;
 pub use crate::sink::kafka::Delivery;
 use crate::source::PageLimits;
-use crate::source::postgres::CaptureMode;
 
 /// The shipped file: the lowest layer, and the reference documentation.
 pub const DEFAULTS: &str = include_str!("../../relay.toml");
@@ -59,6 +65,12 @@ pub struct Config {
     pub log: Log,
     /// What was given, for telling what changed.
     pub(crate) given: Given,
+    /// Every setting with its origin.
+    pub(crate) in_force: Vec<InForce>,
+    /// How many variables of the environment set something.
+    pub(crate) variables: usize,
+    /// What flows in from variables that are not the relay's, as notes.
+    from_elsewhere: Vec<String>,
 }
 
 /// Every setting by its key with dots, as in `sink.kafka.brokers`.
@@ -126,40 +138,6 @@ struct RawRelay {
 /// The bounds of each pipeline.
 pub type RelayConfig = crate::relay::Settings;
 
-/// The HTTP interface.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Admin {
-    /// Whether there is one.
-    pub enabled: bool,
-    /// Where it listens.
-    pub listen: SocketAddr,
-    /// What whoever changes something has to know; without it nothing can be changed there.
-    pub token: Option<SecretString>,
-    token_file: Option<PathBuf>,
-}
-
-impl Admin {
-    fn resolve(mut self) -> Result<Self, ConfigError> {
-        const CHARACTERS_MIN: usize = 16;
-        if let Some(file) = self.token_file.take() {
-            if self.token.is_some() {
-                return Err(ConfigError::new(
-                    "admin.token and admin.token_file are both set",
-                ));
-            }
-            self.token = Some(read_secret("admin.token_file", &file)?);
-        }
-        let short = |token: &SecretString| token.expose_secret().len() < CHARACTERS_MIN;
-        if self.token.as_ref().is_some_and(short) {
-            return Err(ConfigError::new(format!(
-                "admin.token is too easy to guess: it has to have at least {CHARACTERS_MIN} characters"
-            )));
-        }
-        Ok(self)
-    }
-}
-
 /// Logging.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -193,42 +171,8 @@ struct Raw {
     _pipeline: RawPipeline,
     relay: RawRelay,
     retention: RawRetention,
-    admin: Admin,
+    admin: RawAdmin,
     log: Log,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum SourceKind {
-    Postgres,
-    Sqlite,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawSource {
-    kind: SourceKind,
-    postgres: RawPostgres,
-    sqlite: RawSqlite,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPostgres {
-    url: Option<SecretString>,
-    url_file: Option<PathBuf>,
-    direct_url: Option<SecretString>,
-    capture: CaptureMode,
-    #[serde(with = "humantime_serde")]
-    poll_interval: Duration,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawSqlite {
-    path: Option<PathBuf>,
-    #[serde(with = "humantime_serde")]
-    poll_interval: Duration,
 }
 
 #[derive(Deserialize)]
@@ -246,6 +190,18 @@ struct RawSink {
 }
 
 impl Config {
+    /// Tries out what only the machine that runs the relay can tell: whether the files of the Kafka client are there, and
+    /// whether it can be made. Connects to nothing.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the reason.
+    pub fn try_out(&self) -> Result<(), ConfigError> {
+        match &self.sink {
+            Sink::Kafka(settings) => settings.try_out().map_err(ConfigError::new),
+            Sink::Stdout => Ok(()),
+        }
+    }
+
     /// Reads the configuration. `env` is the environment as data: pairs of name and value.
     ///
     /// # Errors
@@ -264,7 +220,9 @@ impl Config {
             }
             figment = figment.merge(Toml::file_exact(path));
         }
-        let environment = Environment::new(&figment, DEFAULTS, env)?;
+        let env: Vec<(String, String)> = env.into_iter().collect();
+        let environment = Environment::new(&figment, DEFAULTS, env.iter().cloned())?;
+        let variables = environment.len();
         let figment = figment.merge(environment);
         let raw: Raw = figment
             .extract()
@@ -279,8 +237,9 @@ impl Config {
             admin,
             log,
         } = raw;
+        let given = with_contents(flat(&figment));
         let pipelines = resolve_pipelines(&figment, pipelines.into_keys().collect())?;
-        let source = source.resolve()?;
+        let (source, from_elsewhere) = source.resolve(&figment, &env)?;
         if let Source::Sqlite { .. } = source
             && let Some(pipeline) = pipelines.iter().find(|pipeline| pipeline.shards > 1)
         {
@@ -291,15 +250,45 @@ impl Config {
         }
         Ok(Self {
             source,
-            sink: sink.resolve()?,
+            sink: sink.resolve(&figment)?,
             relay: relay.resolve()?,
             retention: retention.resolve(&pipelines)?,
             pipelines,
             admin: admin.resolve()?,
             log,
-            given: Given(flat(&figment)),
+            in_force: notes::in_force(&figment, &given),
+            given: Given(given),
+            variables,
+            from_elsewhere,
         })
     }
+}
+
+/// What a key of a file with a secret is followed by, where its content is meant.
+pub(crate) const CONTENT: &str = " (its content)";
+
+/// With a hash of what the files with secrets say, so that a change of one of them is told.
+fn with_contents(mut settings: BTreeMap<String, Value>) -> BTreeMap<String, Value> {
+    for key in [
+        "source.postgres.url_file",
+        "source.postgres.direct_url_file",
+        "sink.kafka.sasl.password_file",
+        "sink.kafka.tls.ca_file",
+        "sink.kafka.tls.certificate_file",
+        "sink.kafka.tls.key_file",
+        "admin.token_file",
+    ] {
+        let content = settings
+            .get(key)
+            .and_then(Value::as_str)
+            .and_then(|path| std::fs::read(path).ok());
+        if let Some(content) = content {
+            let mut hasher = DefaultHasher::new();
+            content.hash(&mut hasher);
+            settings.insert(format!("{key}{CONTENT}"), hasher.finish().into());
+        }
+    }
+    settings
 }
 
 fn flat(figment: &Figment) -> BTreeMap<String, Value> {
@@ -322,103 +311,21 @@ fn flat(figment: &Figment) -> BTreeMap<String, Value> {
     settings
 }
 
-impl RawSource {
-    fn resolve(self) -> Result<Source, ConfigError> {
-        match self.kind {
-            SourceKind::Postgres => self.postgres.resolve(),
-            SourceKind::Sqlite => {
-                let RawSqlite {
-                    path,
-                    poll_interval,
-                } = self.sqlite;
-                let path = path.ok_or_else(|| {
-                    ConfigError::new(
-                        "source.sqlite.path is missing: the file that holds the outbox",
-                    )
-                })?;
-                Ok(Source::Sqlite {
-                    path,
-                    poll_interval,
-                })
-            }
-        }
-    }
-}
-
-impl RawPostgres {
-    fn resolve(self) -> Result<Source, ConfigError> {
-        let Self {
-            url,
-            url_file,
-            direct_url,
-            capture,
-            poll_interval,
-        } = self;
-        let url = match (url, url_file) {
-            (Some(url), None) => url,
-            (None, Some(file)) => read_secret("source.postgres.url_file", &file)?,
-            (Some(_), Some(_)) => {
-                return Err(ConfigError::new(
-                    "source.postgres.url and source.postgres.url_file are both set",
-                ));
-            }
-            (None, None) => {
-                return Err(ConfigError::new(
-                    "source.postgres.url is missing: set it in the file, in RELAY_SOURCE__POSTGRES__URL, or name a \
-                     file with source.postgres.url_file",
-                ));
-            }
-        };
-        let options = postgres_options("source.postgres.url", &url)?;
-        let direct_options = match &direct_url {
-            Some(direct) => postgres_options("source.postgres.direct_url", direct)?,
-            None => options.clone(),
-        };
-        Ok(Source::Postgres(Box::new(
-            crate::source::postgres::Settings {
-                options,
-                direct_options,
-                mode: capture,
-                poll_interval,
-            },
-        )))
-    }
-}
-
-/// What the relay's connections have in common.
-///
-/// # Errors
-/// When the text is no PostgreSQL URL; the error does not repeat it, for it may hold a password.
-pub fn postgres_options(key: &str, url: &SecretString) -> Result<PgConnectOptions, ConfigError> {
-    database_url::check(url.expose_secret())
-        .map_err(|why| ConfigError::new(format!("{key} {why}")))?;
-    let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
-        ConfigError::new(format!(
-            "{key} is not a URL such as postgres://user:password@host:5432/database"
-        ))
-    })?;
-    // Poolers refuse start-up parameters that they do not know.
-    Ok(options
-        .extra_float_digits(None)
-        .application_name("outbox-relay"))
-}
-
 impl RawSink {
-    fn resolve(self) -> Result<Sink, ConfigError> {
+    fn resolve(self, figment: &Figment) -> Result<Sink, ConfigError> {
         match self.kind {
             SinkKind::Stdout => Ok(Sink::Stdout),
             SinkKind::Kafka => {
                 let mut kafka = self.kafka;
-                if let Some(file) = kafka.sasl.password_file.take() {
+                // The name of the file stays: it is read again for each client.
+                if let Some(file) = &kafka.sasl.password_file {
                     if kafka.sasl.password.is_some() {
-                        return Err(ConfigError::new(
-                            "sink.kafka.sasl.password and password_file are both set",
-                        ));
+                        let key = "sink.kafka.sasl.password";
+                        return Err(both_set(key, "sink.kafka.sasl.password_file", figment));
                     }
-                    kafka.sasl.password =
-                        Some(read_secret("sink.kafka.sasl.password_file", &file)?);
+                    kafka.sasl.password = Some(read_secret("sink.kafka.sasl.password_file", file)?);
                 }
-                kafka.check_delivery().map_err(ConfigError::new)?;
+                kafka.check().map_err(ConfigError::new)?;
                 Ok(Sink::Kafka(Box::new(kafka)))
             }
         }
@@ -469,16 +376,45 @@ impl RawRelay {
     }
 }
 
+/// With the places, for of a variable and a file the reader sees one only.
+fn both_set(key: &str, other: &str, figment: &Figment) -> ConfigError {
+    let place = |key: &str| match place(figment, key) {
+        Some(place) => format!("{key} ({place})"),
+        None => key.to_owned(),
+    };
+    ConfigError::new(format!(
+        "{} and {} are both set: take one of them away",
+        place(key),
+        place(other)
+    ))
+}
+
 fn bytes(size: ByteSize) -> usize {
     usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
 }
 
+/// The name of a file with a secret; what does not look like one may be the secret itself, put into the wrong setting.
+fn shown_path(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.starts_with('/') || text.starts_with("./") || text.starts_with("../") {
+        format!("{text:?}")
+    } else {
+        "(not shown, for it does not begin with \"/\" or \"./\")".to_owned()
+    }
+}
+
 fn read_secret(key: &str, path: &Path) -> Result<SecretString, ConfigError> {
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text.trim_end_matches(['\r', '\n']).to_owned().into()),
+        Ok(text) => match text.trim_end_matches(['\r', '\n']) {
+            "" => Err(ConfigError::new(format!(
+                "{key} = {}: the file is empty",
+                shown_path(path)
+            ))),
+            text => Ok(text.to_owned().into()),
+        },
         Err(error) => Err(ConfigError::new(format!(
-            "{key} = {:?}: {error}",
-            path.display().to_string()
+            "{key} = {}: {error}",
+            shown_path(path)
         ))),
     }
 }

@@ -36,11 +36,17 @@ impl TryFrom<String> for TopicName {
     type Error = String;
 
     fn try_from(name: String) -> Result<Self, Self::Error> {
-        match illegal_topic(&name) {
+        match illegal_topic(&name).or_else(|| of_kafka(&name)) {
             Some(reason) => Err(reason),
             None => Ok(Self(name)),
         }
     }
+}
+
+/// Names that the sink refuses, whatever the brokers say.
+fn of_kafka(name: &str) -> Option<String> {
+    name.starts_with("__")
+        .then(|| "topic names that begin with \"__\" belong to Kafka itself".to_owned())
 }
 
 #[derive(Deserialize)]
@@ -84,6 +90,18 @@ pub(super) fn resolve_pipelines(
         .collect()
 }
 
+fn check_topic(key: &str, topic: &Template) -> Result<(), ConfigError> {
+    let illegal = topic.illegal_as_topic();
+    illegal
+        .or_else(|| of_kafka(&topic.to_string()))
+        .map_or(Ok(()), |reason| {
+            Err(ConfigError::new(format!(
+                "{key}.topic = {:?}: {reason}: every event would be rejected",
+                topic.to_string()
+            )))
+        })
+}
+
 fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, ConfigError> {
     let key = format!("pipelines.{name}");
     let pipeline_name = PipelineName::from_str(name)
@@ -111,6 +129,7 @@ fn resolve_pipeline(figment: &Figment, name: &str) -> Result<PipelineConfig, Con
             Shard::COUNT_MAX
         )));
     }
+    check_topic(&key, &topic)?;
     for (setting, value) in [
         ("parked_max", parked_max),
         ("parked_max_per_entity", parked_max_per_entity),

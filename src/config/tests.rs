@@ -2,6 +2,8 @@ use std::io::Write;
 
 use expect_test::expect;
 
+use secrecy::ExposeSecret;
+
 use super::*;
 use crate::encode;
 
@@ -48,7 +50,7 @@ fn the_defaults_are_pinned() {
     expect![[r#"
         PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest, shards: 1 }
         Settings { page: PageLimits { rows: 2000, bytes: 2097152 }, in_flight_rows: 60000, in_flight_bytes: 33554432, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms, redrive_rate: 500 }
-        Admin { enabled: true, listen: 127.0.0.1:9187, token: None, token_file: None }
+        Admin { enabled: true, listen: 127.0.0.1:9187, token: Token(none) }
         Log { level: "info", format: Text }
     "#]]
     .assert_eq(&format!("{:?}\n{relay:?}\n{admin:?}\n{log:?}\n", pipelines[0]));
@@ -95,7 +97,11 @@ fn one_pipeline_is_set_in_the_environment_like_all_of_them() {
 
 #[test]
 fn a_password_of_digits_stays_text() {
-    let config = load("", &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")]).unwrap();
+    let config = load(
+        "[sink.kafka.sasl]\nmechanism = \"PLAIN\"\nusername = \"relay\"",
+        &[URL, ("RELAY_SINK__KAFKA__SASL__PASSWORD", "12345")],
+    )
+    .unwrap();
     let Sink::Kafka(kafka) = config.sink else {
         panic!("the default sink is Kafka")
     };
@@ -182,6 +188,12 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
             "[pipelines.orders]\ndead_letter_topic = \"dead letters\"",
             &[],
         ),
+        (
+            "[pipelines.orders]\non_rejected = \"dead_letter\"\ndead_letter_topic = \"__dead\"",
+            &[],
+        ),
+        ("[pipelines.orders]\ntopic = \"__{aggregate_type}\"", &[]),
+        ("[pipelines.orders]\ntopic = \"a b/{aggregate_type}\"", &[]),
         ("[pipelines.orders]\non_rejected = \"ignore\"", &[]),
         ("[relay]\nredrive_rate = 0", &[]),
     ];
@@ -205,23 +217,26 @@ fn a_wrong_setting_is_one_line_that_tells_where_what_and_why() {
         relay.toml: pipelines.orders.topik: no such setting; did you mean "topic"?
         relay.toml: pipelines.orders.topic: {customer} is not known; a template may use {aggregate_type}, {aggregate_id} and {event_type}
         relay.toml: pipelines.orders.start: "yesterday" is neither "earliest" nor "latest" nor a time such as "2026-01-31T00:00:00Z"
-        relay.toml: admin.listen: invalid socket address syntax
+        relay.toml: admin.listen: "here" has to be an address and a port, such as "127.0.0.1:9187", or "0.0.0.0:9187" for every address of this machine
         relay.toml: TOML parse error at line 1, column 5 invalid table header expected `.`, `]`
         RELAY_LOG__FORMAT: log.format = "xml": has to be one of text, json; there is text, json
         RELAY_LOG__COLOUR: log.colour: no such setting; there is level, format
-        source.postgres.url and source.postgres.url_file are both set
+        source.postgres.url (RELAY_SOURCE__POSTGRES__URL) and source.postgres.url_file (relay.toml) are both set: take one of them away
         sink.kafka.sasl.password_file = "/none": No such file or directory (os error 2)
         relay.toml: sink.kafka.delivery = "exactly-twice": has to be one of at-least-once, exactly-once; did you mean "exactly-once"?
         sink.kafka.transactional_id is missing: sink.kafka.delivery = "exactly-once" needs a name that no other outbox on the Kafka cluster uses, such as "shop-relay"; two outboxes with the same one would shut each other out
         sink.kafka.transactional_id = "a b": 1 to 150 of A-Z, a-z, 0-9, ".", "_" and "-", for a topic is named after it
         sink.kafka.properties has "transactional.id": set sink.kafka.delivery = "exactly-once" and sink.kafka.transactional_id instead
-        admin.token is too easy to guess: it has to have at least 16 characters
-        admin.token and admin.token_file are both set
+        admin.token: the token is too easy to guess: it has to have at least 16 characters
+        admin.token and admin.token_file are both set: take one of them away
         pipelines.orders.shards = 0: has to be 1 to 64
         pipelines.orders.shards = 65: has to be 1 to 64
         pipelines.orders.parked_max = 0: has to be at least 1; to set nothing aside say on_rejected = "halt" or "drop"
         pipelines.orders.dead_letter_topic is set and on_rejected is not "dead_letter": nothing would go there
         relay.toml: pipelines.orders.dead_letter_topic: the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-'
+        relay.toml: pipelines.orders.dead_letter_topic: topic names that begin with "__" belong to Kafka itself
+        pipelines.orders.topic = "__{aggregate_type}": topic names that begin with "__" belong to Kafka itself: every event would be rejected
+        pipelines.orders.topic = "a b/{aggregate_type}": the topic name has the character ' ', Kafka allows a-z, A-Z, 0-9, '.', '_' and '-': every event would be rejected
         relay.toml: pipelines.orders.on_rejected = "ignore": has to be one of park, dead_letter, drop, halt; there is park, dead_letter, drop, halt
         relay.redrive_rate = 0: has to be at least 1
     "#]].assert_eq(&lines);
@@ -270,8 +285,100 @@ fn one_underscore_too_few_is_refused() {
             format!("{given}: no such setting; did you mean {meant} (two underscores)?")
         );
     }
-    // Of another program.
-    load("", &[URL, ("RELAY_RACE", "4x100")]).unwrap();
+    // Of Kubernetes, for a service that is called "relay".
+    for name in [
+        "RELAY_SERVICE_HOST",
+        "RELAY_PORT",
+        "RELAY_PORT_9187_TCP_ADDR",
+    ] {
+        load("", &[URL, (name, "10.0.0.1")]).unwrap();
+    }
+}
+
+#[test]
+fn a_variable_that_is_no_setting_is_refused_with_the_nearest() {
+    for (given, meant) in [
+        ("RELAY_BROKERS", "RELAY_SINK__KAFKA__BROKERS?"),
+        ("RELAY_KAFKA_BROKERS", "RELAY_SINK__KAFKA__BROKERS?"),
+        ("RELAY_POSTGRES_URL", "RELAY_SOURCE__POSTGRES__URL?"),
+        ("RELAY_LOG_LEVL", "RELAY_LOG__LEVEL?"),
+        ("RELAY_FOO", "a variable is named after"),
+        ("RELAY_LOG__LEVL", "did you mean \"level\"?"),
+    ] {
+        let refused = load("", &[URL, (given, "planted-secret")]).unwrap_err();
+        assert!(refused.starts_with(&format!("{given}: ")), "{refused}");
+        assert!(refused.contains(meant), "{refused}");
+        assert!(!refused.contains("planted-secret"), "{refused}");
+    }
+}
+
+#[test]
+fn lists_and_properties_can_be_variables() {
+    let types = |text: &str| {
+        let types = ("RELAY_PIPELINES__ORDERS__FILTER__AGGREGATE_TYPES", text);
+        let config = load("", &[URL, types]).unwrap();
+        config.pipelines[0].pipeline.filter.aggregate_types.clone()
+    };
+    assert_eq!(types("order"), ["order"]);
+    assert_eq!(types("order, cart,"), ["order", "cart"]);
+    assert_eq!(types("[\"order\", \"cart\"]"), ["order", "cart"]);
+    let kafka = |env: &[(&str, &str)]| {
+        let mut all = vec![URL];
+        all.extend_from_slice(env);
+        match load("", &all).unwrap().sink {
+            Sink::Kafka(kafka) => kafka,
+            Sink::Stdout => panic!("the default sink is Kafka"),
+        }
+    };
+    for name in [
+        "RELAY_SINK__KAFKA__PROPERTIES__SOCKET_KEEPALIVE_ENABLE",
+        "RELAY_SINK__KAFKA__PROPERTIES__SOCKET.KEEPALIVE.ENABLE",
+    ] {
+        let client = kafka(&[(name, "true")]).default_producer();
+        assert_eq!(
+            client.get("socket.keepalive.enable"),
+            Some("true"),
+            "{name}"
+        );
+    }
+    let policy = "RELAY_SINK__KAFKA__TOPICS__CONFIG__CLEANUP_POLICY";
+    let topics = kafka(&[(policy, "compact")]).topics.config;
+    assert_eq!(topics["cleanup.policy"], "compact");
+    let brokers = load("[sink.kafka]\nbrokers = [\"a:9092\", \"b:9092\"]", &[URL]).unwrap();
+    let Sink::Kafka(brokers) = brokers.sink else {
+        panic!("the default sink is Kafka")
+    };
+    assert_eq!(brokers.brokers, "a:9092,b:9092");
+}
+
+#[test]
+fn wrong_types_are_told_in_plain_words() {
+    let mut lines = String::new();
+    for toml in [
+        "[pipeline.filter]\naggregate_types = \"order\"",
+        "[sink.kafka]\nbrokers = 10",
+        "[sink.kafka]\nbrokers = { a = 1 }",
+        "[sink.kafka]\nclient_id = [\"a\"]",
+        "[relay]\npage_events = true",
+        "[relay]\npage_events = -1",
+        "[admin]\nenabled = 1",
+        "[retention]\nkeep = 7",
+        "log = 1",
+    ] {
+        lines += &load(toml, &[URL]).expect_err(toml);
+        lines += "\n";
+    }
+    expect![[r#"
+        relay.toml: pipeline.filter.aggregate_types = "order": has to be a list such as ["order", "customer"]
+        relay.toml: sink.kafka.brokers = 10: has to be a text or a list such as ["kafka-1:9092", "kafka-2:9092"]
+        relay.toml: sink.kafka.brokers = a table: has to be a text or a list such as ["kafka-1:9092", "kafka-2:9092"]
+        relay.toml: sink.kafka.client_id = a list: has to be a text in quotes
+        relay.toml: relay.page_events = true: has to be a whole number
+        relay.toml: relay.page_events = -1: has to be a whole number
+        relay.toml: admin.enabled = 1: has to be true or false
+        relay.toml: retention.keep = 7: has to be a text in quotes
+        relay.toml: log = 1: has to be a table
+    "#]].assert_eq(&lines);
 }
 
 #[test]

@@ -94,7 +94,7 @@ impl<'a> Crews<'a> {
             Source::Postgres(settings) => {
                 let pipelines = config.pipelines.iter();
                 Some(Roster::new(
-                    settings.options.clone(),
+                    settings.connector.clone(),
                     holder.to_owned(),
                     config.relay.lease_ttl,
                     pipelines

@@ -32,6 +32,7 @@ use crate::config::{Config, Sink, Source, postgres_options};
 use crate::event::Shard;
 use crate::relay::status::{State, Status};
 use crate::sink::kafka;
+use crate::source::postgres::Connector;
 use crate::supervise;
 
 /// Transactions that run at once.
@@ -210,8 +211,8 @@ fn config(settings: &Settings, place: &Place) -> Result<Config> {
     if let (Source::Postgres(source), Some(options)) =
         (&mut config.source, store.postgres_options())
     {
-        source.direct_options = options.clone();
-        source.options = options;
+        source.connector = Connector::from(options);
+        source.direct_connector = source.connector.clone();
     }
     Ok(config)
 }

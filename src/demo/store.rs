@@ -20,7 +20,8 @@ use uuid::Uuid;
 use super::checker::{Fingerprint, Written};
 use super::shop::{Change, Document, Row, Transaction};
 use crate::migrate;
-use crate::source::{postgres, sqlite};
+use crate::source::postgres::Connector;
+use crate::source::sqlite;
 use crate::supervise::sqlite_options;
 
 /// The shop's own tables. The version of a row counts its changes.
@@ -91,7 +92,7 @@ impl Store {
         else {
             return Ok(());
         };
-        let mut connection = postgres::connect(server).await?;
+        let mut connection = Connector::from(&**server).connect().await?;
         *new_roles = sqlx::query_scalar(
             "select name
                from unnest(array['outbox_writer', 'outbox_relay']) as name
@@ -108,7 +109,7 @@ impl Store {
         connection.close().await.context("close the connection")?;
         let options = (**server).clone().database(name);
         migrate::postgres(options.clone()).await?;
-        let mut connection = postgres::connect(&options).await?;
+        let mut connection = Connector::from(options).connect().await?;
         connection
             .execute(TABLES)
             .await
@@ -127,7 +128,7 @@ impl Store {
         else {
             return Ok(());
         };
-        let mut connection = postgres::connect(&server).await?;
+        let mut connection = Connector::from(*server).connect().await?;
         connection
             .execute(AssertSqlSafe(format!(
                 "drop database if exists {name} with (force)"
@@ -158,9 +159,11 @@ impl Store {
                 connection: sqlite::connect(&client_options(path)).await?,
                 turn: turn.clone(),
             },
-            Self::Postgres { server, name, .. } => {
-                Client::Postgres(postgres::connect(&(**server).clone().database(name)).await?)
-            }
+            Self::Postgres { server, name, .. } => Client::Postgres(
+                Connector::from((**server).clone().database(name))
+                    .connect()
+                    .await?,
+            ),
         })
     }
 }

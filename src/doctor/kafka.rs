@@ -85,6 +85,17 @@ pub(super) async fn examine(
 ) -> Vec<Finding> {
     let mut topics = known_topics(pipelines);
     let mut findings = illegal(&topics);
+    if let Err(why) = settings.try_out() {
+        findings.push(
+            Finding::error(
+                "kafka_settings",
+                why,
+                "there is no Kafka client with these settings, so that the relay does not start",
+            )
+            .advice("mend the setting and run `outbox-relay check`"),
+        );
+        return findings;
+    }
     // A name that Kafka refuses is told where the log is read.
     let legal = |(_, topic): &(String, String)| illegal_topic(topic).is_none();
     topics.extend(wanted.into_iter().filter(legal));
@@ -94,6 +105,14 @@ pub(super) async fn examine(
     match cluster(settings).await {
         Ok(cluster) => {
             findings.push(reached(settings, cluster.brokers.len(), asked_at.elapsed()));
+            findings.extend(settings.weaknesses().into_iter().map(|weakness| {
+                Finding::warning(
+                    "kafka_security",
+                    weakness,
+                    "who is on the way can read it, or stand in for a broker",
+                )
+                .configuration("[sink.kafka.tls]\nenabled = true\nca_file = \"...\"")
+            }));
             findings.extend(unreachable_brokers(settings, &cluster.brokers).await);
             findings.extend(judge_topics(settings, &topics, &cluster));
             let transactions =

@@ -11,14 +11,14 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use sqlx::migrate::{Migration, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 use tokio::time::sleep;
 
 use self::objects::Comparison;
-use crate::source::postgres::ask;
-use crate::source::{postgres, sqlite};
+use crate::source::postgres::{Connector, ask};
+use crate::source::sqlite;
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -93,8 +93,8 @@ impl Partitions {
 /// When the server can't be reached, the rights do not suffice, what was applied before is not what this program
 /// knows (it is older than the database, or a migration was changed since), or the schema has other objects of these names.
 /// Nothing was changed then.
-pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
-    postgres_with(options, Partitions::default()).await
+pub async fn postgres(connector: impl Into<Connector>) -> anyhow::Result<Report> {
+    postgres_with(connector, Partitions::default()).await
 }
 
 /// As [`postgres`](fn@postgres), with first partitions as the configuration has them.
@@ -102,26 +102,23 @@ pub async fn postgres(options: PgConnectOptions) -> anyhow::Result<Report> {
 /// # Errors
 /// As [`postgres`](fn@postgres).
 pub async fn postgres_with(
-    options: PgConnectOptions,
+    connector: impl Into<Connector>,
     partitions: Partitions,
 ) -> anyhow::Result<Report> {
     /// Each attempt that fails like this was overtaken by another migration, which is complete then.
     const ATTEMPTS: u32 = 5;
-    let options = options.disable_statement_logging();
+    let connector = connector.into();
     let mut attempt = 1;
     loop {
-        match migrate_postgres(&options, partitions).await {
+        match migrate_postgres(&connector, partitions).await {
             Err(error) if attempt < ATTEMPTS && was_overtaken(&error) => attempt += 1,
             done => return done,
         }
     }
 }
 
-async fn migrate_postgres(
-    options: &PgConnectOptions,
-    partitions: Partitions,
-) -> anyhow::Result<Report> {
-    let mut connection = postgres::connect(options).await?;
+async fn migrate_postgres(connector: &Connector, partitions: Partitions) -> anyhow::Result<Report> {
+    let mut connection = connector.connect().await?;
     let mut transaction = ask::begin(&mut connection, Duration::ZERO)
         .await
         .context("begin to migrate")?;
@@ -261,8 +258,8 @@ pub async fn sqlite(options: SqliteConnectOptions) -> anyhow::Result<Report> {
 ///
 /// # Errors
 /// When the server can't be reached or does not show what was applied, or that is not what this program knows.
-pub async fn pending_postgres(options: PgConnectOptions) -> anyhow::Result<Vec<Version>> {
-    let mut connection = postgres::connect(&options.disable_statement_logging()).await?;
+pub async fn pending_postgres(connector: impl Into<Connector>) -> anyhow::Result<Vec<Version>> {
+    let mut connection = connector.into().connect().await?;
     let applied = applied_in_postgres(&mut connection).await?;
     connection.close().await.context("close the connection")?;
     let pending = pending(Kind::Postgres, &applied)?;

@@ -9,10 +9,10 @@ use std::fmt::Write;
 
 use anyhow::Context;
 use serde::Deserialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::Connection;
+use sqlx::postgres::PgConnection;
 
-use crate::source::postgres::{ask, connect};
+use crate::source::postgres::{Connector, ask};
 
 /// One line each: kind, name and definition, separated by tabs.
 const EXPECTED: &str = include_str!("objects.txt");
@@ -208,8 +208,8 @@ pub(crate) fn grants() -> String {
 /// # Errors
 /// When the server can't be reached or refuses.
 #[doc(hidden)]
-pub async fn describe(options: PgConnectOptions) -> Result<String, anyhow::Error> {
-    let mut connection = connect(&options.disable_statement_logging()).await?;
+pub async fn describe(connector: impl Into<Connector>) -> Result<String, anyhow::Error> {
+    let mut connection = connector.into().connect().await?;
     let present = present(&mut connection).await?;
     connection.close().await?;
     let mut text = String::new();

@@ -37,6 +37,14 @@ impl<K: Sink> Publisher<'_, K> {
         let in_doubt = !in_flight && self.sink.trouble().is_some();
         let state = self.state(life, in_doubt);
         self.report(life, state);
+        for warning in self.sink.warnings(false) {
+            tracing::warn!(pipeline = %self.pipeline.name, "{warning}");
+        }
+        if self.sink.trouble().is_some()
+            && let Some(reason) = self.sink.outdated()
+        {
+            return Some(Ended::Sink(SinkError(reason)));
+        }
         if !asks {
             return None;
         }

@@ -6,14 +6,14 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{BATCHES_MAX, Counted, Gone, ROWS_AT_ONCE, Settings};
 use crate::ledger::view;
 use crate::reason::reason;
-use crate::source::postgres::{ask, connect};
+use crate::source::postgres::{Connector, ask};
 use crate::telemetry::LogMetrics;
 
 /// For one answer that looks at whole partitions, which may be many millions of events.
@@ -23,7 +23,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// One relay's upkeep.
 pub struct Upkeep {
-    options: PgConnectOptions,
+    connector: Connector,
     settings: Settings,
     metrics: LogMetrics,
     counted: Option<Counted>,
@@ -54,12 +54,12 @@ struct Deleted {
 }
 
 impl Upkeep {
-    /// Upkeep of the log that the options lead to.
+    /// Upkeep of the log that the connector leads to.
     #[must_use]
-    pub fn new(options: PgConnectOptions, settings: Settings) -> Self {
+    pub fn new(connector: impl Into<Connector>, settings: Settings) -> Self {
         Self {
             metrics: LogMetrics::new(settings.disk_budget_bytes),
-            options,
+            connector: connector.into(),
             settings,
             counted: None,
         }
@@ -85,7 +85,7 @@ impl Upkeep {
     /// # Errors
     /// When the database refuses a part of it; the other parts were done.
     pub async fn look_after(&mut self) -> Result<(), anyhow::Error> {
-        let mut connection = connect(&self.options).await?;
+        let mut connection = self.connector.connect().await?;
         let made = self.make(&mut connection).await;
         let sampled = self.sample(&mut connection).await;
         let retired = match self.settings.keep {

@@ -101,6 +101,18 @@ pub trait Sink: Send {
         ready(false)
     }
 
+    /// What a person has to hear about records that are published all the same. Asked once a second; each is told once. What is
+    /// still being counted comes at the end only.
+    fn warnings(&mut self, _at_the_end: bool) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Why a session that begins now would be made of other values than this one, such as a password or a certificate that
+    /// was replaced. Asked once a second while the sink is in trouble.
+    fn outdated(&self) -> Option<String> {
+        None
+    }
+
     /// Makes sure that topics exist (creating them if so configured), beside the flow: records of other topics are handed
     /// over meanwhile. Every topic gets an answer.
     fn look_up(&mut self, topics: Vec<String>) -> LookUp;
@@ -214,6 +226,20 @@ impl Sink for AnySink {
         match self {
             Self::Kafka(sink) => sink.is_cut_off().await,
             Self::Stdout(sink) => sink.is_cut_off().await,
+        }
+    }
+
+    fn warnings(&mut self, at_the_end: bool) -> Vec<String> {
+        match self {
+            Self::Kafka(sink) => sink.warnings(at_the_end),
+            Self::Stdout(sink) => sink.warnings(at_the_end),
+        }
+    }
+
+    fn outdated(&self) -> Option<String> {
+        match self {
+            Self::Kafka(sink) => sink.outdated(),
+            Self::Stdout(sink) => sink.outdated(),
         }
     }
 

@@ -231,8 +231,8 @@ async fn a_recording_is_what_postgresql_sends() {
         .await
         .unwrap();
     let mut source = PostgresSource::new(Settings {
-        options: database.options.clone(),
-        direct_options: database.options.clone(),
+        connector: database.options.clone().into(),
+        direct_connector: database.options.clone().into(),
         mode: CaptureMode::Poll,
         poll_interval: std::time::Duration::from_millis(200),
     });

@@ -157,8 +157,8 @@ async fn publish(options: &PgConnectOptions, pipeline: &str) -> Vec<String> {
         panic!("nobody else is here");
     };
     let mut source = PostgresSource::new(postgres::Settings {
-        options: options.clone(),
-        direct_options: options.clone(),
+        connector: options.clone().into(),
+        direct_connector: options.clone().into(),
         mode: CaptureMode::Poll,
         poll_interval: Duration::from_millis(50),
     })

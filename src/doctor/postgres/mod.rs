@@ -4,10 +4,10 @@ mod need;
 mod partitions;
 mod pooler;
 mod rights;
+mod security;
 mod server;
 mod table;
 
-use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use std::borrow::Cow;
 
@@ -15,25 +15,34 @@ use super::{Finding, Probed, answered};
 use crate::migrate;
 use crate::reason::reason;
 use crate::retention;
-use crate::source::postgres::{CaptureMode, Settings, ask, connect};
+use crate::source::postgres::{CaptureMode, Settings, ask};
 
 pub(super) async fn examine(
     settings: &Settings,
     retention: &retention::Settings,
     now_us: fn() -> i64,
 ) -> Probed {
-    let options = settings.options.clone().disable_statement_logging();
-    let mut connection = match connect(&options).await {
+    let connector = &settings.connector;
+    let mut connection = match connector.connect().await {
         Ok(connection) => connection,
         Err(error) => {
             return Probed {
-                all: vec![unreachable("source.postgres.url", &options, &error)],
+                all: vec![unreachable(
+                    "source.postgres.url",
+                    connector.known(),
+                    &error,
+                )],
                 tables: false,
             };
         }
     };
-    let mut findings = vec![Finding::ok("connection", reached(&connection, &options))];
+    let mut findings = vec![Finding::ok(
+        "connection",
+        reached(&connection, connector.known()),
+    )];
     let mut tables = false;
+    let security = security::examine(&mut connection, connector.known()).await;
+    findings.extend(answered("postgres_security", security));
     findings.extend(answered(
         "server",
         server::examine(&mut connection, now_us).await,
@@ -81,7 +90,7 @@ async fn examine_outbox(
     let enough = matches!(&rights, Ok(rights) if rights.suffice_to_read());
     findings.extend(answered("rights", rights.map(rights::Rights::judge)));
     if enough {
-        let pending = migrate::pending_postgres(settings.options.clone()).await;
+        let pending = migrate::pending_postgres(settings.connector.clone()).await;
         findings.extend(answered(
             "migrations",
             pending.map(|pending| not_migrated(&pending)),
@@ -95,11 +104,15 @@ async fn examine_outbox(
 }
 
 async fn listening(settings: &Settings) -> Vec<Finding> {
-    let options = settings.direct_options.clone().disable_statement_logging();
-    match pooler::examine(&options).await {
+    let connector = &settings.direct_connector;
+    match pooler::examine(connector).await {
         Ok(findings) => findings,
         // The same address as the other one: that it was reached is known, so the session itself is at fault.
-        Err(error) => vec![unreachable("source.postgres.direct_url", &options, &error)],
+        Err(error) => vec![unreachable(
+            "source.postgres.direct_url",
+            connector.known(),
+            &error,
+        )],
     }
 }
 

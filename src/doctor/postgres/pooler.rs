@@ -8,23 +8,23 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use serde::Deserialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener, PgPoolOptions};
+use sqlx::postgres::{PgConnection, PgListener, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use tokio::time::timeout;
 
 use super::super::Finding;
 use crate::reason::reason;
-use crate::source::postgres::{ask, connect};
+use crate::source::postgres::{Connector, ask};
 
 /// A notification takes a millisecond; a server under load gets the benefit of the doubt.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(2);
 
-pub(super) async fn examine(options: &PgConnectOptions) -> Result<Vec<Finding>, anyhow::Error> {
+pub(super) async fn examine(connector: &Connector) -> Result<Vec<Finding>, anyhow::Error> {
     // Not tried through a pooler: the process that listens would go on to serve others.
-    if shares_processes(options).await? {
+    if shares_processes(connector).await? {
         return Ok(vec![pooled()]);
     }
-    Ok(match hears(options).await {
+    Ok(match hears(connector).await {
         Ok(true) => Vec::new(),
         Ok(false) => vec![deaf()],
         Err(error) => vec![refused(&error)],
@@ -35,7 +35,7 @@ fn pooled() -> Finding {
     mend(Finding::warning(
         "listen",
         "a transaction-mode pooler stands between the relay and the server on the connection for LISTEN",
-        "the relay listens in silence and finds new events by its slow poll, up to a second late; and the process that \
+        "the relay is not woken and finds new events by its slow poll, up to a second late; and the process that \
          listens serves others too, whose drivers may fail at a notification that they did not ask for",
     ))
 }
@@ -44,7 +44,7 @@ fn deaf() -> Finding {
     mend(Finding::warning(
         "listen",
         "a notification sent to the connection for LISTEN did not arrive",
-        "the relay listens in silence and finds new events by its slow poll, up to a second late (nothing is lost)",
+        "the relay is not woken and finds new events by its slow poll, up to a second late (nothing is lost)",
     ))
 }
 
@@ -69,9 +69,9 @@ struct Process {
 
 /// Whether connections share server processes. Of a pooler that gives the process used last to whoever comes next, one
 /// look suffices; others are caught within a few.
-async fn shares_processes(options: &PgConnectOptions) -> Result<bool, anyhow::Error> {
-    let mut ours = connect(options).await?;
-    let mut other = connect(options).await?;
+async fn shares_processes(connector: &Connector) -> Result<bool, anyhow::Error> {
+    let mut ours = connector.connect().await?;
+    let mut other = connector.connect().await?;
     let mut shared = false;
     for _ in 0..5 {
         let before = pid(&mut ours).await?;
@@ -98,17 +98,17 @@ async fn pid(connection: &mut PgConnection) -> Result<i32, anyhow::Error> {
 }
 
 /// Sends a notification to itself, on a channel of its own.
-async fn hears(options: &PgConnectOptions) -> Result<bool, anyhow::Error> {
+async fn hears(connector: &Connector) -> Result<bool, anyhow::Error> {
     let channel = format!("outbox_doctor_{}", uuid::Uuid::new_v4().simple());
     let pool = PgPoolOptions::new()
         .max_connections(1)
-        .connect_with(options.clone())
+        .connect_with(connector.current()?)
         .await?;
     let mut listener = PgListener::connect_with(&pool).await?;
     timeout(ARRIVES_WITHIN, listener.listen(&channel))
         .await
         .map_err(|_| anyhow!("no answer within {} s", ARRIVES_WITHIN.as_secs()))??;
-    let mut sender = connect(options).await?;
+    let mut sender = connector.connect().await?;
     sender
         .execute(sqlx::raw_sql(AssertSqlSafe(format!("notify {channel}"))))
         .await

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
+use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -25,11 +25,11 @@ use super::{
 use crate::event::{EventId, EventKey, Shard, Start};
 use crate::position::{Position, Window};
 use crate::source::postgres::ask::literal;
-use crate::source::postgres::{NEWEST_ID, connect};
+use crate::source::postgres::{Connector, NEWEST_ID};
 
 /// The books of one pipeline in one database.
 pub struct PostgresLedger {
-    options: PgConnectOptions,
+    connector: Connector,
     settings: Settings,
     connection: Option<PgConnection>,
     fence: Fence,
@@ -66,9 +66,9 @@ impl Fence {
 impl PostgresLedger {
     /// Books that connect when they are first used.
     #[must_use]
-    pub fn new(options: PgConnectOptions, settings: Settings) -> Self {
+    pub fn new(connector: impl Into<Connector>, settings: Settings) -> Self {
         Self {
-            options: options.disable_statement_logging(),
+            connector: connector.into(),
             settings,
             connection: None,
             fence: Fence::default(),
@@ -83,7 +83,7 @@ impl PostgresLedger {
     ) -> Result<T, LedgerError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => connect(&self.options).await?,
+            None => self.connector.connect().await?,
         };
         let limit = self.settings.lease_ttl;
         let done = timeout(limit, work(&mut connection, &self.settings, &self.fence))
@@ -114,7 +114,7 @@ impl Ledger for PostgresLedger {
                     return Ok(Acquired::Held { holder, expires_in });
                 }
                 Taken::Paused(pause) => return Ok(Acquired::Paused(pause)),
-                Taken::Restored => restored::adopt(&self.options).await?,
+                Taken::Restored => restored::adopt(&self.connector).await?,
                 Taken::Resharded(shards) => return Ok(Acquired::Resharded { shards }),
             }
         }

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
-use super::{Fence, LedgerError, Settings, connect, execute, fetch_one, get};
+use super::{Connector, Fence, LedgerError, Settings, execute, fetch_one, get};
 
 /// For rewriting a log after a restore.
 const ADOPT_MAX: Duration = Duration::from_hours(1);
@@ -20,8 +20,8 @@ pub(super) async fn is_restored(connection: &mut PgConnection) -> Result<bool, a
 }
 
 /// Makes a log that was restored from another cluster belong to this one.
-pub(super) async fn adopt(options: &PgConnectOptions) -> Result<(), LedgerError> {
-    let mut connection = connect(options).await?;
+pub(super) async fn adopt(connector: &Connector) -> Result<(), LedgerError> {
+    let mut connection = connector.connect().await?;
     tracing::warn!(
         "the outbox was restored from another cluster, whose transaction ids mean nothing here: adopting its \
          events, which may take minutes"

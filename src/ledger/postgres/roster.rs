@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde::Deserialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
+use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, Connection, Executor};
 use tokio::time::timeout;
 
 use super::{
-    BEGIN, LedgerError, Settings, connect, execute, fetch_one, get, in_path, literal, restored,
+    BEGIN, Connector, LedgerError, Settings, execute, fetch_one, get, in_path, literal, restored,
     set_position, stored_position,
 };
 use crate::event::PipelineName;
@@ -56,7 +56,7 @@ pub struct Lease {
 
 /// The roster as one process keeps it, for all of its pipelines.
 pub struct Roster {
-    options: PgConnectOptions,
+    connector: Connector,
     connection: Option<PgConnection>,
     holder: String,
     lease_ttl: Duration,
@@ -68,13 +68,13 @@ impl Roster {
     /// A roster that connects when it is first used.
     #[must_use]
     pub fn new(
-        options: PgConnectOptions,
+        connector: impl Into<Connector>,
         holder: String,
         lease_ttl: Duration,
         pipelines: Vec<(PipelineName, u32)>,
     ) -> Self {
         Self {
-            options: options.disable_statement_logging(),
+            connector: connector.into(),
             connection: None,
             holder,
             lease_ttl,
@@ -182,7 +182,7 @@ impl Roster {
     ) -> Result<bool, LedgerError> {
         let mut connection = self.connected().await?;
         if restored::is_restored(&mut connection).await? {
-            restored::adopt(&self.options).await?;
+            restored::adopt(&self.connector).await?;
             return Ok(false);
         }
         let changed = timeout(
@@ -198,7 +198,7 @@ impl Roster {
     async fn connected(&mut self) -> Result<PgConnection, anyhow::Error> {
         match self.connection.take() {
             Some(connection) => Ok(connection),
-            None => connect(&self.options).await,
+            None => self.connector.connect().await,
         }
     }
 }

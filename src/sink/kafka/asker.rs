@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use super::life::{KafkaProducer, ask, with_trouble};
-use super::{Found, Known, NotPrepared, SinkError};
+use super::{Found, Known, NotPrepared, SinkError, trouble};
 
 /// Makes a producer acquainted with topics, while records of other topics are handed over.
 pub(super) struct Asker {
@@ -40,7 +40,7 @@ impl Asker {
             if answer.is_ok() && introduced < Self::ONE_BY_ONE {
                 introduced += 1;
                 if let Err(error) = self.metadata(Some(&name)).await {
-                    let why = format!("ask about topic {name}: {error}");
+                    let why = format!("ask about topic {name}: {}", trouble::answer(&error));
                     answer = Err(NotPrepared::Unknown(SinkError(why)));
                 }
             }

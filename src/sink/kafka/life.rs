@@ -19,6 +19,7 @@ use super::asker::Asker;
 use super::partition::{Admission, FirstRecords, Partitions};
 use super::polled::PolledProducer;
 use super::transaction::{self, POSITION, Transactions};
+use super::trouble;
 use super::{Receipt, Refused, Settings, SinkError, lacks, log_librdkafka, not_set_up};
 use crate::crash;
 use crate::event::{Rejection, Seq};
@@ -94,10 +95,7 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         let code = error.rdkafka_error_code();
-        let text = match code {
-            Some(code) => format!("{code}: {reason}"),
-            None => reason.to_owned(),
-        };
+        let text = trouble::words(code, reason);
         self.trouble.send_if_modified(|trouble| {
             // That all of them are down says less than why the last one is.
             let known = code == Some(Code::AllBrokersDown) && trouble.is_some();
@@ -593,7 +591,7 @@ mod tests {
         }
         assert!(news.try_recv().is_err());
         let known = trouble.borrow().clone();
-        assert!(known.is_some_and(|known| known.ends_with("refused")));
+        assert!(known.is_some_and(|known| known.contains("refused")));
         context.error(KafkaError::Global(Code::Fatal), "fenced");
         assert!(matches!(news.try_recv(), Ok(News::Fatal)));
     }

@@ -4,12 +4,16 @@
 //! rejection: with no message timeout librdkafka itself retries for ever, in order.
 
 mod asker;
+mod check;
+mod expired;
 mod life;
 mod partition;
 mod polled;
+mod properties;
 mod settings;
 mod topic;
 mod transaction;
+mod trouble;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
@@ -21,6 +25,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
 
+use self::expired::Expired;
 use self::life::Life;
 use self::partition::Partitions;
 pub use self::partition::partition_of;
@@ -35,6 +40,8 @@ use crate::position::Position;
 /// A Kafka cluster.
 pub struct KafkaSink {
     settings: Settings,
+    /// What the files said of which the producer was made, as a hash.
+    made_of: u64,
     life: Option<Life>,
     /// What is known of topics outlives a life; which of their partitions know the producer does not.
     topics: HashMap<String, (Topic, Option<Partitions>)>,
@@ -48,6 +55,7 @@ pub struct KafkaSink {
     denied: BTreeSet<String>,
     /// Topics that were not there when they were last asked for.
     absent: BTreeSet<String>,
+    expired: Expired,
     /// Batches must fit the smallest topic: a broker refuses a batch as a whole.
     batch_bytes: usize,
 }
@@ -66,12 +74,14 @@ impl KafkaSink {
     pub fn new(settings: Settings) -> Self {
         Self {
             settings,
+            made_of: 0,
             life: None,
             topics: HashMap::new(),
             created: 0,
             familiar: None,
             denied: BTreeSet::new(),
             absent: BTreeSet::new(),
+            expired: Expired::default(),
             batch_bytes: MESSAGE_BYTES_DEFAULT,
         }
     }
@@ -83,6 +93,9 @@ impl Sink for KafkaSink {
         for (_, partitions) in self.topics.values_mut() {
             *partitions = None;
         }
+        // Before they are read: what changes meanwhile is seen later.
+        self.made_of = self.settings.fingerprint();
+        self.settings = self.settings.current()?;
         let config = self.settings.producer(self.batch_bytes);
         self.life = Some(Life::begin(&config, self.settings.exactly_once())?);
         Ok(())
@@ -113,15 +126,17 @@ impl Sink for KafkaSink {
     async fn check(&mut self) -> Result<(), SinkError> {
         let life = self.life.as_ref().ok_or_else(not_open)?;
         // The answer comes from any broker that is reached.
-        match life.metadata(self.familiar.as_deref()).await {
+        let answer = life.metadata(self.familiar.as_deref()).await;
+        let trouble = life.trouble.borrow().clone();
+        match answer {
             Ok(()) => {
                 life.trouble.send_replace(None);
                 Ok(())
             }
-            Err(error) => Err(SinkError(life.with_trouble(format!(
-                "no answer from Kafka at {}: {error}",
-                self.settings.brokers
-            )))),
+            Err(error) => Err(SinkError(trouble.unwrap_or_else(|| {
+                let why = trouble::answer(&error);
+                format!("no answer from Kafka at {}: {why}", self.settings.brokers)
+            }))),
         }
     }
 
@@ -137,6 +152,18 @@ impl Sink for KafkaSink {
         life.has_nobody(topic).await
             && life::answers_others(&self.settings, topic).await
             && life.has_nobody(topic).await
+    }
+
+    fn warnings(&mut self, at_the_end: bool) -> Vec<String> {
+        self.expired.warnings(at_the_end)
+    }
+
+    /// librdkafka reads its files when a client is made, and logs in with the same password for ever.
+    fn outdated(&self) -> Option<String> {
+        (self.life.is_some() && self.settings.fingerprint() != self.made_of).then(|| {
+            "a file with the password or the certificates for Kafka has changed: connecting anew with its content"
+                .to_owned()
+        })
     }
 
     fn look_up(&mut self, names: Vec<String>) -> LookUp {
@@ -164,7 +191,15 @@ impl Sink for KafkaSink {
             answers.extend(asked.into_iter().map(not_open));
             return Box::pin(ready(answers));
         };
-        let (settings, producer) = (self.settings.clone(), life.asker());
+        let settings = match self.settings.current() {
+            Ok(settings) => settings,
+            Err(error) => {
+                let unread = |name| (name, Err(NotPrepared::Unknown(error.clone())));
+                answers.extend(asked.into_iter().map(unread));
+                return Box::pin(ready(answers));
+            }
+        };
+        let producer = life.asker();
         let room = self.settings.topics.max.saturating_sub(self.created);
         Box::pin(async move {
             let found = topic::look_up(&settings, asked, asks_max, room).await;
@@ -264,6 +299,9 @@ impl Sink for KafkaSink {
             delivery_opaque: usize::try_from(seq.0).expect("64-bit platforms only"),
         };
         let handed_over = life.hand_over(message, admission);
+        if handed_over.is_ok() && topic.forgets(record) {
+            self.expired.count(&record.topic);
+        }
         if life.lost.contains(&*record.topic) {
             self.topics.remove(&*record.topic);
         }
@@ -287,6 +325,12 @@ impl Sink for KafkaSink {
     fn trouble(&self) -> Option<String> {
         self.life.as_ref()?.trouble.borrow().clone()
     }
+}
+
+/// The version of librdkafka.
+#[must_use]
+pub fn version() -> String {
+    rdkafka::util::get_rdkafka_version().1
 }
 
 fn not_open() -> SinkError {

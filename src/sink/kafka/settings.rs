@@ -1,14 +1,18 @@
 //! What can be set about Kafka, and what librdkafka is told.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
+use super::SinkError;
+use super::check::{canonical, is_file, marks};
 use super::topic::MESSAGE_BYTES_DEFAULT;
 use crate::event::{PipelineName, Shard};
 
@@ -19,7 +23,8 @@ const MESSAGE_BYTES_MAX: usize = 1_000_000_000;
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// `host:port`, separated by commas.
+    /// `host:port`, separated by commas; a list is taken as well.
+    #[serde(deserialize_with = "brokers")]
     pub brokers: String,
     /// How this client names itself to the brokers.
     pub client_id: String,
@@ -106,6 +111,33 @@ pub struct Sasl {
     pub password_file: Option<PathBuf>,
 }
 
+/// One text, or a list of them.
+fn brokers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    struct Brokers;
+
+    impl<'de> Visitor<'de> for Brokers {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a text or a list such as [\"kafka-1:9092\", \"kafka-2:9092\"]")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<String, A::Error> {
+            let mut all: Vec<String> = Vec::new();
+            while let Some(broker) = list.next_element()? {
+                all.push(broker);
+            }
+            Ok(all.join(","))
+        }
+    }
+
+    deserializer.deserialize_any(Brokers)
+}
+
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -163,7 +195,8 @@ impl Settings {
     pub(crate) fn check_delivery(&self) -> Result<(), String> {
         /// What is appended must still fit the name of a topic, which has 249 characters at most.
         const LENGTH_MAX: usize = 150;
-        if self.properties.contains_key("transactional.id") {
+        let given = |name: &String| canonical(name) == "transactional.id";
+        if self.properties.keys().any(given) {
             return Err(
                 "sink.kafka.properties has \"transactional.id\": set sink.kafka.delivery = \"exactly-once\" and \
                  sink.kafka.transactional_id instead"
@@ -300,6 +333,79 @@ impl Settings {
         config
     }
 
+    /// The files that a client is made of: where they are named, and what they hold where that is known. A client reads
+    /// them when it is made, and never again.
+    pub(super) fn files(&self) -> Vec<(String, PathBuf, Option<&'static str>)> {
+        let Tls {
+            enabled: _,
+            ca_file,
+            certificate_file,
+            key_file,
+            key_password: _,
+        } = &self.tls;
+        let own = [
+            ("tls.ca_file", ca_file, Some("CERTIFICATE")),
+            (
+                "tls.certificate_file",
+                certificate_file,
+                Some("CERTIFICATE"),
+            ),
+            ("tls.key_file", key_file, Some("PRIVATE KEY")),
+            ("sasl.password_file", &self.sasl.password_file, None),
+        ];
+        let mut files: Vec<_> = own
+            .into_iter()
+            .filter_map(|(key, path, holds)| {
+                Some((format!("sink.kafka.{key}"), path.clone()?, holds))
+            })
+            .collect();
+        for (name, value) in &self.properties {
+            let name = canonical(name);
+            if is_file(&name, value) {
+                let holds = marks(&name);
+                files.push((
+                    format!("sink.kafka.properties.{name:?}"),
+                    value.into(),
+                    holds,
+                ));
+            }
+        }
+        files
+    }
+
+    /// A hash of what those files say now.
+    pub(super) fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (_, path, _) in self.files() {
+            // One that can't be read is another one than before.
+            fs::read(&path).ok().hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// The same with the password that the file says now.
+    ///
+    /// # Errors
+    /// When the file can't be read, or is empty.
+    pub(super) fn current(&self) -> Result<Self, SinkError> {
+        let mut settings = self.clone();
+        if let Some(path) = &self.sasl.password_file {
+            let unread = |why: &dyn fmt::Display| {
+                SinkError(format!(
+                    "read the password for Kafka from {:?} (sink.kafka.sasl.password_file): {why}",
+                    path.display().to_string()
+                ))
+            };
+            let text = fs::read_to_string(path).map_err(|error| unread(&error))?;
+            let password = text.trim_end_matches(['\r', '\n']);
+            if password.is_empty() {
+                return Err(unread(&"the file is empty"));
+            }
+            settings.sasl.password = Some(password.to_owned().into());
+        }
+        Ok(settings)
+    }
+
     /// As a producer begins. Public for the bench, whose bare loop has the same one.
     #[doc(hidden)]
     #[must_use]
@@ -348,12 +454,18 @@ impl Settings {
         if partitioner.is_some_and(|name| !name.starts_with("murmur2")) {
             config.set("max.in.flight.requests.per.connection", "1");
         }
-        self.with_properties(config)
+        let mut config = self.with_properties(config);
+        // A broker refuses a batch as a whole: it has to fit the smallest topic, whatever was asked for.
+        let asked = config.get("batch.size").and_then(|size| size.parse().ok());
+        if asked.is_some_and(|asked: usize| asked > batch_bytes) {
+            config.set("batch.size", batch_bytes.to_string());
+        }
+        config
     }
 
     fn with_properties(&self, mut config: ClientConfig) -> ClientConfig {
         for (name, value) in &self.properties {
-            config.set(name, value);
+            config.set(canonical(name), value);
         }
         if self.properties.contains_key("debug") {
             // Else librdkafka would keep to itself what it was asked to tell.

@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
-use super::{NotPrepared, Settings, SinkError, Topics, lacks, log_librdkafka, not_set_up};
+use super::{NotPrepared, Settings, SinkError, Topics, lacks, log_librdkafka, not_set_up, trouble};
 use crate::event::{Record, Rejection};
 
 /// What a topic takes when it does not say: the broker's default `message.max.bytes`.
@@ -52,6 +52,8 @@ pub(super) struct Topic {
     after_max_ms: i64,
     /// A time up to which nothing is too far ahead, so that the clock is seldom read.
     not_ahead_ms: i64,
+    /// Records of before this time are deleted soon, as of the time when the topic was looked up.
+    kept_from_ms: i64,
     asked_at: Instant,
     doubted: bool,
 }
@@ -66,9 +68,17 @@ impl Topic {
             before_max_ms: limit("message.timestamp.before.max.ms").unwrap_or(i64::MAX),
             after_max_ms: limit("message.timestamp.after.max.ms").unwrap_or(i64::MAX),
             not_ahead_ms: 0,
+            kept_from_ms: limit("retention.ms")
+                .filter(|kept_ms| *kept_ms >= 0)
+                .map_or(i64::MIN, |kept_ms| now_ms().saturating_sub(kept_ms)),
             asked_at: Instant::now(),
             doubted: false,
         }
+    }
+
+    /// Whether the broker deletes such a record soon after it has taken it.
+    pub(super) fn forgets(&self, record: &Record<'_>) -> bool {
+        record.timestamp_ms < self.kept_from_ms
     }
 
     /// From now on a refusal is worth another question.
@@ -347,7 +357,10 @@ impl Admin {
             }
             Err(error) => {
                 let answer = |(name, _): &(String, Place)| {
-                    let error = unknown(format!("ask about topic {name}: {error}"));
+                    let error = unknown(format!(
+                        "ask about topic {name}: {}",
+                        trouble::answer(&error)
+                    ));
                     (name.clone(), Err(error))
                 };
                 return places.iter().map(answer).collect();
@@ -366,8 +379,13 @@ impl Admin {
             let told = |name: &str| described?.get(name)?.value.as_deref();
             let own_time = told("message.timestamp.type") == Some("LogAppendTime");
             let topic = Topic::new(place.partitions, |limit| {
-                // The broker puts in its own time and does not care for ours.
-                let applies = !(own_time && limit.starts_with("message.timestamp."));
+                // The broker puts in its own time and does not care for ours. Compaction alone deletes no record by its age.
+                let applies = match limit {
+                    "retention.ms" => {
+                        !own_time && told("cleanup.policy").is_none_or(|how| how.contains("delete"))
+                    }
+                    limit => !(own_time && limit.starts_with("message.timestamp.")),
+                };
                 told(limit).filter(|_| applies)?.parse().ok()
             });
             (name.clone(), Ok(topic))
@@ -405,7 +423,8 @@ impl Admin {
             Ok(created) => created,
             Err(error) => {
                 let failed = |name| {
-                    let error = unknown(format!("create topic {name}: {error}"));
+                    let error =
+                        unknown(format!("create topic {name}: {}", trouble::answer(&error)));
                     (name, Err(error))
                 };
                 answers.extend(names.into_iter().map(failed));

@@ -3,18 +3,16 @@
 //! Hints change latency only (I7): whatever is lost here, the next poll finds the rows. Nothing that goes wrong with them
 //! keeps a poll waiting either.
 
-use std::future::{Future, pending};
-use std::pin::Pin;
 use std::time::Duration;
 
-use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
-use super::connect;
+use super::Connector;
+use super::listener::{Heard, Listener};
 use super::pace::Pace;
 use crate::event::EventId;
+use crate::reason::reason;
 
 /// How the source learns of new events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -28,41 +26,58 @@ pub enum CaptureMode {
 
 /// Between attempts to listen again.
 const RECONNECT: Duration = Duration::from_secs(5);
-/// An attempt may take this long.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Hints {
     mode: CaptureMode,
-    options: PgConnectOptions,
-    ear: Ear,
+    connector: Connector,
+    ear: Listener,
     /// Whether it is known that nobody listens.
     told: bool,
+    unhinted: Unhinted,
+    /// Whether all notifications were taken since the last look.
+    waited: bool,
     pace: Pace,
 }
 
-/// The connection that is notified.
-enum Ear {
-    /// There is none, and none is made before this time.
-    Closed(Instant),
-    /// It is being made, beside the polls.
-    Opening(Pin<Box<dyn Future<Output = Result<PgListener, anyhow::Error>> + Send>>),
-    /// What comes has to be taken: the server keeps it for who listens and does not read, until no transaction of anybody
-    /// can notify any more.
-    Open(PgListener),
+/// Events that were found without a notification since the last one.
+#[derive(Default)]
+struct Unhinted {
+    looks: u32,
+    since: Option<Instant>,
+    /// Whether notifications are not relied upon any more.
+    deaf: bool,
+}
+
+impl Unhinted {
+    /// So many looks in a row find events without any notification, over this time, before it counts: one long transaction keeps
+    /// others from notifying for a moment.
+    const LOOKS: u32 = 5;
+    const OVER: Duration = Duration::from_secs(10);
+
+    /// Whether it is known from now on that notifications do not come.
+    fn found(&mut self, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        self.looks += 1;
+        let shows = self.looks >= Self::LOOKS && now.duration_since(since) >= Self::OVER;
+        shows && !std::mem::replace(&mut self.deaf, true)
+    }
+
+    /// One came. Whether that is news.
+    fn hinted(&mut self) -> bool {
+        std::mem::take(self).deaf
+    }
 }
 
 impl Hints {
-    pub(super) fn new(
-        mode: CaptureMode,
-        options: PgConnectOptions,
-        poll_interval: Duration,
-    ) -> Self {
+    pub(super) fn new(mode: CaptureMode, connector: Connector, poll_interval: Duration) -> Self {
         let now = Instant::now();
         Self {
             mode,
-            options,
-            ear: Ear::Closed(now),
+            connector,
+            ear: Listener::Closed(now),
             told: false,
+            unhinted: Unhinted::default(),
+            waited: false,
             pace: Pace::new(mode, poll_interval, now),
         }
     }
@@ -73,7 +88,17 @@ impl Hints {
         ceiling: EventId,
         found: impl ExactSizeIterator<Item = EventId>,
     ) {
-        self.pace.looked(ceiling, found, Instant::now());
+        let now = Instant::now();
+        // Behind a look that nothing was waited for, notifications may lie unread.
+        let waited = std::mem::take(&mut self.waited);
+        if found.len() > 0 && waited && self.ear.is_open() && self.unhinted.found(now) {
+            tracing::warn!(
+                "events come and no notification of them: the trigger of outbox.events is disabled, outbox.notify is off, a \
+                 pooler stands between, or a transaction that has emitted stays open and keeps others from notifying; polling \
+                 until a notification comes"
+            );
+        }
+        self.pace.looked(ceiling, found, now);
     }
 
     /// What comes next is at another place of the log.
@@ -84,8 +109,12 @@ impl Hints {
     /// Nobody waits for a while.
     pub(super) fn rest(&mut self) {
         // A pause after an attempt that failed goes on.
-        if !matches!(self.ear, Ear::Closed(_)) {
-            self.ear = Ear::Closed(Instant::now());
+        if !matches!(self.ear, Listener::Closed(_)) {
+            self.ear = Listener::Closed(Instant::now());
+        }
+        // What was found without one meanwhile tells nothing.
+        if !self.unhinted.deaf {
+            self.unhinted = Unhinted::default();
         }
     }
 
@@ -96,11 +125,12 @@ impl Hints {
             // Nobody has to be told, and the server need not tell.
             self.rest();
         } else if self.mode == CaptureMode::Listen
-            && matches!(self.ear, Ear::Closed(until) if Instant::now() >= until)
+            && matches!(self.ear, Listener::Closed(until) if Instant::now() >= until)
         {
-            self.ear = Ear::Opening(Box::pin(listen(self.options.clone())));
+            self.ear = Listener::opening(self.connector.clone());
         }
-        let due = self.pace.next(matches!(self.ear, Ear::Open(_)));
+        let relies = self.ear.is_open() && !self.unhinted.deaf;
+        let due = self.pace.next(relies);
         // What was heard may be due already.
         tokio::select! {
             biased;
@@ -113,12 +143,17 @@ impl Hints {
         while let Some(heard) = self.ear.hear().now_or_never() {
             self.note(heard);
         }
+        self.waited = true;
     }
 
     /// Whether there is a reason to look now.
     fn note(&mut self, heard: Result<Heard, anyhow::Error>) -> bool {
         match heard {
+            Ok(Heard::Alive) => false,
             Ok(heard) => {
+                if matches!(heard, Heard::Notification) && self.unhinted.hinted() {
+                    tracing::info!("notifications come again");
+                }
                 if matches!(heard, Heard::Begun) && std::mem::take(&mut self.told) {
                     tracing::info!("listening for notifications again");
                 }
@@ -126,58 +161,13 @@ impl Hints {
                 true
             }
             Err(error) => {
-                self.ear = Ear::Closed(Instant::now() + RECONNECT);
+                self.ear = Listener::Closed(Instant::now() + RECONNECT);
                 if !std::mem::replace(&mut self.told, true) {
-                    let error = format!("{error:#}");
+                    let error = reason(&error);
                     tracing::warn!(%error, "cannot listen for notifications, polling until that works again");
                 }
                 false
             }
         }
-    }
-}
-
-/// What wakes.
-enum Heard {
-    /// What was committed before did not notify this connection.
-    Begun,
-    Notification,
-}
-
-impl Ear {
-    /// # Cancel safety
-    /// Safe, as [`Hints::wait`].
-    async fn hear(&mut self) -> Result<Heard, anyhow::Error> {
-        match self {
-            Self::Closed(_) => pending().await,
-            Self::Opening(opening) => {
-                *self = Self::Open(opening.await?);
-                Ok(Heard::Begun)
-            }
-            Self::Open(listener) => match listener.try_recv().await? {
-                Some(_) => Ok(Heard::Notification),
-                None => Err(anyhow!("the connection was lost")),
-            },
-        }
-    }
-}
-
-async fn listen(options: PgConnectOptions) -> Result<PgListener, anyhow::Error> {
-    // Says why it fails: a pool asks again and again, and in the end only that there was no time left.
-    drop(connect(&options).await?);
-    let listening = async {
-        let pool = PgPoolOptions::new()
-            .max_connections(1)
-            .connect_with(options)
-            .await?;
-        let mut listener = PgListener::connect_with(&pool).await?;
-        // Else it would connect again by itself, for half a minute, and without a word.
-        listener.eager_reconnect(false);
-        listener.listen("outbox_events").await?;
-        Ok(listener)
-    };
-    match timeout(CONNECT_MAX, listening).await {
-        Ok(listening) => listening,
-        Err(_) => Err(anyhow!("no answer within {} s", CONNECT_MAX.as_secs())),
     }
 }

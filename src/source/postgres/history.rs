@@ -1,23 +1,22 @@
 //! Reads retained events again, by what is asked for and not by a cursor: for replays.
 
-use sqlx::ConnectOptions;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 
-use super::{connect, fetch, statement};
+use super::{Connector, fetch, statement};
 use crate::event::{Event, EventId};
 use crate::source::selection::{Dialect, Selection};
 use crate::source::{IDS_AT_ONCE, PAGE_BYTES};
 
 /// Reads what is retained.
 pub(crate) struct History {
-    options: PgConnectOptions,
+    connector: Connector,
     connection: Option<PgConnection>,
 }
 
 impl History {
-    pub(crate) fn new(options: PgConnectOptions) -> Self {
+    pub(crate) fn new(connector: Connector) -> Self {
         Self {
-            options: options.disable_statement_logging(),
+            connector,
             connection: None,
         }
     }
@@ -34,7 +33,7 @@ impl History {
         let statement = statement::retained((after, until), &condition, rows);
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => connect(&self.options).await?,
+            None => self.connector.connect().await?,
         };
         let read = fetch(&mut connection, &statement, PAGE_BYTES, |_, _| Ok(false)).await?;
         let all = read.complete && read.events.len() < rows;

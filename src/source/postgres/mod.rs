@@ -4,9 +4,11 @@
 //! through a transaction-mode pooler), and never writes; behind a backlog it ends an empty transaction to raise its floor.
 
 pub(crate) mod ask;
+mod connector;
 mod hint;
 mod history;
 mod late;
+mod listener;
 mod pace;
 mod page;
 mod resets;
@@ -21,10 +23,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row as _};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Executor, Row as _};
 use tokio::time::{Instant, timeout};
 
+pub use self::connector::Connector;
 pub use self::hint::CaptureMode;
 use self::hint::Hints;
 pub(crate) use self::history::History;
@@ -58,9 +61,9 @@ const FLOOR_LAG_MAX: i64 = 100_000;
 #[derive(Clone)]
 pub struct Settings {
     /// For reading; may go through a transaction-mode pooler.
-    pub options: PgConnectOptions,
+    pub connector: Connector,
     /// For LISTEN, which needs a connection of its own that no pooler shares.
-    pub direct_options: PgConnectOptions,
+    pub direct_connector: Connector,
     /// How it learns of new events.
     pub mode: CaptureMode,
     /// The longest time without looking at an idle log in poll mode.
@@ -79,7 +82,7 @@ impl fmt::Debug for Settings {
 
 /// Reads the outbox of one database for one pipeline.
 pub struct PostgresSource {
-    options: PgConnectOptions,
+    connector: Connector,
     connection: Option<PgConnection>,
     hints: Hints,
     at: Position,
@@ -109,19 +112,15 @@ impl PostgresSource {
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let Settings {
-            options,
-            direct_options,
+            connector,
+            direct_connector,
             mode,
             poll_interval,
         } = settings;
         Self {
-            options: options.disable_statement_logging(),
+            connector,
             connection: None,
-            hints: Hints::new(
-                mode,
-                direct_options.disable_statement_logging(),
-                poll_interval,
-            ),
+            hints: Hints::new(mode, direct_connector, poll_interval),
             at: Position::beginning(),
             safe_floor: EventId(0),
             page_rows: FIRST_PAGE_ROWS,
@@ -471,7 +470,7 @@ impl PostgresSource {
     async fn connected(&mut self) -> Result<PgConnection, anyhow::Error> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => connect(&self.options).await?,
+            None => self.connector.connect().await?,
         };
         if !self.share.is_known() {
             timeout(SILENCE_MAX, self.share.learn(&mut connection))
@@ -550,27 +549,6 @@ impl Source for PostgresSource {
     fn rest(&mut self) {
         self.hints.rest();
     }
-}
-
-/// Opens a connection, with a limit on how long that may take.
-///
-/// # Errors
-/// When the server can't be reached or refuses; the message names host and database, never the password.
-pub(crate) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
-    let describe = || {
-        format!(
-            "connect to PostgreSQL at {}:{}, database {:?}, as {:?}",
-            options.get_host(),
-            options.get_port(),
-            options.get_database().unwrap_or_default(),
-            options.get_username(),
-        )
-    };
-    timeout(Duration::from_secs(10), PgConnection::connect_with(options))
-        .await
-        .map_err(|_| anyhow!("no answer within 10 s"))
-        .and_then(|connected| connected.map_err(anyhow::Error::from))
-        .with_context(describe)
 }
 
 /// A server's refusal of the statement (missing table, missing right, wrong type) is for a person; the rest for time.

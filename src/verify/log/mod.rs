@@ -55,7 +55,9 @@ pub(super) struct Cursor {
 impl Log {
     pub(super) async fn open(source: &Source) -> Result<Self, anyhow::Error> {
         Ok(match source {
-            Source::Postgres(settings) => Self::Postgres(postgres::open(&settings.options).await?),
+            Source::Postgres(settings) => {
+                Self::Postgres(postgres::open(&settings.connector.current()?).await?)
+            }
             Source::Sqlite { path, .. } => Self::Sqlite(sqlite::open(path).await?),
         })
     }

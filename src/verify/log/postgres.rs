@@ -10,16 +10,15 @@ use super::{Books, Cursor, Emitted, LostEvents, Retained, Settled, gaps};
 use crate::event::PipelineName;
 
 pub(super) async fn open(options: &PgConnectOptions) -> Result<PgConnection, anyhow::Error> {
-    PgConnection::connect_with(&options.clone().disable_statement_logging())
-        .await
-        .with_context(|| {
-            format!(
-                "connect to PostgreSQL at {}:{}, database {:?}",
-                options.get_host(),
-                options.get_port(),
-                options.get_database().unwrap_or_default()
-            )
-        })
+    let options = options.clone().disable_statement_logging();
+    PgConnection::connect_with(&options).await.with_context(|| {
+        format!(
+            "connect to PostgreSQL at {}:{}, database {:?}",
+            options.get_host(),
+            options.get_port(),
+            options.get_database().unwrap_or_default()
+        )
+    })
 }
 
 /// Cursor, parked and dropped ids in one statement and so in one snapshot: what was settled is published, parked or

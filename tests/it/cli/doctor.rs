@@ -599,3 +599,27 @@ async fn refused_logins_and_tls_are_told_apart() {
         assert!(finding.setting().contains(setting), "{finding:?}");
     }
 }
+
+#[tokio::test]
+async fn brokers_that_are_not_verified_are_told() {
+    const TEST: &str = "brokers_that_are_not_verified_are_told";
+    let Some(brokers) = needed(TEST, "KAFKA_SSL_BROKERS") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let unverified = "RELAY_SINK__KAFKA__PROPERTIES__ENABLE_SSL_CERTIFICATE_VERIFICATION";
+    let env = with_kafka(
+        &folder,
+        &[
+            ("RELAY_SINK__KAFKA__BROKERS", &brokers),
+            ("RELAY_SINK__KAFKA__TLS__ENABLED", "true"),
+            (unverified, "false"),
+        ],
+    )
+    .await;
+    let env: Vec<(&str, &str)> = env.iter().map(|(a, b)| (&a[..], &b[..])).collect();
+    let found = only("kafka_security", &env).await;
+    assert!(found.what.contains("not verified"), "{}", found.what);
+    let Ran { out, .. } = relay(&["doctor"], &env).await.ends_with(3);
+    assert!(out.contains("TLS, brokers not verified"), "{out}");
+}

@@ -2,11 +2,13 @@
 
 mod admin;
 mod agree;
+mod check;
 mod doctor;
 mod doctor_rights;
 mod parked;
 mod pipelines;
 mod retention;
+mod secrets;
 mod status;
 mod tail;
 
@@ -258,13 +260,17 @@ async fn check_says_what_the_configuration_means_and_no_secret() {
     let Ran { out, .. } = relay(&["check"], &env).await.ends_with(0);
     expect![[r#"
         the configuration is right
-          from      PostgreSQL at 127.0.0.1:1, database "shop", as "relay", polling
-          to        Kafka at kafka-1:9092,kafka-2:9092, TLS, login by SCRAM-SHA-512, topics are created, at least once
+          from      PostgreSQL at 127.0.0.1:1, database "shop", as "relay", TLS if the server offers it, server not verified, polling
+          to        Kafka at kafka-1:9092,kafka-2:9092, TLS, brokers verified, login by SCRAM-SHA-512, topics are created, at least once
           pipeline  all: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a reason to stop
           pipeline  letters: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is a dead letter, copied to topic dead
           pipeline  lossy: everything to topic {aggregate_type}, key {aggregate_id}; what is rejected is DROPPED
           pipeline  orders: order, cart to topic shop.{aggregate_type}, key {aggregate_id}; what is rejected is parked
           retention published events stay for 7days; events that a pipeline has not published within 30days are LOST (retention.drop_unpublished_after)
+          note      the pipelines all and letters write to the same topic ({aggregate_type}), and some events match the filters of both: those are published twice
+          note      the pipelines all and lossy write to the same topic ({aggregate_type}), and some events match the filters of both: those are published twice
+          note      the pipelines letters and lossy write to the same topic ({aggregate_type}), and some events match the filters of both: those are published twice
+        whether both ends answer is told by `outbox-relay doctor`
     "#]]
     .assert_eq(&out);
 }

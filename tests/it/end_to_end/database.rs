@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep};
 use super::kafka::Kafka;
 use super::load::Load;
 use super::process::Setup;
+use super::proxy::{Proxy, Weather};
 use super::services::Own;
 use super::{Line, PATIENCE, complete, eventually, run};
 
@@ -221,5 +222,77 @@ async fn a_new_relay_waits_for_its_tables() {
         (kafka.read(&["order"]).await.len() == 1).then_some(())
     })
     .await;
+    relay.stop().await;
+}
+
+/// Whether a session listens in the database of the line.
+async fn listens(line: &Line) {
+    let sessions = "select count(*) from pg_stat_activity
+                     where datname = current_database() and query ilike 'listen %'";
+    eventually("a session that listens", PATIENCE, async || {
+        let listening: i64 = sqlx::query_scalar(sessions)
+            .fetch_one(&line.database.pool)
+            .await
+            .unwrap();
+        (listening > 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_for_notifications_that_dies_silently_is_noticed() {
+    let Some(mut line) =
+        Line::create("a_connection_for_notifications_that_dies_silently_is_noticed").await
+    else {
+        return;
+    };
+    let options = &line.database.options;
+    let server = format!("{}:{}", options.get_host(), options.get_port());
+    let proxy = Proxy::start("127.0.0.1:0", &server).await;
+    let url = line.database.url.replace(&server, &proxy.address);
+    line.setup.set("SOURCE__POSTGRES__DIRECT_URL", &url);
+    let relay = line.ready().await;
+    listens(&line).await;
+    proxy.weather(Weather::Silent);
+    relay.says("does not answer within 5 s").await;
+    proxy.weather(Weather::Clear);
+    relay.says("listening for notifications again").await;
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn notifications_that_do_not_come_are_told_once() {
+    let Some(line) = Line::create("notifications_that_do_not_come_are_told_once").await else {
+        return;
+    };
+    line.kafka.create(&["order"]).await;
+    let relay = line.ready().await;
+    listens(&line).await;
+    let emit = async || {
+        let emit = "select outbox.emit('order', '1', 'placed', '{}')";
+        run(&line.database.pool, emit).await;
+    };
+    let pool = &line.database.pool;
+    run(
+        pool,
+        "alter table outbox.events disable trigger events_notify",
+    )
+    .await;
+    let told = "events come and no notification of them";
+    eventually("a warning", PATIENCE, async || {
+        emit().await;
+        sleep(Duration::from_millis(500)).await;
+        relay.log().contains(told).then_some(())
+    })
+    .await;
+    emit().await;
+    run(
+        pool,
+        "alter table outbox.events enable trigger events_notify",
+    )
+    .await;
+    emit().await;
+    relay.says("notifications come again").await;
+    assert_eq!(relay.log().matches(told).count(), 1, "{}", relay.log());
     relay.stop().await;
 }

@@ -32,6 +32,7 @@ mod reload;
 mod replay;
 mod replicas;
 mod retention;
+mod rotated;
 mod services;
 mod shards;
 mod start;

@@ -275,3 +275,75 @@ async fn extremes_that_the_log_takes_are_parked_and_it_flows_on() {
         i64::try_from(EXTREME.len()).unwrap()
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limit_that_was_raised_counts_at_the_next_redrive() {
+    const ORDER: &str = "order";
+    let Some(mut line) = Line::create("a_limit_that_was_raised_counts_at_the_next_redrive").await
+    else {
+        return;
+    };
+    line.kafka
+        .create_with(ORDER, 1, &[("max.message.bytes", "100000")])
+        .await;
+    line.setup.set("SINK__KAFKA__TOPICS__CREATE", "false");
+    let relay = line.ready().await;
+    let pool = &line.database.pool;
+    let emit = "select outbox.emit('order', '900', 'big', to_json(repeat('x', 150000)))";
+    run(pool, emit).await;
+    let error = eventually("the event is parked", PATIENCE, async || {
+        let error: Option<String> = sqlx::query_scalar("select error from outbox.parked")
+            .fetch_optional(pool)
+            .await
+            .unwrap();
+        error
+    })
+    .await;
+    assert!(error.starts_with("too large: "), "{error}");
+    line.kafka
+        .alter(ORDER, "max.message.bytes", "3000000")
+        .await;
+    let redriven = line
+        .setup
+        .command("parked")
+        .args(["redrive", "--all"])
+        .output()
+        .unwrap();
+    assert!(redriven.status.success(), "{redriven:?}");
+    let mut reader = line.kafka.reader(&[line.kafka.topic(ORDER)]);
+    assert_eq!(reader.read_on(1).await[0].key_text(), "900");
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_that_a_topic_does_not_keep_are_told_with_their_number() {
+    let Some(line) =
+        Line::create("events_that_a_topic_does_not_keep_are_told_with_their_number").await
+    else {
+        return;
+    };
+    for (name, policy) in [("order", "delete"), ("cart", "compact")] {
+        let settings = [("retention.ms", "3600000"), ("cleanup.policy", policy)];
+        line.kafka.create_with(name, 1, &settings).await;
+    }
+    let relay = line.ready().await;
+    run(
+        &line.database.pool,
+        "insert into outbox.events (aggregate_type, aggregate_id, event_type, payload, occurred_at)
+         select kind, n::text, 'placed', '{}', clock_timestamp() - interval '1 hour' * (n - 1)
+           from unnest(array['order', 'cart']) kind, generate_series(1, 8) n",
+    )
+    .await;
+    let topic = line.kafka.topic("order");
+    let told = format!("events for topic {topic} are older than it keeps records");
+    // The second is as old as that to the second, and becomes so before it is published.
+    relay.says(&told).await;
+    let log = relay.log();
+    let count = log.lines().find(|line| line.contains(&told)).unwrap();
+    assert!(
+        count.contains("6 events") || count.contains("7 events"),
+        "{count}"
+    );
+    assert!(!log.contains(&line.kafka.topic("cart")), "{log}");
+    relay.stop().await;
+}

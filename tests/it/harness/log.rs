@@ -196,8 +196,8 @@ async fn insert_into_postgres(connection: &mut PgConnection, event: &mut Event) 
 impl PolledPostgres {
     fn source_with(&self, mode: CaptureMode) -> PostgresSource {
         PostgresSource::new(Settings {
-            options: self.database.options.clone(),
-            direct_options: self.database.options.clone(),
+            connector: self.database.options.clone().into(),
+            direct_connector: self.database.options.clone().into(),
             mode,
             poll_interval: POLL_INTERVAL,
         })
@@ -273,8 +273,8 @@ impl HeardPostgres {
     pub fn source_that_cannot_listen(&self) -> PostgresSource {
         let options = self.0.database.options.clone();
         PostgresSource::new(Settings {
-            direct_options: options.clone().port(1),
-            options,
+            direct_connector: options.clone().port(1).into(),
+            connector: options.into(),
             mode: CaptureMode::Listen,
             poll_interval: POLL_INTERVAL,
         })

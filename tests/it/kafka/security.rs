@@ -58,7 +58,7 @@ async fn a_wrong_password_is_named_and_not_shown() {
     };
     settings.sasl.password = Some("hunter2".to_owned().into());
     let error = refused(settings).await;
-    assert!(error.contains("Authentication"), "{error}");
+    assert!(error.contains("refuses the login"), "{error}");
     assert!(!error.contains("hunter2"), "{error}");
 }
 
@@ -199,4 +199,34 @@ fn processor_time() -> Duration {
         .map(|ticks| ticks.parse::<u32>().expect("ticks"))
         .sum();
     TICK * ticks
+}
+
+/// A broker that trusts only the new certificate refuses the client with the old one, for ever.
+#[tokio::test]
+async fn files_that_were_replaced_end_a_session_that_is_in_trouble() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("write");
+        path
+    };
+    let mut settings = settings("127.0.0.1:1");
+    settings.sasl.mechanism = Some("PLAIN".to_owned());
+    settings.sasl.username = Some("relay".to_owned());
+    settings.sasl.password_file = Some(write("password", "first\n"));
+    let mut sink = KafkaSink::new(settings);
+    sink.open().await.expect("open");
+    assert_eq!(sink.outdated(), None);
+    write("password", "second\n");
+    let why = sink.outdated().expect("outdated");
+    assert!(why.contains("has changed"), "{why}");
+    sink.open().await.expect("open");
+    assert_eq!(sink.outdated(), None);
+    write("password", "");
+    assert!(sink.outdated().is_some());
+    let error = sink.open().await.expect_err("empty").to_string();
+    assert!(error.contains("the file is empty"), "{error}");
+    fs::remove_file(folder.path().join("password")).expect("remove");
+    let error = sink.open().await.expect_err("gone").to_string();
+    assert!(error.contains("No such file"), "{error}");
 }

@@ -144,8 +144,8 @@ impl Database {
 
     pub(crate) fn source(&self) -> PostgresSource {
         PostgresSource::new(Settings {
-            options: self.options.clone(),
-            direct_options: self.options.clone(),
+            connector: self.options.clone().into(),
+            direct_connector: self.options.clone().into(),
             mode: CaptureMode::Poll,
             poll_interval: Duration::from_millis(5),
         })
