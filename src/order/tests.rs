@@ -373,3 +373,19 @@ fn a_later_event_with_a_lower_id_waits_too() {
     waiting.park(&again);
     assert_eq!(waiting.events_of("order", "1"), 3);
 }
+
+#[test]
+fn what_is_read_again_is_not_passed_before_it_came() {
+    let mut waiting = Waiting::default();
+    let parked = event(500, "order", "1");
+    waiting.park(&parked);
+    waiting.read_again();
+    waiting.park(&event(400, "order", "2"));
+    waiting.pass();
+    assert!(waiting.has(&parked), "it comes out of the log once more");
+    assert!(!waiting.has(&event(400, "order", "2")));
+    waiting.park(&parked);
+    assert_eq!(waiting.events_of("order", "1"), 1);
+    waiting.pass();
+    assert!(!waiting.has(&parked));
+}

@@ -27,6 +27,8 @@ struct Held {
     is_passed: bool,
     /// Events from the first to the last may come out of the log again.
     may_come_again: bool,
+    /// The last of them has come since the log is read from where it is read now.
+    is_read: bool,
 }
 
 impl Waiting {
@@ -54,6 +56,7 @@ impl Waiting {
                     events,
                     is_passed,
                     may_come_again: true,
+                    is_read: true,
                 },
             );
         }
@@ -84,12 +87,14 @@ impl Waiting {
                 events: 0,
                 is_passed: false,
                 may_come_again: true,
+                is_read: true,
             });
         if !held.may_come_again {
             (held.first, held.last, held.may_come_again) = (event.id, event.id, true);
         }
         self.may_pass = true;
         self.newest = event.id.max(self.newest);
+        held.is_read |= event.id >= held.last;
         held.first = event.id.min(held.first);
         held.last = event.id.max(held.last);
         if !known {
@@ -113,11 +118,23 @@ impl Waiting {
             .is_some_and(|held| held.is_passed || held.first <= event.id)
     }
 
-    /// Notes that the position is past everything that is parked: none of it comes out of the log again.
+    /// Notes that the log is read again from a position that may lie before what is parked.
+    pub fn read_again(&mut self) {
+        for held in self.entities.values_mut().flat_map(HashMap::values_mut) {
+            held.is_read &= !held.may_come_again;
+        }
+    }
+
+    /// Notes that the position is past everything that was read: of what is parked, none comes out of the log again but what
+    /// has still to be read again.
     pub fn pass(&mut self) {
         if std::mem::take(&mut self.may_pass) {
             for held in self.entities.values_mut().flat_map(HashMap::values_mut) {
-                (held.is_passed, held.may_come_again) = (true, false);
+                if held.is_read {
+                    (held.is_passed, held.may_come_again) = (true, false);
+                } else {
+                    self.may_pass = true;
+                }
             }
         }
     }

@@ -135,6 +135,7 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             },
         }
         self.source.seek(settled.borrow().clone());
+        self.waiting.read_again();
         let (pages, pages_read) = mpsc::channel(1);
         let (answers, answered) = watch::channel(false);
         let mut publisher = Publisher {

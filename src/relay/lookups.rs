@@ -101,6 +101,11 @@ impl Lookups {
         self.places
     }
 
+    /// Whether an event waits that comes before this one in the log.
+    pub(super) fn holds_before(&self, seq: Seq) -> bool {
+        self.events.front().is_some_and(|held| held.seq < seq)
+    }
+
     pub(super) fn has_room(&self) -> bool {
         self.ended_once && self.places < HELD_MAX
     }

@@ -320,7 +320,9 @@ impl<K: Sink> Publisher<'_, K> {
             return Some(Pause::Turn);
         }
         self.advance(life);
-        (life.awaited() > 0).then_some(Pause::Blocked)
+        // The cursor has to pass what was set aside before, or no operator could make room.
+        let waits = life.awaited() > 0 || life.lookups.holds_before(life.seq_at_hand());
+        waits.then_some(Pause::Blocked)
     }
 
     /// Waits until what was set aside is durable; only then is it settled.

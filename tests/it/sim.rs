@@ -572,6 +572,16 @@ fn demand(seed: u64, outcome: &Outcome) {
     );
 }
 
+/// Weather in which a promise was broken once, before the mend.
+#[test]
+fn promises_hold_in_weather_that_broke_one() {
+    // A pipeline that was full of parked events halted while one of them waited for its topic, so that the cursor never passed it
+    // and dropping it made no room.
+    for seed in [8_153_900_862_614_544_591] {
+        demand(seed, &run(seed, Weather::default()));
+    }
+}
+
 #[test]
 fn promises_hold_in_any_weather() {
     if let Ok(seed) = std::env::var("RELAY_SIM_SEED") {
