@@ -68,15 +68,19 @@ async fn look_after(
     settings: &Settings,
     metrics: &LogMetrics,
 ) -> Result<(), anyhow::Error> {
-    let mut connection = connect(options).await?;
+    let connection = connect(options).await;
+    if connection.is_err() {
+        metrics.size(None);
+    }
+    let mut connection = connection?;
     let made = make(&mut connection, settings).await;
     let retired = retire(&mut connection, settings, metrics).await;
     let size = view::postgres::log_size(&mut connection).await;
     // Whether the session ends politely is the server's affair.
     let _ = connection.close().await;
+    metrics.size(size.as_ref().ok().map(|size| size.bytes));
     made.and(retired)?;
-    metrics.size(size?.bytes);
-    Ok(())
+    size.map(drop)
 }
 
 async fn make(connection: &mut PgConnection, settings: &Settings) -> Result<(), anyhow::Error> {
@@ -178,10 +182,16 @@ async fn delete_published(
     metrics: &LogMetrics,
     now_us: fn() -> i64,
 ) -> Result<(), anyhow::Error> {
-    let mut connection = SqliteConnection::connect_with(options)
-        .await
-        .context("open the SQLite outbox")?;
-    metrics.size(view::sqlite::log_size(&mut connection).await?.bytes);
+    let size = async {
+        let mut connection = SqliteConnection::connect_with(options)
+            .await
+            .context("open the SQLite outbox")?;
+        let size = view::sqlite::log_size(&mut connection).await?;
+        Ok::<_, anyhow::Error>((connection, size))
+    };
+    let size = size.await;
+    metrics.size(size.as_ref().ok().map(|(_, size)| size.bytes));
+    let (mut connection, _) = size?;
     let Some(keep) = settings.keep else {
         return Ok(());
     };

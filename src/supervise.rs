@@ -9,11 +9,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
 use sqlx::sqlite::SqliteConnectOptions;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
+use crate::backlog::{self, Backlogs};
 use crate::config::{Config, PipelineConfig, Sink, Source};
 use crate::crew::Crews;
 use crate::event::{PipelineName, Shard};
@@ -48,7 +49,7 @@ pub async fn run(
     } else {
         None
     };
-    let metrics = telemetry::Exporter::install()?;
+    let metrics = telemetry::Exporter::install(wall_clock_us())?;
     let holder = holder();
     let stopping = CancellationToken::new();
     let mut relays = JoinSet::new();
@@ -67,14 +68,22 @@ pub async fn run(
     }
     if let Some(listener) = listener {
         tracing::info!(address = %config.admin.listen, "admin interface");
-        let interface = Shown {
-            holder: holder.clone(),
-            relays: crews.shown(),
+        let (backlogs, seen) = watch::channel(Backlogs::default());
+        let asks = backlog::watch(
+            config.source.clone(),
+            holder.clone(),
+            crews.shown(),
+            backlogs,
+        );
+        others.spawn(async move { match asks.await {} });
+        let interface = Shown::new(
+            holder.clone(),
+            crews.shown(),
+            seen,
             metrics,
-            source: config.source.clone(),
-            token: config.admin.token.clone(),
-            database_turns: Semaphore::new(admin::DATABASE_TURNS),
-        };
+            (&config.source, &config.admin),
+            wall_clock_us,
+        );
         others.spawn(async move { match admin::serve(listener, interface).await {} });
     }
     let mut stop = std::pin::pin!(stop);

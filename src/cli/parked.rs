@@ -12,7 +12,9 @@ use super::{ConfigArgs, Outcome};
 use crate::config::Config;
 use crate::database::Database;
 use crate::event::{EventId, PipelineName};
-use crate::ledger::acts::{Action, EntityName, ParkedDetail, ParkedEvent, ParkedEvents, Selector};
+use crate::ledger::acts::{
+    Action, EntityName, Paging, ParkedDetail, ParkedEvent, ParkedEvents, Selector,
+};
 
 /// Look at events that were set aside, publish them after all, or give them up.
 #[derive(Debug, Args)]
@@ -72,7 +74,7 @@ impl Filter {
 struct List {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Print a JSON array.
+    /// Print a JSON object, as GET /parked answers.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -115,9 +117,11 @@ impl List {
         let config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
         let selector = self.filter.selector(None);
-        let parked = database.parked(&selector, self.limit).await?;
+        let parked = database
+            .parked(&selector, &Paging::first(self.limit))
+            .await?;
         if self.json {
-            anstream::println!("{}", serde_json::to_string_pretty(&parked.events)?);
+            anstream::println!("{}", serde_json::to_string_pretty(&parked)?);
         } else {
             show_table(&parked);
         }
@@ -136,7 +140,11 @@ fn state(event: &ParkedEvent) -> &'static str {
 }
 
 pub(super) fn show_table(parked: &ParkedEvents) {
-    let ParkedEvents { events, total } = parked;
+    let ParkedEvents {
+        events,
+        total,
+        next: _,
+    } = parked;
     if events.is_empty() {
         anstream::println!("nothing is parked");
         return;

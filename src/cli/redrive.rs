@@ -11,7 +11,7 @@ use super::parked::{Filter, show_table};
 use super::show;
 use super::{ConfigArgs, Outcome};
 use crate::database::Database;
-use crate::ledger::acts::{Action, Marked, Wish};
+use crate::ledger::acts::{Action, Marked, Paging, Wish};
 
 /// Publish rejected events after all, and then what waits behind them, in order.
 ///
@@ -140,7 +140,7 @@ async fn would(database: &mut Database, wish: &Wish) -> Result<Outcome, Error> {
     if let Some(refusal) = database.refusal(wish).await? {
         return Err(refusal.into());
     }
-    let parked = database.parked(&wish.selector, 100).await?;
+    let parked = database.parked(&wish.selector, &Paging::first(100)).await?;
     show_table(&parked);
     if parked.total > 0 {
         let waiting = match (wish.action, wish.with_waiting) {
@@ -204,7 +204,7 @@ impl Acts {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
-        let acts = database.acts(self.limit).await?;
+        let acts = database.acts(self.limit, None).await?;
         if self.json {
             anstream::println!("{}", serde_json::to_string_pretty(&acts)?);
             return Ok(Outcome::Done);

@@ -120,7 +120,7 @@ async fn look(config: &Config, database: &mut Option<Database>) -> (Seen, Option
     };
     let daemon = async {
         if config.admin.enabled {
-            Some(admin::ask(config.admin.listen).await)
+            Some(admin::ask_as(config.admin.listen, config.admin.token.as_ref()).await)
         } else {
             None
         }

@@ -134,7 +134,9 @@ pub struct Admin {
     pub enabled: bool,
     /// Where it listens.
     pub listen: SocketAddr,
-    /// What whoever changes something has to know; without it nothing can be changed there.
+    /// Names besides `localhost` and IP addresses by which it may be asked.
+    pub hosts: Vec<String>,
+    /// What whoever changes something or sees entities has to know; without it nothing of that is possible there.
     pub token: Option<SecretString>,
     token_file: Option<PathBuf>,
 }

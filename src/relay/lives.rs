@@ -25,6 +25,9 @@ use crate::telemetry::PipelineMetrics;
 /// A cursor moves at least this often when there are new ids, also if none of them is its own.
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
 
+/// A halt says this often that it goes on; the log tells some of it.
+const TELL_HALT: Duration = Duration::from_mins(1);
+
 /// A source that nobody has waited at for so long rests, be it that its pages find no room, or that there is always another one.
 const RESTLESS: Duration = Duration::from_secs(3);
 
@@ -214,8 +217,14 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
 
     /// Keeps the lease, so that no replica runs into the same event, until a person stops the process.
     async fn halt(&mut self, reason: String, stop: &CancellationToken) {
-        self.set_state(State::Halted { reason });
-        stop.cancelled().await;
+        while !stop.is_cancelled() {
+            let reason = reason.clone();
+            self.set_state(State::Halted { reason });
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = sleep(TELL_HALT) => {}
+            }
+        }
     }
 
     fn set_state(&self, state: State) {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use crate::event::PipelineName;
 
@@ -26,7 +27,7 @@ pub enum State {
     },
     /// An event was rejected and the policy is to stop. A restart tries again.
     Halted {
-        /// The event and why.
+        /// The event by its id, a colon, and why. What comes before the colon names no entity.
         reason: String,
     },
     /// Stopped on request.
@@ -38,6 +39,26 @@ impl State {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         matches!(self, Self::Running | Self::Standby { .. })
+    }
+
+    /// The same without what an event or its entity is called, for people who may not know that.
+    #[must_use]
+    pub fn without_names(self) -> Self {
+        match self {
+            Self::Halted { reason } => {
+                let (event, _) = reason.split_once(": ").unwrap_or(("an event", ""));
+                let reason = format!(
+                    "{event}: the log says why, and this answer does where it is asked for with the token of admin.token"
+                );
+                Self::Halted { reason }
+            }
+            state => state,
+        }
+    }
+
+    /// Whether both are the same state, whatever the reason.
+    fn is_same_kind(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
     }
 }
 
@@ -56,33 +77,83 @@ pub struct Status {
     pub in_flight_events: usize,
     /// Their bytes.
     pub in_flight_bytes: usize,
-    /// When the oldest event that was read and is not confirmed was emitted, in microseconds since the Unix epoch.
-    pub oldest_unpublished_us: Option<i64>,
     /// Confirmed by the sink since the process started.
     pub delivered_events: u64,
     /// Entities that wait behind a parked event.
     pub waiting_entities: usize,
+    /// When it came into this state; of another process that is not known here.
+    #[serde(skip)]
+    since: Option<Instant>,
+    /// When the log last said that it is in this state.
+    #[serde(skip)]
+    told_at: Option<Instant>,
 }
 
+/// A stall or a halt is told again after so long.
+const TELL_AGAIN: Duration = Duration::from_mins(5);
+
 impl Status {
-    /// Changes the state, and logs the change: once, where it becomes known.
+    /// For how long it has been in this state.
+    #[must_use]
+    pub fn lasts(&self) -> Option<Duration> {
+        self.since.map(|since| since.elapsed())
+    }
+
+    /// Changes the state, and logs the change: once, where it becomes known. A stall or a halt that lasts is told again every
+    /// five minutes.
     pub(crate) fn set_state(&mut self, pipeline: &PipelineName, state: State) {
         if self.state == state {
+            self.tell_again(pipeline);
             return;
         }
+        let lasted = humantime::format_duration(Duration::from_secs(
+            self.lasts().unwrap_or_default().as_secs(),
+        ));
         match &state {
+            State::Stalled { reason } if self.state.is_same_kind(&state) => {
+                tracing::warn!(%pipeline, %reason, "stalled for {lasted}, trying again");
+            }
             State::Stalled { reason } => {
                 tracing::warn!(%pipeline, %reason, "stalled, trying again");
             }
             State::Halted { reason } => tracing::error!(%pipeline, %reason, "halted"),
             State::Standby { holder } => tracing::info!(%pipeline, %holder, "standing by"),
-            State::Running if matches!(self.state, State::Stalled { .. }) => {
-                tracing::info!(%pipeline, "moving again");
+            State::Running
+                if matches!(self.state, State::Stalled { .. } | State::Halted { .. }) =>
+            {
+                tracing::info!(%pipeline, "moving again after {lasted}");
             }
-            State::Running => tracing::info!(%pipeline, "running"),
+            State::Running => match &self.state {
+                State::Standby { holder } => {
+                    tracing::info!(%pipeline, from = %holder, "running: took over");
+                }
+                _ => tracing::info!(%pipeline, "running"),
+            },
             State::Starting | State::Stopped => tracing::info!(%pipeline, "stopped"),
         }
+        if !self.state.is_same_kind(&state) {
+            self.since = Some(Instant::now());
+        }
+        self.told_at = Some(Instant::now());
         self.state = state;
+    }
+
+    fn tell_again(&mut self, pipeline: &PipelineName) {
+        if self.told_at.is_some_and(|at| at.elapsed() < TELL_AGAIN) {
+            return;
+        }
+        self.told_at = Some(Instant::now());
+        let lasts = self.lasts().unwrap_or_default().as_secs();
+        let lasts = humantime::format_duration(Duration::from_secs(lasts));
+        match &self.state {
+            State::Stalled { reason } => {
+                tracing::warn!(%pipeline, %reason, "still stalled, for {lasts} now: trying again");
+            }
+            State::Halted { reason } => {
+                tracing::error!(%pipeline, %reason, "still halted, for {lasts} now");
+            }
+            _ => {}
+        }
     }
 
     /// Of a pipeline that has not begun.
@@ -94,9 +165,10 @@ impl Status {
             newest_id: 0,
             in_flight_events: 0,
             in_flight_bytes: 0,
-            oldest_unpublished_us: None,
             delivered_events: 0,
             waiting_entities: 0,
+            since: Some(Instant::now()),
+            told_at: None,
         }
     }
 }

@@ -117,9 +117,9 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
                 .await
                 .ends_with(0);
             let parked: Value = serde_json::from_str(&out).unwrap();
-            assert_eq!(parked[0]["id"], 1);
-            assert_eq!(parked[0]["event_type"], "placed");
-            assert_eq!(parked[0]["waiting_events"], 1);
+            assert_eq!(parked["events"][0]["id"], 1);
+            assert_eq!(parked["events"][0]["event_type"], "placed");
+            assert_eq!(parked["events"][0]["waiting_events"], 1);
             let none = ["parked", "list", "--pipeline", "other"];
             let Ran { out, .. } = relay(&none, &env).await.ends_with(0);
             assert_eq!(out, "nothing is parked\n");
@@ -255,7 +255,7 @@ fn readiness(address: &str) -> Vec<String> {
     };
     write!(
         stream,
-        "GET /metrics HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n"
+        "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     )
     .unwrap();
     let mut answer = String::new();
