@@ -7,7 +7,7 @@ use std::future::Future;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -34,12 +34,14 @@ use crate::source::postgres::PostgresSource;
 use crate::source::sqlite::SqliteSource;
 use crate::telemetry;
 
-/// Runs every pipeline until `stop` completes, then drains.
+/// Runs every pipeline until `stop` completes, or with `until_empty` until everything is published that was committed at the
+/// beginning; then drains.
 ///
 /// # Errors
-/// When the admin port can't be opened, or a task panicked.
+/// When the admin port can't be opened, or a task panicked; with `until_empty` also when events are left.
 pub async fn run(
     config: Config,
+    until_empty: bool,
     mut reload: Reload,
     mut reloads: mpsc::Receiver<Config>,
     stop: impl Future<Output = ()>,
@@ -87,6 +89,9 @@ pub async fn run(
         others.spawn(async move { match admin::serve(listener, interface).await {} });
     }
     let mut stop = std::pin::pin!(stop);
+    let shown = crews.shown();
+    let mut emptied = std::pin::pin!(backlog::emptied(&config.source, shown.clone()));
+    let mut is_done = false;
     let ended = loop {
         // Also those that a look which was cut short has begun.
         for relay in crews.begun() {
@@ -101,6 +106,10 @@ pub async fn run(
             Some(ended) = others.join_next() => if let Err(error) = ended {
                 break Err(anyhow!(error).context("a task panicked"));
             },
+            emptied = &mut emptied, if until_empty => {
+                is_done = emptied.is_ok();
+                break emptied;
+            }
             () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
             () = crews.look() => {}
         }
@@ -112,7 +121,14 @@ pub async fn run(
     }
     crews.leave().await;
     others.abort_all();
-    ended
+    let (rest, is_empty) = backlog::rest(&config.source, &shown).await;
+    tracing::info!("stopped: {rest}");
+    ended?;
+    ensure!(
+        !until_empty || is_done || is_empty,
+        "asked to stop before everything was published: {rest}"
+    );
+    Ok(())
 }
 
 /// Puts changed configurations into force, as far as that is possible, for ever.

@@ -140,6 +140,10 @@ const READY: Metric = gauge(
     "outbox_ready",
     "1 while the pipeline moves or stands by, 0 while something is in its way",
 );
+const HALTED: Metric = gauge(
+    "outbox_halted",
+    "1 while the pipeline has halted and waits for a person (`on_rejected = \"halt\"`, or parked_max is reached), else 0",
+);
 const LATENCY: Metric = Metric {
     name: "outbox_publish_latency_seconds",
     kind: Kind::Histogram,
@@ -167,7 +171,7 @@ const BUILD: Metric = gauge(
 );
 
 /// All metrics.
-pub const METRICS: [Metric; 27] = [
+pub const METRICS: [Metric; 28] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -189,6 +193,7 @@ pub const METRICS: [Metric; 27] = [
     OWNER,
     SHARDS,
     READY,
+    HALTED,
     LATENCY,
     LOG_BYTES,
     LOG_BUDGET,
@@ -280,6 +285,13 @@ pub fn ready(pipeline: &str, ready: bool) {
     metrics::gauge!(READY.name, "pipeline" => pipeline.to_owned()).set(f64::from(u8::from(ready)));
 }
 
+/// Whether a pipeline has halted; from its status, as whether it is ready.
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+pub fn halted(pipeline: &str, halted: bool) {
+    metrics::gauge!(HALTED.name, "pipeline" => pipeline.to_owned())
+        .set(f64::from(u8::from(halted)));
+}
+
 /// How many shards a pipeline has.
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
 pub fn shards(pipeline: &str, shards: u32) {
@@ -320,7 +332,7 @@ impl PipelineMetrics {
         let labels = || all.clone();
         let counter = |metric: Metric| metrics::counter!(metric.name, labels());
         let gauge = |metric: Metric| metrics::gauge!(metric.name, labels());
-        Self {
+        let metrics = Self {
             captured: counter(CAPTURED),
             pages: counter(PAGES),
             capture_time: SecondsCounter::of(CAPTURE_TIME, labels()),
@@ -339,7 +351,9 @@ impl PipelineMetrics {
             owner: gauge(OWNER),
             latency: LatencyHistogram::of(labels()),
             labels: all,
-        }
+        };
+        metrics.owner(false);
+        metrics
     }
 
     /// The counter of what is delivered to one topic.

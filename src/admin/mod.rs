@@ -32,7 +32,7 @@ use self::sessions::Sessions;
 use crate::backlog::Backlogs;
 use crate::config::{Admin, Source};
 use crate::crew::ShownRelay;
-use crate::relay::status::Status;
+use crate::relay::status::{State, Status};
 use crate::telemetry;
 
 /// What the interface shows.
@@ -125,13 +125,18 @@ impl Shown {
     }
 
     fn render(&self) -> String {
-        let mut ready = BTreeMap::new();
+        let mut pipelines = BTreeMap::new();
         for relay in &*self.relays.borrow() {
-            *ready.entry(relay.pipeline.clone()).or_insert(true) &=
-                relay.status.borrow().state.is_ready();
+            let (ready, halted) = pipelines
+                .entry(relay.pipeline.clone())
+                .or_insert((true, false));
+            let state = &relay.status.borrow().state;
+            *ready &= state.is_ready();
+            *halted |= matches!(state, State::Halted { .. });
         }
-        for (pipeline, ready) in ready {
+        for (pipeline, (ready, halted)) in pipelines {
             telemetry::ready(pipeline.as_str(), ready);
+            telemetry::halted(pipeline.as_str(), halted);
         }
         self.metrics.render()
     }

@@ -5,6 +5,7 @@ mod demo;
 mod doctor;
 mod migrate;
 mod parked;
+mod ready;
 mod redrive;
 mod replay;
 mod run;
@@ -49,6 +50,8 @@ enum Command {
     Check(check::Check),
     /// Look for what keeps the relay from working, or will.
     Doctor(doctor::Doctor),
+    /// Ask the daemon whether it is ready: for probes.
+    Ready(ready::Ready),
     /// Show where every pipeline stands.
     Status(status::StatusArgs),
     /// Look at events that were set aside, publish them after all, or give them up.
@@ -96,6 +99,7 @@ pub async fn main() -> ExitCode {
         Command::Migrate(migrate) => migrate.run().await,
         Command::Check(check) => check.run(),
         Command::Doctor(doctor) => doctor.run().await,
+        Command::Ready(ready) => ready.run().await,
         Command::Status(status) => status.run().await,
         Command::Parked(parked) => parked.run().await,
         Command::Acts(acts) => acts.run().await,

@@ -19,6 +19,7 @@ mod publish;
 mod redrive;
 mod reject;
 pub mod status;
+mod stop;
 mod tick;
 mod topics;
 pub mod turn;
@@ -36,6 +37,7 @@ use self::books::{Closed, Desk, Pace};
 use self::lease::{LeaseEnd, Loss};
 use self::lives::Lives;
 use self::status::{State, Status};
+use self::stop::Stop;
 use self::turn::Turn;
 use crate::encode::Encoding;
 use crate::event::{PipelineName, Shard};
@@ -109,7 +111,7 @@ pub struct Settings {
     pub in_flight_bytes: usize,
     /// How long the lease lasts without renewal.
     pub lease_ttl: Duration,
-    /// How long a stop waits for confirmations.
+    /// How long a stop reads on and waits for confirmations.
     pub drain_timeout: Duration,
     /// The cursor is written at most this often.
     pub acknowledge_interval: Duration,
@@ -353,6 +355,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             redrive_rate: self.settings.redrive_rate,
             changes: self.changes.clone(),
         };
+        let stop = Stop::new(stop.clone(), self.turn.clone(), self.settings.drain_timeout);
         let mut lives = Lives {
             pipeline: &self.pipeline,
             settings: &self.settings,
@@ -378,7 +381,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let over = tokio::select! {
             biased;
             closed = &mut books => return (over_by(closed), Left::default()),
-            over = lives.run(&settled, stop) => over,
+            over = lives.run(&settled, &stop) => over,
         };
         let left = Left {
             books_open: true,

@@ -314,6 +314,29 @@ async fn a_halt_is_explained_to_those_who_have_the_token() {
 }
 
 #[tokio::test]
+async fn a_probe_without_a_shell_asks_with_the_program() {
+    let mut shop = Shop::open(&[]).await;
+    let path = shop.path("shop.db");
+    let ran = relay(&["ready"], &shop.env(&path, &[])).await.ends_with(0);
+    assert_eq!(ran.out, "ready\n");
+    shop.daemon = None;
+    let ran = relay(&["ready"], &shop.env(&path, &[])).await.ends_with(1);
+    assert!(ran.err.contains("no daemon answers at"), "{}", ran.err);
+    drop(shop);
+
+    let mut shop = Shop::closed().await;
+    let halt = [("RELAY_PIPELINE__ON_REJECTED", "halt")];
+    shop.start_until(&halt, |seen| {
+        seen["daemon"]["pipelines"][0]["state"] == "halted"
+    })
+    .await;
+    let path = shop.path("shop.db");
+    let ran = relay(&["ready"], &shop.env(&path, &[])).await.ends_with(1);
+    let why = "not ready: pipeline main, shard 0, has halted: event 1: ";
+    assert!(ran.err.contains(why), "{}", ran.err);
+}
+
+#[tokio::test]
 async fn an_unclear_request_is_refused_in_words() {
     let shop = Shop::open(&[("RELAY_ADMIN__TOKEN", TOKEN)]).await;
     let address = &shop.address;

@@ -68,6 +68,7 @@ async fn the_help_is_pinned() {
         &["migrate"],
         &["check"],
         &["doctor"],
+        &["ready"],
         &["status"],
         &["parked"],
         &["parked", "list"],

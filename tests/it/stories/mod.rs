@@ -2,6 +2,7 @@
 
 mod ends;
 mod rests;
+mod stops;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
