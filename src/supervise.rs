@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, ensure};
 use sqlx::sqlite::SqliteConnectOptions;
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Shown};
 use crate::backlog::{self, Backlogs};
 use crate::config::{Config, PipelineConfig, Sink, Source};
-use crate::crew::Crews;
+use crate::crew::{Crews, ShownRelay};
 use crate::event::{PipelineName, Shard};
 use crate::ledger::postgres::PostgresLedger;
 use crate::ledger::sqlite::SqliteLedger;
@@ -55,39 +56,8 @@ pub async fn run(
     let holder = holder();
     let stopping = CancellationToken::new();
     let mut relays = JoinSet::new();
-    let mut others = JoinSet::new();
     let mut crews = Crews::new(&config, &reload, &holder, &stopping);
-    let retention = config.retention.clone();
-    match &config.source {
-        Source::Postgres(settings) => {
-            let options = settings.options.clone();
-            others.spawn(retention::keep_postgres(options, retention));
-        }
-        Source::Sqlite { path, .. } => {
-            let options = sqlite_options(path);
-            others.spawn(retention::keep_sqlite(options, retention, wall_clock_us));
-        }
-    }
-    if let Some(listener) = listener {
-        tracing::info!(address = %config.admin.listen, "admin interface");
-        let (backlogs, seen) = watch::channel(Backlogs::default());
-        let asks = backlog::watch(
-            config.source.clone(),
-            holder.clone(),
-            crews.shown(),
-            backlogs,
-        );
-        others.spawn(async move { match asks.await {} });
-        let interface = Shown::new(
-            holder.clone(),
-            crews.shown(),
-            seen,
-            metrics,
-            (&config.source, &config.admin),
-            wall_clock_us,
-        );
-        others.spawn(async move { match admin::serve(listener, interface).await {} });
-    }
+    let mut others = others(&config, listener, &holder, metrics, &crews.shown());
     let mut stop = std::pin::pin!(stop);
     let shown = crews.shown();
     let mut emptied = std::pin::pin!(backlog::emptied(&config.source, shown.clone()));
@@ -129,6 +99,45 @@ pub async fn run(
         "asked to stop before everything was published: {rest}"
     );
     Ok(())
+}
+
+/// Begins what runs beside the relays: retention, and the HTTP interface with what it shows.
+fn others(
+    config: &Config,
+    listener: Option<TcpListener>,
+    holder: &str,
+    metrics: telemetry::Exporter,
+    relays: &watch::Receiver<Vec<ShownRelay>>,
+) -> JoinSet<()> {
+    let mut others = JoinSet::new();
+    let retention = config.retention.clone();
+    match &config.source {
+        Source::Postgres(settings) => {
+            let options = settings.options.clone();
+            others.spawn(retention::keep_postgres(options, retention));
+        }
+        Source::Sqlite { path, .. } => {
+            let options = sqlite_options(path);
+            others.spawn(retention::keep_sqlite(options, retention, wall_clock_us));
+        }
+    }
+    if let Some(listener) = listener {
+        tracing::info!(address = %config.admin.listen, "admin interface");
+        let (backlogs, seen) = watch::channel(Backlogs::default());
+        let (source, owner) = (config.source.clone(), holder.to_owned());
+        let asks = backlog::watch(source, owner, relays.clone(), backlogs);
+        others.spawn(async move { match asks.await {} });
+        let interface = Shown::new(
+            holder.to_owned(),
+            relays.clone(),
+            seen,
+            metrics,
+            (&config.source, &config.admin),
+            wall_clock_us,
+        );
+        others.spawn(async move { match admin::serve(listener, interface).await {} });
+    }
+    others
 }
 
 /// Puts changed configurations into force, as far as that is possible, for ever.

@@ -117,7 +117,10 @@ fn every_alert_has_its_runbook() {
         assert!(alerts.contains(&anchor), "{name}: {anchor}");
         assert!(pages.contains(&format!("\n## {name}\n")), "{name}");
         let fires = format!("alertname=\"{name}\"");
-        assert!(read("deploy/tests/alerts.yaml").contains(&fires), "{name} has no test");
+        assert!(
+            read("deploy/tests/alerts.yaml").contains(&fires),
+            "{name} has no test"
+        );
     }
 }
 
