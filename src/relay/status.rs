@@ -193,4 +193,43 @@ mod tests {
         let lines: BTreeSet<u64> = (3..=3600).map(|s| told(s * 1000)).collect();
         assert_eq!(lines.len(), 11);
     }
+
+    fn stalled(reason: &str) -> State {
+        let reason = reason.to_owned();
+        State::Stalled { reason }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_lasts_from_its_beginning_whatever_its_reasons_and_is_told_again() {
+        let pipeline: PipelineName = "main".parse().unwrap();
+        let mut status = Status::starting();
+        status.set_state(&pipeline, stalled("the broker is away"));
+        tokio::time::advance(Duration::from_mins(4)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"));
+        assert_eq!(status.lasts(), Some(Duration::from_mins(4)));
+        let told_at = status.told_at;
+        tokio::time::advance(Duration::from_mins(4)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"));
+        assert_eq!(status.told_at, told_at, "told four minutes ago");
+        tokio::time::advance(Duration::from_mins(1)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"));
+        assert_eq!(status.told_at, Some(Instant::now()));
+        assert_eq!(status.lasts(), Some(Duration::from_mins(9)));
+        status.set_state(&pipeline, State::Running);
+        assert_eq!(status.lasts(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn without_names_a_halt_says_which_event_and_no_more() {
+        let reason = "event 7: no legal topic: \"order 17\"".to_owned();
+        let State::Halted { reason } = (State::Halted { reason }).without_names() else {
+            unreachable!("it stays halted");
+        };
+        assert!(
+            reason.starts_with("event 7: ") && !reason.contains("order"),
+            "{reason}"
+        );
+        let kept = stalled("connect: refused");
+        assert_eq!(kept.clone().without_names(), kept);
+    }
 }

@@ -249,6 +249,11 @@ async fn watching_goes_on_without_the_database() {
 
 /// The lines of `/metrics` about readiness.
 fn readiness(address: &str) -> Vec<String> {
+    lines(address, "outbox_ready{")
+}
+
+/// The lines of `/metrics` that begin in this way.
+fn lines(address: &str, start: &str) -> Vec<String> {
     use std::io::{Read, Write};
     let Ok(mut stream) = std::net::TcpStream::connect(address) else {
         return Vec::new();
@@ -260,7 +265,7 @@ fn readiness(address: &str) -> Vec<String> {
     .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    let about = |line: &&str| line.starts_with("outbox_ready{");
+    let about = |line: &&str| line.starts_with(start);
     answer.lines().filter(about).map(str::to_owned).collect()
 }
 
@@ -279,4 +284,14 @@ async fn a_pipeline_without_its_database_is_not_ready_in_the_metrics() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(readiness(&address), ["outbox_ready{pipeline=\"main\"} 0"]);
+    // What is not known is absent, and no 0.
+    for name in [
+        "outbox_backlog_ids{",
+        "outbox_oldest_unpublished_seconds{",
+        "outbox_in_flight_events{",
+        "outbox_set_aside_events{",
+        "outbox_log_bytes ",
+    ] {
+        assert_eq!(lines(&address, name), [""; 0]);
+    }
 }
