@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::exactly_once::exactly_once;
 use super::process::{Process, Setup};
 use super::{Line, PATIENCE, eventually, number, run};
 use crate::harness::postgres::TestDatabase;
@@ -131,11 +132,26 @@ fn polling(line: &mut Line) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_covers_what_was_committed_just_before() {
-    const EVENTS: usize = 2_000;
     let Some(mut line) = Line::create("a_stop_covers_what_was_committed_just_before").await else {
         return;
     };
     polling(&mut line);
+    stop_covers(&line).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_covers_what_was_committed_just_before_exactly_once() {
+    let test = "a_stop_covers_what_was_committed_just_before_exactly_once";
+    let Some(mut line) = Line::create(test).await else {
+        return;
+    };
+    polling(&mut line);
+    exactly_once(&mut line);
+    stop_covers(&line).await;
+}
+
+async fn stop_covers(line: &Line) {
+    const EVENTS: usize = 2_000;
     line.kafka.create(&["one", "spread"]).await;
     let relay = line.ready().await;
     // Idle: the next look is half a minute away.
@@ -156,7 +172,8 @@ async fn a_stop_covers_what_was_committed_just_before() {
     let log = ended(relay).await;
     assert!(log.contains("stopped: 0 events wait"), "{log}");
     for topic in ["one", "spread"] {
-        let records = line.kafka.read(&[topic]).await;
+        let mut reader = line.kafka.reader(&[line.kafka.topic(topic)]);
+        let records = reader.read_on(EVENTS + 1).await;
         assert_eq!(records.len(), EVENTS + 1, "{topic}");
     }
 }
