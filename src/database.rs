@@ -1,17 +1,18 @@
 //! The database as people reach it, through the commands and the HTTP interface: whichever kind it is.
 
 use anyhow::Error;
-use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
+use sqlx::{ConnectOptions, Connection};
 
 use crate::config::Source;
 use crate::event::{EventId, PipelineName, Shard, Start};
 use crate::ledger::acts::{
-    self, Action, Cause, Extent, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
+    self, Action, Cause, Extent, Marked, NotedAct, Paging, ParkedDetail, ParkedEvents, Selector,
+    Wish,
 };
 use crate::ledger::pipelines::{Act, EventName, Remains, Seek, Skip};
-use crate::ledger::view::{self, Books};
+use crate::ledger::view::{self, Books, Waiting};
 use crate::ledger::{self, Pause};
 use crate::position::Position;
 use crate::source::sqlite;
@@ -48,6 +49,23 @@ impl Database {
         })
     }
 
+    /// What waits of each shard that ever ran.
+    pub(crate) async fn waiting(&mut self) -> Result<Vec<Waiting>, Error> {
+        match self {
+            Self::Postgres(connection) => view::postgres::waiting(connection).await,
+            Self::Sqlite(connection) => view::sqlite::waiting(connection).await,
+        }
+        .map_err(with_next_step)
+    }
+
+    /// Whether the session still answers.
+    pub(crate) async fn answers(&mut self) -> bool {
+        match self {
+            Self::Postgres(connection) => connection.ping().await.is_ok(),
+            Self::Sqlite(connection) => connection.ping().await.is_ok(),
+        }
+    }
+
     pub(crate) async fn books(&mut self) -> Result<Books, Error> {
         match self {
             Self::Postgres(connection) => view::postgres::read(connection).await,
@@ -59,11 +77,11 @@ impl Database {
     pub(crate) async fn parked(
         &mut self,
         selector: &Selector,
-        limit: u32,
+        paging: &Paging,
     ) -> Result<ParkedEvents, Error> {
         match self {
-            Self::Postgres(connection) => acts::postgres::list(connection, selector, limit).await,
-            Self::Sqlite(connection) => acts::sqlite::list(connection, selector, limit).await,
+            Self::Postgres(connection) => acts::postgres::list(connection, selector, paging).await,
+            Self::Sqlite(connection) => acts::sqlite::list(connection, selector, paging).await,
         }
         .map_err(with_next_step)
     }
@@ -100,10 +118,15 @@ impl Database {
         .map_err(with_next_step)
     }
 
-    pub(crate) async fn acts(&mut self, limit: u32) -> Result<Vec<NotedAct>, Error> {
+    /// The newest first; with `before` those that came before that one.
+    pub(crate) async fn acts(
+        &mut self,
+        limit: u32,
+        before: Option<i64>,
+    ) -> Result<Vec<NotedAct>, Error> {
         match self {
-            Self::Postgres(connection) => acts::postgres::acts(connection, limit).await,
-            Self::Sqlite(connection) => acts::sqlite::acts(connection, limit).await,
+            Self::Postgres(connection) => acts::postgres::acts(connection, limit, before).await,
+            Self::Sqlite(connection) => acts::sqlite::acts(connection, limit, before).await,
         }
         .map_err(with_next_step)
     }

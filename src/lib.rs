@@ -14,6 +14,7 @@
 //! | encode | makes a record of it | [`encode`] |
 //! | sink | takes records over in order, says which arrived | [`sink::kafka`], [`sink::stdout`] |
 //! | loop | where they meet, once per shard of a pipeline | [`relay`] |
+//! | backlog | how much waits, asked of the store whatever the relays do | [`backlog`] |
 //! | crew | which relay owns which shard of a pipeline | [`crew`] |
 //! | ledger | the durable books: lease, cursor, parked events, what operators ask for | [`ledger`] |
 //!
@@ -49,6 +50,7 @@
 //! only place that starts tasks, and [`config`] turns text into types once.
 
 pub mod admin;
+pub mod backlog;
 pub mod cli;
 pub mod config;
 mod crash;

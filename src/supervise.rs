@@ -7,15 +7,17 @@ use std::future::Future;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use sqlx::sqlite::SqliteConnectOptions;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
+use crate::backlog::{self, Backlogs};
 use crate::config::{Config, PipelineConfig, Sink, Source};
-use crate::crew::Crews;
+use crate::crew::{Crews, ShownRelay};
 use crate::event::{PipelineName, Shard};
 use crate::ledger::postgres::PostgresLedger;
 use crate::ledger::sqlite::SqliteLedger;
@@ -33,12 +35,14 @@ use crate::source::postgres::{CaptureMode, PostgresSource};
 use crate::source::sqlite::SqliteSource;
 use crate::telemetry;
 
-/// Runs every pipeline until `stop` completes, then drains.
+/// Runs every pipeline until `stop` completes, or with `until_empty` until everything is published that was committed at the
+/// beginning; then drains.
 ///
 /// # Errors
-/// When the admin port can't be opened, or a task panicked.
+/// When the admin port can't be opened, or a task panicked; with `until_empty` also when events are left.
 pub async fn run(
     config: Config,
+    until_empty: bool,
     mut reload: Reload,
     mut reloads: mpsc::Receiver<Config>,
     stop: impl Future<Output = ()>,
@@ -48,36 +52,16 @@ pub async fn run(
     } else {
         None
     };
-    let metrics = telemetry::Exporter::install()?;
+    let metrics = telemetry::Exporter::install(wall_clock_us())?;
     let holder = holder();
     let stopping = CancellationToken::new();
     let mut relays = JoinSet::new();
-    let mut others = JoinSet::new();
     let mut crews = Crews::new(&config, &reload, &holder, &stopping);
-    let retention = config.retention.clone();
-    match &config.source {
-        Source::Postgres(settings) => {
-            let connector = settings.connector.clone();
-            others.spawn(retention::postgres::Upkeep::new(connector, retention).run());
-        }
-        Source::Sqlite { path, .. } => {
-            let options = sqlite_options(path);
-            others.spawn(retention::sqlite::Upkeep::new(options, retention, wall_clock_us).run());
-        }
-    }
-    if let Some(listener) = listener {
-        tracing::info!(address = %config.admin.listen, "admin interface");
-        let interface = Shown {
-            holder: holder.clone(),
-            relays: crews.shown(),
-            metrics,
-            source: config.source.clone(),
-            token: config.admin.token.clone(),
-            database_turns: Semaphore::new(admin::DATABASE_TURNS),
-        };
-        others.spawn(async move { match admin::serve(listener, interface).await {} });
-    }
+    let mut others = others(&config, listener, &holder, metrics, &crews.shown());
     let mut stop = std::pin::pin!(stop);
+    let shown = crews.shown();
+    let mut emptied = std::pin::pin!(backlog::emptied(&config.source, shown.clone()));
+    let mut is_done = false;
     let ended = loop {
         // Also those that a look which was cut short has begun.
         for relay in crews.begun() {
@@ -92,6 +76,10 @@ pub async fn run(
             Some(ended) = others.join_next() => if let Err(error) = ended {
                 break Err(anyhow!(error).context("a task panicked"));
             },
+            emptied = &mut emptied, if until_empty => {
+                is_done = emptied.is_ok();
+                break emptied;
+            }
             () = take_over(&mut reload, &mut reloads) => unreachable!("it never ends"),
             () = crews.look() => {}
         }
@@ -103,7 +91,53 @@ pub async fn run(
     }
     crews.leave().await;
     others.abort_all();
-    ended
+    let (rest, is_empty) = backlog::rest(&config.source, &shown).await;
+    tracing::info!("stopped: {rest}");
+    ended?;
+    ensure!(
+        !until_empty || is_done || is_empty,
+        "asked to stop before everything was published: {rest}"
+    );
+    Ok(())
+}
+
+/// Begins what runs beside the relays: retention, and the HTTP interface with what it shows.
+fn others(
+    config: &Config,
+    listener: Option<TcpListener>,
+    holder: &str,
+    metrics: telemetry::Exporter,
+    relays: &watch::Receiver<Vec<ShownRelay>>,
+) -> JoinSet<()> {
+    let mut others = JoinSet::new();
+    let retention = config.retention.clone();
+    match &config.source {
+        Source::Postgres(settings) => {
+            let connector = settings.connector.clone();
+            others.spawn(retention::postgres::Upkeep::new(connector, retention).run());
+        }
+        Source::Sqlite { path, .. } => {
+            let options = sqlite_options(path);
+            others.spawn(retention::sqlite::Upkeep::new(options, retention, wall_clock_us).run());
+        }
+    }
+    if let Some(listener) = listener {
+        tracing::info!(address = %config.admin.listen, "admin interface");
+        let (backlogs, seen) = watch::channel(Backlogs::default());
+        let (source, owner) = (config.source.clone(), holder.to_owned());
+        let asks = backlog::watch(source, owner, relays.clone(), backlogs);
+        others.spawn(async move { match asks.await {} });
+        let interface = Shown::new(
+            holder.to_owned(),
+            relays.clone(),
+            seen,
+            metrics,
+            (&config.source, &config.admin),
+            wall_clock_us,
+        );
+        others.spawn(async move { match admin::serve(listener, interface).await {} });
+    }
+    others
 }
 
 /// Puts changed configurations into force, as far as that is possible, for ever.

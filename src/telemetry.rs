@@ -4,6 +4,8 @@
 //! exist.
 
 mod latency;
+mod process;
+mod seconds;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +16,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
 use self::latency::LatencyHistogram;
 pub use self::latency::LatencyTally;
+use self::seconds::SecondsCounter;
 use crate::event::Shard;
 
 /// A metric's name, kind and meaning.
@@ -63,15 +66,15 @@ const PAGES: Metric = counter(
     "reads of the outbox, empty ones included",
 );
 const CAPTURE_TIME: Metric = counter(
-    "outbox_capture_microseconds_total",
-    "time spent waiting for the database to answer reads",
+    "outbox_capture_seconds_total",
+    "time spent waiting for the database to answer reads of the outbox",
 );
 const STARVED_TIME: Metric = counter(
-    "outbox_starved_microseconds_total",
+    "outbox_starved_seconds_total",
     "time in which the sink had room and no event was at hand: idle, or the source is the bottleneck",
 );
 const BLOCKED_TIME: Metric = counter(
-    "outbox_blocked_microseconds_total",
+    "outbox_blocked_seconds_total",
     "time in which events were at hand and the sink had no room: the sink is the bottleneck",
 );
 const FILTERED: Metric = counter(
@@ -84,7 +87,7 @@ const DELIVERED: Metric = counter(
 );
 const PARKED: Metric = counter(
     "outbox_parked_events_total",
-    "events set aside: rejected, or waiting behind a rejected one",
+    "events set aside (parked): rejected, or waiting behind a rejected one",
 );
 const REDRIVEN: Metric = counter(
     "outbox_redriven_events_total",
@@ -96,7 +99,7 @@ const DROPPED: Metric = counter(
 );
 const LETTER_REFUSED: Metric = counter(
     "outbox_dead_letters_refused_total",
-    "dead letters that the topic for them refused too; they are stored all the same",
+    "copies of dead letters that the topic for dead letters refused; the events are stored in the database all the same",
 );
 const RESTARTS: Metric = counter(
     "outbox_restarts_total",
@@ -104,26 +107,34 @@ const RESTARTS: Metric = counter(
 );
 const IN_FLIGHT_EVENTS: Metric = gauge(
     "outbox_in_flight_events",
-    "events handed over and not confirmed",
+    "events handed over to the sink and not confirmed; absent where this process does not own the shard",
 );
-const IN_FLIGHT_BYTES: Metric = gauge("outbox_in_flight_bytes", "their bytes");
+const IN_FLIGHT_BYTES: Metric = gauge(
+    "outbox_in_flight_bytes",
+    "bytes of the events handed over to the sink and not confirmed; absent where this process does not own the shard",
+);
 const BACKLOG: Metric = gauge(
     "outbox_backlog_ids",
-    "ids between the position and the newest of the log: events that wait, and gaps",
+    "ids between the cursor and the newest of the log: events of all shards that wait, and gaps; each shard of a pipeline \
+     counts the same ids, so take the largest and not the sum; asked of the database every 5 s, absent where it is not known",
 );
 const OLDEST: Metric = gauge(
     "outbox_oldest_unpublished_seconds",
-    "age of the oldest event that was read and is not confirmed",
+    "age of the oldest committed event that is not confirmed, 0 without one; asked of the database every 5 s, absent where it \
+     is not known",
 );
 const WAITING: Metric = gauge(
     "outbox_waiting_entities",
-    "entities that wait behind a parked event",
+    "entities that wait behind a parked event; absent where this process does not own the shard",
 );
 const SET_ASIDE: Metric = gauge(
     "outbox_set_aside_events",
-    "events that are parked or dead letters; at parked_max the pipeline halts",
+    "events that are parked or dead letters, at parked_max the pipeline halts; absent where this process does not own the shard",
 );
-const OWNER: Metric = gauge("outbox_owner", "1 where this process owns the shard");
+const OWNER: Metric = gauge(
+    "outbox_owner",
+    "1 where this process owns the shard, else 0",
+);
 const PAUSED: Metric = gauge(
     "outbox_paused",
     "1 where an operator has paused the pipeline, as this process knows it",
@@ -133,31 +144,38 @@ const READY: Metric = gauge(
     "outbox_ready",
     "1 while the pipeline moves or stands by, 0 while something is in its way",
 );
+const HALTED: Metric = gauge(
+    "outbox_halted",
+    "1 while the pipeline has halted and waits for a person (`on_rejected = \"halt\"`, or parked_max is reached), else 0",
+);
 const LATENCY: Metric = Metric {
     name: "outbox_publish_latency_seconds",
     kind: Kind::Histogram,
-    meaning: "from the emit to the sink's confirmation",
+    meaning: "time from the emit of an event to the confirmation of the sink",
 };
 const LOG_BYTES: Metric = gauge(
     "outbox_log_bytes",
-    "what the log takes on the disk; absent until that is known",
+    "what the outbox takes on the disk, with its indexes; absent where the database does not say",
 );
 const LOG_BUDGET: Metric = gauge(
     "outbox_log_budget_bytes",
-    "what it may take (`retention.disk_budget`), where that is set",
+    "what the outbox may take on the disk (`retention.disk_budget`); absent where that is not set",
 );
 const RETIRED: Metric = counter(
     "outbox_retired_events_total",
-    "events whose space was given back, published or not",
+    "events that retention removed from the outbox, published or not",
 );
 const RETIRED_UNPUBLISHED: Metric = counter(
     "outbox_retired_unpublished_events_total",
-    "of these, events that a pipeline had not published: lost to it, by `retention.drop_unpublished_after`",
+    "events that retention removed before every pipeline had published them: lost, by `retention.drop_unpublished_after`",
 );
-const BUILD: Metric = gauge("outbox_build_info", "1, with the version as label");
+const BUILD: Metric = gauge(
+    "outbox_build_info",
+    "1, with the version of outbox-relay as label",
+);
 
 /// All metrics.
-pub const METRICS: [Metric; 28] = [
+pub const METRICS: [Metric; 29] = [
     CAPTURED,
     PAGES,
     CAPTURE_TIME,
@@ -180,6 +198,7 @@ pub const METRICS: [Metric; 28] = [
     PAUSED,
     SHARDS,
     READY,
+    HALTED,
     LATENCY,
     LOG_BYTES,
     LOG_BUDGET,
@@ -190,28 +209,45 @@ pub const METRICS: [Metric; 28] = [
 
 /// Where the metrics of this process are counted and shown.
 #[derive(Clone)]
-pub struct Exporter(PrometheusHandle);
+pub struct Exporter {
+    handle: PrometheusHandle,
+    began_us: i64,
+}
 
 impl Exporter {
-    /// Takes all metrics of the process from now on.
+    /// Takes all metrics of the process from now on; `now_us` is the wall clock, in microseconds since the Unix epoch.
     ///
     /// # Errors
     /// When another recorder does that.
-    pub fn install() -> Result<Self, anyhow::Error> {
+    pub fn install(now_us: i64) -> Result<Self, anyhow::Error> {
         let handle = PrometheusBuilder::new()
             .install_recorder()
             .context("install the metrics recorder")?;
         describe();
-        Ok(Self(handle))
+        Ok(Self {
+            handle,
+            began_us: now_us,
+        })
     }
 
     /// All of them in Prometheus' text format.
     #[must_use]
     pub fn render(&self) -> String {
-        let mut text = self.0.render();
+        let mut text = known(&self.handle.render());
         latency::write(&mut text);
+        seconds::write(&mut text);
+        process::write(&mut text, self.began_us);
         text
     }
+}
+
+/// The value of a gauge that is not known. Such a gauge is not shown: a false 0 would keep alerts silent.
+const UNKNOWN: f64 = f64::NAN;
+
+/// Leaves out the gauges whose value is not known.
+fn known(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.ends_with(" NaN"));
+    lines.flat_map(|line| [line, "\n"]).collect()
 }
 
 /// Tells the recorder what each metric means.
@@ -224,9 +260,10 @@ fn describe() {
     } in METRICS
     {
         match kind {
+            // Those in seconds describe themselves, as the histogram does.
+            Kind::Counter if name.ends_with("_seconds_total") => {}
             Kind::Counter => metrics::describe_counter!(name, meaning),
             Kind::Gauge => metrics::describe_gauge!(name, meaning),
-            // The one that there is describes itself.
             Kind::Histogram => {}
         }
     }
@@ -240,10 +277,6 @@ pub struct Levels {
     pub in_flight_events: usize,
     /// Their bytes.
     pub in_flight_bytes: usize,
-    /// Ids between the position and the newest.
-    pub backlog_ids: i64,
-    /// Age of the oldest event that is not confirmed.
-    pub oldest_unpublished: Duration,
     /// Entities behind a parked event.
     pub waiting_entities: usize,
     /// Events that are parked or dead letters.
@@ -257,6 +290,13 @@ pub fn ready(pipeline: &str, ready: bool) {
     metrics::gauge!(READY.name, "pipeline" => pipeline.to_owned()).set(f64::from(u8::from(ready)));
 }
 
+/// Whether a pipeline has halted; from its status, as whether it is ready.
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+pub fn halted(pipeline: &str, halted: bool) {
+    metrics::gauge!(HALTED.name, "pipeline" => pipeline.to_owned())
+        .set(f64::from(u8::from(halted)));
+}
+
 /// How many shards a pipeline has.
 #[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
 pub fn shards(pipeline: &str, shards: u32) {
@@ -268,9 +308,9 @@ pub struct PipelineMetrics {
     labels: Vec<Label>,
     captured: Counter,
     pages: Counter,
-    capture_time: Counter,
-    starved_time: Counter,
-    blocked_time: Counter,
+    capture_time: Arc<SecondsCounter>,
+    starved_time: Arc<SecondsCounter>,
+    blocked_time: Arc<SecondsCounter>,
     filtered: Counter,
     parked: Counter,
     redriven: Counter,
@@ -279,8 +319,6 @@ pub struct PipelineMetrics {
     restarts: Counter,
     in_flight_events: Gauge,
     in_flight_bytes: Gauge,
-    backlog: Gauge,
-    oldest: Gauge,
     waiting: Gauge,
     set_aside: Gauge,
     owner: Gauge,
@@ -300,12 +338,12 @@ impl PipelineMetrics {
         let labels = || all.clone();
         let counter = |metric: Metric| metrics::counter!(metric.name, labels());
         let gauge = |metric: Metric| metrics::gauge!(metric.name, labels());
-        Self {
+        let metrics = Self {
             captured: counter(CAPTURED),
             pages: counter(PAGES),
-            capture_time: counter(CAPTURE_TIME),
-            starved_time: counter(STARVED_TIME),
-            blocked_time: counter(BLOCKED_TIME),
+            capture_time: SecondsCounter::of(CAPTURE_TIME, labels()),
+            starved_time: SecondsCounter::of(STARVED_TIME, labels()),
+            blocked_time: SecondsCounter::of(BLOCKED_TIME, labels()),
             filtered: counter(FILTERED),
             parked: counter(PARKED),
             redriven: counter(REDRIVEN),
@@ -314,15 +352,15 @@ impl PipelineMetrics {
             restarts: counter(RESTARTS),
             in_flight_events: gauge(IN_FLIGHT_EVENTS),
             in_flight_bytes: gauge(IN_FLIGHT_BYTES),
-            backlog: gauge(BACKLOG),
-            oldest: gauge(OLDEST),
             waiting: gauge(WAITING),
             set_aside: gauge(SET_ASIDE),
             owner: gauge(OWNER),
             paused: gauge(PAUSED),
             latency: LatencyHistogram::of(labels()),
             labels: all,
-        }
+        };
+        metrics.owner(false);
+        metrics
     }
 
     /// The counter of what is delivered to one topic.
@@ -336,17 +374,17 @@ impl PipelineMetrics {
     pub fn captured(&self, events: usize, took: Duration) {
         self.pages.increment(1);
         self.captured.increment(events as u64);
-        self.capture_time.increment(microseconds(took));
+        self.capture_time.add(took);
     }
 
     /// The sink had room and no event was at hand.
     pub fn starved(&self, time: Duration) {
-        self.starved_time.increment(microseconds(time));
+        self.starved_time.add(time);
     }
 
     /// Events were at hand and the sink had no room.
     pub fn blocked(&self, time: Duration) {
-        self.blocked_time.increment(microseconds(time));
+        self.blocked_time.add(time);
     }
 
     /// Events that the filter left out.
@@ -379,11 +417,18 @@ impl PipelineMetrics {
         self.restarts.increment(1);
     }
 
-    /// Whether this process owns the shard. Of one that it does not own its gauges know nothing.
+    /// Whether this process owns the shard. Of one that it does not own its gauges know nothing, and show nothing.
     pub fn owner(&self, owner: bool) {
         self.owner.set(f64::from(u8::from(owner)));
         if !owner {
-            self.levels(Levels::default());
+            for gauge in [
+                &self.in_flight_events,
+                &self.in_flight_bytes,
+                &self.waiting,
+                &self.set_aside,
+            ] {
+                gauge.set(UNKNOWN);
+            }
         }
     }
 
@@ -398,15 +443,11 @@ impl PipelineMetrics {
         let Levels {
             in_flight_events,
             in_flight_bytes,
-            backlog_ids,
-            oldest_unpublished,
             waiting_entities,
             set_aside_events,
         } = levels;
         self.in_flight_events.set(in_flight_events as f64);
         self.in_flight_bytes.set(in_flight_bytes as f64);
-        self.backlog.set(backlog_ids as f64);
-        self.oldest.set(oldest_unpublished.as_secs_f64());
         self.waiting.set(waiting_entities as f64);
         self.set_aside.set(set_aside_events as f64);
     }
@@ -417,8 +458,41 @@ impl PipelineMetrics {
     }
 }
 
+/// How much of one shard waits.
+pub struct BacklogMetrics {
+    ids: Gauge,
+    oldest: Gauge,
+}
+
+#[expect(clippy::disallowed_macros, reason = "the one place that names metrics")]
+impl BacklogMetrics {
+    /// Of one shard of the pipeline with this name; nothing is known yet.
+    #[must_use]
+    pub fn new(pipeline: &str, shard: u32) -> Self {
+        let labels = vec![
+            Label::new("pipeline", pipeline.to_owned()),
+            Label::new("shard", shard.to_string()),
+        ];
+        let gauges = Self {
+            ids: metrics::gauge!(BACKLOG.name, labels.clone()),
+            oldest: metrics::gauge!(OLDEST.name, labels),
+        };
+        gauges.set(None);
+        gauges
+    }
+
+    /// Ids that wait and the age of the oldest event in seconds, each as far as it is known.
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
+    pub fn set(&self, known: Option<(Option<i64>, Option<f64>)>) {
+        let (ids, oldest_seconds) = known.unwrap_or_default();
+        self.ids.set(ids.map_or(UNKNOWN, |ids| ids as f64));
+        self.oldest.set(oldest_seconds.unwrap_or(UNKNOWN));
+    }
+}
+
 /// The metrics of the log as a whole.
 pub struct LogMetrics {
+    bytes: Gauge,
     retired: Counter,
     retired_unpublished: Counter,
 }
@@ -433,15 +507,20 @@ impl LogMetrics {
             metrics::gauge!(LOG_BUDGET.name).set(bytes as f64);
         }
         Self {
+            bytes: {
+                let bytes = metrics::gauge!(LOG_BYTES.name);
+                bytes.set(UNKNOWN);
+                bytes
+            },
             retired: metrics::counter!(RETIRED.name),
             retired_unpublished: metrics::counter!(RETIRED_UNPUBLISHED.name),
         }
     }
 
-    /// What it takes. Until that is known there is no such gauge: 0 would say that the log is empty.
+    /// What it takes, if that is known.
     #[expect(clippy::cast_precision_loss, reason = "a gauge is for people")]
-    pub fn size(&self, bytes: u64) {
-        metrics::gauge!(LOG_BYTES.name).set(bytes as f64);
+    pub fn size(&self, bytes: Option<u64>) {
+        self.bytes.set(bytes.map_or(UNKNOWN, |bytes| bytes as f64));
     }
 
     /// Events whose space was given back.
@@ -451,6 +530,16 @@ impl LogMetrics {
     }
 }
 
-fn microseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+#[cfg(test)]
+mod tests {
+    use super::known;
+
+    #[test]
+    fn a_gauge_that_is_not_known_is_not_shown() {
+        let text = "# TYPE a gauge\na{b=\"NaN\"} 0\na{b=\"c\"} NaN\n\n# TYPE d gauge\nd NaN\n";
+        assert_eq!(
+            known(text),
+            "# TYPE a gauge\na{b=\"NaN\"} 0\n\n# TYPE d gauge\n"
+        );
+    }
 }

@@ -6,6 +6,7 @@ mod doctor;
 mod migrate;
 mod parked;
 mod pipelines;
+mod ready;
 mod redrive;
 mod replay;
 mod run;
@@ -69,6 +70,8 @@ enum Command {
     Check(check::Check),
     /// Look for what keeps the relay from working, or will.
     Doctor(doctor::Doctor),
+    /// Ask the daemon whether it is ready: for probes.
+    Ready(ready::Ready),
     /// Show where every pipeline stands.
     Status(status::StatusArgs),
     /// Show committed events as they come, and change nothing.
@@ -132,6 +135,7 @@ pub async fn main() -> ExitCode {
         Command::Migrate(migrate) => migrate.run().await,
         Command::Check(check) => check.run(),
         Command::Doctor(doctor) => doctor.run().await,
+        Command::Ready(ready) => ready.run().await,
         Command::Status(status) => status.run().await,
         Command::Tail(tail) => tail.run().await,
         Command::Parked(parked) => parked.run().await,

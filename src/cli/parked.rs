@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::database::Database;
 use crate::event::PipelineName;
 use crate::ledger::acts::{
-    Action, Cause, EntityName, ParkedDetail, ParkedEvent, ParkedEvents, Selector,
+    Action, Cause, EntityName, Paging, ParkedDetail, ParkedEvent, ParkedEvents, Selector,
 };
 use crate::ledger::pipelines::EventName;
 
@@ -98,7 +98,7 @@ enum By {
 struct List {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Print a JSON array.
+    /// Print a JSON object, as GET /parked answers.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -159,9 +159,11 @@ impl List {
             }
             return Ok(Outcome::Done);
         }
-        let parked = database.parked(&selector, self.limit).await?;
+        let parked = database
+            .parked(&selector, &Paging::first(self.limit))
+            .await?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&parked.events)?);
+            say!("{}", serde_json::to_string_pretty(&parked)?);
         } else {
             show_table(&parked);
         }
@@ -207,7 +209,11 @@ fn show_causes(causes: &[Cause]) {
 }
 
 pub(super) fn show_table(parked: &ParkedEvents) {
-    let ParkedEvents { events, total } = parked;
+    let ParkedEvents {
+        events,
+        total,
+        next: _,
+    } = parked;
     if events.is_empty() {
         say!("nothing is parked");
         return;

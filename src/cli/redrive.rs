@@ -14,7 +14,7 @@ use super::parked::{Filter, show_table};
 use super::show::{self, count, say};
 use super::{ConfigArgs, Outcome, Usage};
 use crate::database::Database;
-use crate::ledger::acts::{Action, Extent, Marked, ParkedEvents, Selector, Wish};
+use crate::ledger::acts::{Action, Extent, Marked, Paging, ParkedEvents, Selector, Wish};
 use crate::ledger::pipelines::EventName;
 
 /// Between two looks whether it is done.
@@ -119,7 +119,10 @@ async fn ask(config: &ConfigArgs, wish: Wish, how: &How, wait: bool) -> Result<O
         return would(&mut database, &wish).await;
     }
     let chosen: HashSet<String> = if wait {
-        let chosen = database.parked(&wish.selector, CHOSEN_MAX).await?.events;
+        let chosen = database
+            .parked(&wish.selector, &Paging::first(CHOSEN_MAX))
+            .await?
+            .events;
         chosen.into_iter().map(|event| event.event_id).collect()
     } else {
         HashSet::new()
@@ -161,7 +164,7 @@ async fn would(database: &mut Database, wish: &Wish) -> Result<Outcome, Error> {
     if let Some(refusal) = database.refusal(wish).await? {
         return Err(refusal.into());
     }
-    let parked = database.parked(&wish.selector, 100).await?;
+    let parked = database.parked(&wish.selector, &Paging::first(100)).await?;
     show_table(&parked);
     let Extent { chosen, behind } = database.extent(wish).await?;
     if chosen == 0 {
@@ -194,7 +197,10 @@ async fn outcome(database: &mut Database, chosen: &HashSet<String>) -> Result<Ou
             waiting: true,
             ..Selector::default()
         };
-        let mut left = database.parked(&everything, CHOSEN_MAX).await?.events;
+        let mut left = database
+            .parked(&everything, &Paging::first(CHOSEN_MAX))
+            .await?
+            .events;
         left.retain(|event| chosen.contains(&event.event_id));
         if left.iter().all(|event| event.wanted.is_none()) {
             break left;
@@ -210,6 +216,7 @@ async fn outcome(database: &mut Database, chosen: &HashSet<String>) -> Result<Ou
     show_table(&ParkedEvents {
         events: rejected,
         total,
+        next: None,
     });
     Ok(Outcome::Findings)
 }
@@ -252,7 +259,7 @@ impl Acts {
     pub(super) async fn run(self) -> Result<Outcome, Error> {
         let config = self.config.load()?;
         let mut database = Database::open(&config.source).await?;
-        let acts = database.acts(self.limit).await?;
+        let acts = database.acts(self.limit, None).await?;
         if self.json {
             say!("{}", serde_json::to_string_pretty(&acts)?);
             return Ok(Outcome::Done);

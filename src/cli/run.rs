@@ -19,12 +19,18 @@ const LOOK: Duration = Duration::from_secs(2);
 
 /// Publish until asked to stop.
 ///
-/// SIGTERM or SIGINT: drain and stop; a second one stops at once. SIGHUP, or a changed file: take the new configuration over,
+/// SIGTERM or SIGINT: publish what is committed by then, within relay.drain_timeout, and stop; a second one stops at once. SIGHUP, or a changed file: take the new configuration over,
 /// as far as that needs no restart.
 #[derive(Debug, Args)]
 pub(super) struct Run {
     #[command(flatten)]
     config: ConfigArgs,
+    /// End as soon as everything is published that was committed at the beginning, whichever relay does that.
+    ///
+    /// For jobs. Ends with 1 when a pipeline halts, or when a signal comes before that and events are left. Parked events
+    /// and dead letters are not waited for.
+    #[arg(long)]
+    until_empty: bool,
 }
 
 impl Run {
@@ -51,7 +57,7 @@ impl Run {
         let reload = Reload::new(&config, set_log_level);
         let signals = signals(stop)?;
         tokio::select! {
-            ended = supervise::run(config, reload, new_configs, stopping) => ended.map(|()| Outcome::Done),
+            ended = supervise::run(config, self.until_empty, reload, new_configs, stopping) => ended.map(|()| Outcome::Done),
             error = signals => Err(error),
             () = self.config.watch(hang_up, changed_at, reloads) => unreachable!("it never ends"),
         }

@@ -19,7 +19,9 @@ pub struct Admin {
     pub enabled: bool,
     /// Where it listens.
     pub listen: SocketAddr,
-    /// What a client that changes something has to know.
+    /// Names besides `localhost` and IP addresses by which it may be asked.
+    pub hosts: Vec<String>,
+    /// What a client that changes something or sees entities has to know.
     pub token: Token,
 }
 
@@ -70,6 +72,7 @@ pub(super) struct RawAdmin {
     enabled: bool,
     #[serde(deserialize_with = "address")]
     listen: SocketAddr,
+    hosts: Vec<String>,
     token: Option<SecretString>,
     token_file: Option<PathBuf>,
 }
@@ -79,6 +82,7 @@ impl RawAdmin {
         let Self {
             enabled,
             listen,
+            hosts,
             token,
             token_file,
         } = self;
@@ -95,6 +99,7 @@ impl RawAdmin {
         Ok(Admin {
             enabled,
             listen,
+            hosts,
             token,
         })
     }

@@ -50,7 +50,7 @@ fn the_defaults_are_pinned() {
     expect![[r#"
         PipelineConfig { pipeline: Pipeline { name: PipelineName("main"), filter: Filter { aggregate_types: [], event_types: [], headers: {} }, route: Route { topic: Template { parts: [Field(AggregateType)] }, key: Template { parts: [Field(AggregateId)] } }, encoding: Encoding { format: Plain, cloudevents_source: "/outbox-relay" }, on_rejected: Park, dead_letter_topic: None, parked_max: 10000, parked_max_per_entity: 1000 }, start: Earliest, shards: 1 }
         Settings { page: PageLimits { rows: 2000, bytes: 2097152 }, in_flight_rows: 60000, in_flight_bytes: 33554432, lease_ttl: 10s, drain_timeout: 5s, acknowledge_interval: 100ms, redrive_rate: 500 }
-        Admin { enabled: true, listen: 127.0.0.1:9187, token: Token(none) }
+        Admin { enabled: true, listen: 127.0.0.1:9187, hosts: [], token: Token(none) }
         Log { level: "info", format: Text }
     "#]]
     .assert_eq(&format!("{:?}\n{relay:?}\n{admin:?}\n{log:?}\n", pipelines[0]));

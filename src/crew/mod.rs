@@ -228,6 +228,13 @@ impl Here<'_> {
     /// Ends the relays that there are and makes one for each shard. Until the next look the leases alone decide.
     fn make(&mut self, config: &Config, holder: &str, shards: u32) -> Vec<Running> {
         telemetry::shards(self.pipeline.pipeline.name.as_str(), shards);
+        // What they leave is the affair of those that follow.
+        let theirs = Turn::Theirs {
+            holder: format!("relays with {shards} shards"),
+        };
+        for turn in &self.turns {
+            set(turn, &theirs);
+        }
         self.until.cancel();
         self.until = self.stopping.child_token();
         self.turns.clear();

@@ -17,7 +17,9 @@ pub(super) async fn examine(config: &Config, now_us: i64) -> (Option<Overview>, 
         );
         return (None, vec![finding]);
     }
-    match admin::ask(config.admin.listen).await {
+    // Without the token the answer says less.
+    let token = config.admin.token.current().ok().flatten();
+    match admin::ask_as(config.admin.listen, token.as_ref()).await {
         Ok(overview) => {
             let findings = judge(&overview, config, now_us);
             (Some(overview), findings)

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::books::Order;
 use super::lease::{LeaseEnd, Loss};
@@ -15,6 +14,7 @@ use super::redrive::Try;
 use super::reject::{Full, Halt};
 use super::rejections::Rejections;
 use super::status::{State, Status};
+use super::stop::{Coverage, Read, Stop};
 use super::{BACKOFF_MAX, Changes, Over, Pipeline, Settings, backoff};
 use crate::event::{EventKey, Rejection};
 use crate::order::{Suspects, Waiting};
@@ -62,11 +62,7 @@ pub(super) struct Lives<'a, S, K> {
 }
 
 impl<S: Source, K: Sink> Lives<'_, S, K> {
-    pub(super) async fn run(
-        &mut self,
-        settled: &watch::Sender<Position>,
-        stop: &CancellationToken,
-    ) -> Over {
+    pub(super) async fn run(&mut self, settled: &watch::Sender<Position>, stop: &Stop) -> Over {
         let mut backoff = backoff();
         loop {
             let began = Instant::now();
@@ -106,18 +102,28 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             if began.elapsed() > BACKOFF_MAX {
                 backoff = super::backoff();
             }
+            if stop.is_asked() {
+                if stop.is_over() || !self.moves() {
+                    return Over::Stopped;
+                }
+                tracing::warn!(pipeline = %self.pipeline.name, %reason,
+                    "the sink lost its place while the relay stops: it is opened once more");
+                let again = Instant::now() + backoff.next().unwrap_or(BACKOFF_MAX);
+                sleep_until(again.min(stop.until())).await;
+                continue;
+            }
             self.set_state(State::Stalled { reason });
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Over::Stopped,
+                () = stop.asked() => return Over::Stopped,
                 () = sleep(backoff.next().unwrap_or(BACKOFF_MAX)) => {}
             }
         }
     }
 
     /// One life: reads from the last settled position and publishes, until something ends it.
-    async fn live(&mut self, settled: &watch::Sender<Position>, stop: &CancellationToken) -> Ended {
-        if stop.is_cancelled() {
+    async fn live(&mut self, settled: &watch::Sender<Position>, stop: &Stop) -> Ended {
+        if stop.is_over() {
             return Ended::Stopped;
         }
         if let Err(error) = self.sink.open().await {
@@ -127,9 +133,10 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             let reason = reason.clone();
             self.set_state(State::Halted { reason });
         }
+        let moves = self.moves();
         tokio::select! {
             biased;
-            () = stop.cancelled() => return Ended::Stopped,
+            () = stop.over(moves) => return Ended::Stopped,
             ready = self.make_ready(settled) => if let Err(ended) = ready {
                 return ended;
             },
@@ -166,10 +173,11 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             metrics: self.metrics,
         };
         let reads = self.full.is_none();
+        let coverage = Coverage::new(settled.borrow().window.clone());
         let ended = tokio::select! {
             biased;
             ended = publisher.run(pages_read, stop) => ended,
-            error = reader.run(self.source, stop), if reads => Ended::Source(error),
+            error = reader.run(self.source, coverage, stop), if reads => Ended::Source(error),
         };
         // It may be long until the next life, or somebody else's.
         self.source.rest();
@@ -225,14 +233,14 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
 
     /// Keeps the lease, so that no replica runs into the same event, until an operator pauses the pipeline, stops the process
     /// or asks for the event to be skipped; true for the last.
-    async fn halt(&mut self, halt: &Halt, stop: &CancellationToken) -> bool {
+    async fn halt(&mut self, halt: &Halt, stop: &Stop) -> bool {
         loop {
             let (done, answer) = oneshot::channel();
             // Books that are closed end this tenure from outside.
             let _ = self.orders.send(Order::Skipped(halt.event, done)).await;
             let skipped = tokio::select! {
                 biased;
-                () = stop.cancelled() => return false,
+                () = stop.asked() => return false,
                 skipped = answer => skipped.ok().flatten(),
             };
             if let Some(reason) = skipped {
@@ -244,10 +252,15 @@ impl<S: Source, K: Sink> Lives<'_, S, K> {
             self.set_state(State::Halted { reason });
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return false,
+                () = stop.asked() => return false,
                 () = sleep(SKIP_LOOK) => {}
             }
         }
+    }
+
+    /// Whether nothing was in the way when that was last looked at.
+    fn moves(&self) -> bool {
+        !matches!(self.status.borrow().state, State::Stalled { .. })
     }
 
     fn set_state(&self, state: State) {
@@ -268,25 +281,45 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Returns only with an error. After `stop` it reads nothing more, and lets what is under way be drained.
-    async fn run<S: Source>(&self, source: &mut S, stop: &CancellationToken) -> SourceError {
+    /// Returns only with an error. After a request to stop it reads what was committed when that came, if that is wanted, and
+    /// then lets go of its end of the channel.
+    async fn run<S: Source>(self, source: &mut S, coverage: Coverage, stop: &Stop) -> SourceError {
+        if let Err(error) = self.read(source, coverage, stop).await {
+            return error;
+        }
+        drop(self);
+        std::future::pending().await
+    }
+
+    /// Reads until nothing more is wanted.
+    async fn read<S: Source>(
+        &self,
+        source: &mut S,
+        mut coverage: Coverage,
+        stop: &Stop,
+    ) -> Result<(), SourceError> {
         let (mut passed, mut passed_at) = (self.durable.borrow().window.ceiling, Instant::now());
         // Whoever was told that there is more is also told when there is not.
         let mut promised = false;
         let mut woke_at = Instant::now();
-        while !stop.is_cancelled() {
+        while !stop.is_over() {
+            let after_request = stop.is_asked();
             let acknowledged = self.durable.borrow().clone();
             let began = Instant::now();
             let page = match source.capture(self.limits, &acknowledged).await {
                 Ok(page) => page,
-                // Nothing more is wanted of the source: its trouble must not cut the drain short.
-                Err(_) if stop.is_cancelled() => break,
-                Err(error) => return error,
+                // The trouble of the source must not cut the drain short.
+                Err(_) if stop.is_asked() => break,
+                Err(error) => return Err(error),
             };
             self.answers
                 .send_if_modified(|answered| !std::mem::replace(answered, true));
             self.metrics.captured(page.events.len(), began.elapsed());
             let more = page.more;
+            let read = coverage.note(&page, after_request);
+            if read == Read::Beyond {
+                break;
+            }
             // Ids that held nothing for this pipeline: of another shard, or rolled back.
             let goes_on = page.newest() > passed && passed_at.elapsed() >= PASS_INTERVAL;
             if !page.events.is_empty() || goes_on || (promised && !more) {
@@ -297,15 +330,22 @@ impl Reader<'_> {
                 };
                 room.send(page);
             }
+            if read == Read::Last {
+                break;
+            }
             if !more {
-                source.wake().await;
+                tokio::select! {
+                    biased;
+                    () = stop.asked() => {}
+                    () = source.wake() => {}
+                }
                 woke_at = Instant::now();
             } else if woke_at.elapsed() >= RESTLESS {
                 source.rest();
                 woke_at = Instant::now();
             }
         }
-        std::future::pending().await
+        Ok(())
     }
 
     /// Waits until the next page is wanted; none when the life is over.

@@ -20,6 +20,7 @@ mod redrive;
 mod reject;
 mod rejections;
 pub mod status;
+mod stop;
 mod tick;
 mod topics;
 pub mod turn;
@@ -38,6 +39,7 @@ use self::lease::{LeaseEnd, Loss};
 use self::lives::Lives;
 use self::rejections::Rejections;
 use self::status::{State, Status};
+use self::stop::Stop;
 use self::turn::Turn;
 use crate::encode::Encoding;
 use crate::event::{PipelineName, Shard};
@@ -111,7 +113,7 @@ pub struct Settings {
     pub in_flight_bytes: usize,
     /// How long the lease lasts without renewal.
     pub lease_ttl: Duration,
-    /// How long a stop waits for confirmations.
+    /// How long a stop reads on and waits for confirmations.
     pub drain_timeout: Duration,
     /// The cursor is written at most this often.
     pub acknowledge_interval: Duration,
@@ -371,6 +373,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
             redrive_rate: self.settings.redrive_rate,
             changes: self.changes.clone(),
         };
+        let stop = Stop::new(stop.clone(), self.turn.clone(), self.settings.drain_timeout);
         let mut lives = Lives {
             pipeline: &self.pipeline,
             settings: &self.settings,
@@ -398,7 +401,7 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let over = tokio::select! {
             biased;
             closed = &mut books => return (over_by(closed), Left::default()),
-            over = lives.run(&settled, stop) => over,
+            over = lives.run(&settled, &stop) => over,
         };
         let left = Left {
             books_open: true,

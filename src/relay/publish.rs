@@ -10,7 +10,6 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
-use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
 use super::books::Order;
@@ -20,6 +19,7 @@ use super::redrive::{Redrive, Try};
 use super::reject::{Full, Halt};
 use super::rejections::Rejections;
 use super::status::Status;
+use super::stop::{Drain, Stop};
 use super::topics::Topics;
 use super::{Changes, Pipeline, Settings};
 use crate::encode::{Texts, encode};
@@ -41,7 +41,7 @@ const FULL_AGAIN: Duration = Duration::from_millis(5);
 /// How a life ended.
 #[derive(Debug)]
 pub(super) enum Ended {
-    /// On request; everything handed over is settled, or the time for that was up.
+    /// On request; everything that counts is settled, or the time for that was up.
     Stopped,
     /// The source could not be read.
     Source(SourceError),
@@ -119,7 +119,8 @@ pub(super) struct Life {
     pub(super) asked_at: Instant,
     pub(super) batch: Batch,
     /// Whether the source had more when it read the last page.
-    more: bool,
+    pub(super) more: bool,
+    pub(super) drain: Drain,
     /// The suspect that is in flight, alone.
     on_trial: Option<EventKey>,
 }
@@ -142,11 +143,7 @@ pub(super) enum Pause {
 
 impl<K: Sink> Publisher<'_, K> {
     /// Runs until the life ends.
-    pub(super) async fn run(
-        &mut self,
-        pages: mpsc::Receiver<Page>,
-        stop: &CancellationToken,
-    ) -> Ended {
+    pub(super) async fn run(&mut self, pages: mpsc::Receiver<Page>, stop: &Stop) -> Ended {
         let mut life = Life::new(self.settings, self.settled.borrow().clone());
         let ended = self.take_turns(&mut life, pages, stop).await;
         self.report(&mut life, None);
@@ -157,21 +154,22 @@ impl<K: Sink> Publisher<'_, K> {
         &mut self,
         life: &mut Life,
         mut pages: mpsc::Receiver<Page>,
-        stop: &CancellationToken,
+        stop: &Stop,
     ) -> Ended {
         let mut receipts = Vec::new();
         let mut ticks = interval(Duration::from_secs(1));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut drain_until = None;
         loop {
-            let pause = match self.hand_over(life, stop).await {
+            let pause = match self.hand_over(life).await {
                 Ok(pause) => pause,
                 Err(ended) => return ended,
             };
             self.commit(life, &pause);
-            if drain_until.is_some() && life.awaited() == 0 {
+            if life.is_drained() {
                 return Ended::Stopped;
             }
+            let drain_until = life.drain.until;
+            let takes_pages = life.pending.is_empty() && life.drain.takes_pages();
             self.ask_for_due(life);
             let paused_at = Instant::now();
             let mut lost = None;
@@ -184,24 +182,22 @@ impl<K: Sink> Publisher<'_, K> {
                     life.heard_at = Instant::now();
                     lost = received.err();
                 }
-                () = stop.cancelled(), if drain_until.is_none() => {
-                    drain_until = Some(Instant::now() + self.settings.drain_timeout);
-                    life.leave_the_rest();
-                }
+                () = stop.asked(), if drain_until.is_none() => life.begin_drain(stop, self.full.is_some()),
                 () = until(drain_until) => return Ended::Stopped,
                 () = until(life.batch.until()) => {}
                 () = ready(()), if matches!(pause, Pause::Turn) => {}
                 // A queue may count what it has just told about, and has no more to tell.
                 () = sleep(FULL_AGAIN), if matches!(pause, Pause::Full | Pause::Later(_)) && life.awaited() == 0 => {}
-                found = life.lookups.answers(), if drain_until.is_none() => { self.learn(life, found); }
+                found = life.lookups.answers(), if !life.drain.leaves() => { self.learn(life, found); }
                 due = life.redrive.due(), if life.pending.is_empty() && drain_until.is_none() => {
                     // Or raised one of its limits.
                     self.sink.doubt();
                     life.begin_batch(due);
                 }
-                Some(page) = pages.recv(), if life.pending.is_empty() && drain_until.is_none() => {
-                    self.begin(life, page);
-                }
+                page = pages.recv(), if takes_pages => match page {
+                    Some(page) => self.begin(life, page),
+                    None => life.end_pages(),
+                },
                 // Its sender lives as long as this life.
                 Ok(()) = self.answered.changed() => ticked = true,
                 _ = ticks.tick() => ticked = true,
@@ -216,7 +212,7 @@ impl<K: Sink> Publisher<'_, K> {
                 let ended = tokio::select! {
                     biased;
                     // A request to stop does not wait for the sink's answer.
-                    () = stop.cancelled(), if drain_until.is_none() => None,
+                    () = stop.asked(), if drain_until.is_none() => None,
                     ended = self.tick(life, drain_until.is_none()) => ended,
                 };
                 let Some(ended) = ended else { continue };
@@ -268,11 +264,7 @@ impl<K: Sink> Publisher<'_, K> {
     }
 
     /// Hands over what is at hand as far as there is room, and parks what has to be parked.
-    async fn hand_over(
-        &mut self,
-        life: &mut Life,
-        stop: &CancellationToken,
-    ) -> Result<Pause, Ended> {
+    async fn hand_over(&mut self, life: &mut Life) -> Result<Pause, Ended> {
         // A process that was stopped for longer than its lease wakes up here and must publish nothing new (I8).
         if self.lease_end.borrow().is_over((self.now_us)()) {
             return Err(Ended::LeaseExpired);
@@ -288,7 +280,7 @@ impl<K: Sink> Publisher<'_, K> {
         {
             return Err(Ended::Sink(error));
         }
-        if !stop.is_cancelled() {
+        if !life.drain.leaves() {
             self.look_up(life);
         }
         Ok(pause)
@@ -564,6 +556,7 @@ impl Life {
             asked_at: now,
             batch: Batch::new(),
             more: false,
+            drain: Drain::default(),
             on_trial: None,
         }
     }
@@ -582,14 +575,6 @@ impl Life {
             Some(changes) => &changes.filter,
             None => &pipeline.filter,
         }
-    }
-
-    /// Hands nothing more over.
-    fn leave_the_rest(&mut self) {
-        self.more = false;
-        self.pending.clear();
-        self.lookups.clear();
-        self.redrive.cut();
     }
 
     /// Nothing is at hand, and nothing in flight.

@@ -4,6 +4,7 @@ use std::mem::discriminant;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use crate::event::PipelineName;
 use crate::ledger::Pause;
@@ -28,7 +29,7 @@ pub enum State {
     },
     /// An event was rejected and the policy is to stop. A restart tries again.
     Halted {
-        /// The event and why.
+        /// The event by its id, a colon, and why. What comes before the colon names no entity.
         reason: String,
     },
     /// An operator has paused the pipeline: no relay owns it, and its position stands.
@@ -50,6 +51,26 @@ impl State {
             Self::Running | Self::Standby { .. } | Self::Paused { .. }
         )
     }
+
+    /// The same without what an event or its entity is called, for people who may not know that.
+    #[must_use]
+    pub fn without_names(self) -> Self {
+        match self {
+            Self::Halted { reason } => {
+                let (event, _) = reason.split_once(": ").unwrap_or(("an event", ""));
+                let reason = format!(
+                    "{event}: the log says why, and this answer does where it is asked for with the token of admin.token"
+                );
+                Self::Halted { reason }
+            }
+            state => state,
+        }
+    }
+
+    /// Whether both are the same state, whatever the reason.
+    fn is_same_kind(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
 }
 
 /// A pipeline at a glance.
@@ -70,25 +91,45 @@ pub struct Status {
     pub in_flight_events: usize,
     /// Their bytes.
     pub in_flight_bytes: usize,
-    /// When the oldest event that was read and is not confirmed was emitted, in microseconds since the Unix epoch.
-    pub oldest_unpublished_us: Option<i64>,
     /// Confirmed by the sink since the process started.
     pub delivered_events: u64,
     /// Entities that wait behind a parked event.
     pub waiting_entities: usize,
+    /// When it came into this state; of another process that is not known here.
+    #[serde(skip)]
+    since: Option<Instant>,
+    /// When the log last said that it is in this state.
+    #[serde(skip)]
+    told_at: Option<Instant>,
 }
 
+/// A stall or a halt is told again after so long.
+const TELL_AGAIN: Duration = Duration::from_mins(5);
+
 impl Status {
-    /// Changes the state, and logs the change: once, where it becomes known.
+    /// For how long it has been in this state.
+    #[must_use]
+    pub fn lasts(&self) -> Option<Duration> {
+        self.since.map(|since| since.elapsed())
+    }
+
+    /// Changes the state, and logs the change: once, where it becomes known. A stall or a halt that lasts is told again every
+    /// five minutes.
     pub(crate) fn set_state(&mut self, pipeline: &PipelineName, state: State, now_us: i64) {
         if self.state == state {
+            self.tell_again(pipeline);
             return;
         }
-        let lasted_seconds = now_us.saturating_sub(self.state_since_us) / 1_000_000;
+        let lasted = humantime::format_duration(Duration::from_secs(
+            self.lasts().unwrap_or_default().as_secs(),
+        ));
         if discriminant(&self.state) != discriminant(&state) {
             self.state_since_us = now_us;
         }
         match &state {
+            State::Stalled { reason } if self.state.is_same_kind(&state) => {
+                tracing::warn!(%pipeline, %reason, "stalled for {lasted}, trying again");
+            }
             State::Stalled { reason } => {
                 tracing::warn!(%pipeline, %reason, "stalled, trying again");
             }
@@ -99,13 +140,42 @@ impl Status {
                 tracing::warn!(%pipeline, since, by, reason,
                     "paused: `outbox-relay pipelines resume {pipeline}` lets it go on");
             }
-            State::Running if matches!(self.state, State::Stalled { .. }) => {
-                tracing::info!(%pipeline, lasted_seconds, "moving again");
+            State::Running
+                if matches!(self.state, State::Stalled { .. } | State::Halted { .. }) =>
+            {
+                tracing::info!(%pipeline, "moving again after {lasted}");
             }
-            State::Running => tracing::info!(%pipeline, "running"),
+            State::Running => match &self.state {
+                State::Standby { holder } => {
+                    tracing::info!(%pipeline, from = %holder, "running: took over");
+                }
+                _ => tracing::info!(%pipeline, "running"),
+            },
             State::Starting | State::Stopped => tracing::info!(%pipeline, "stopped"),
         }
+        if !self.state.is_same_kind(&state) {
+            self.since = Some(Instant::now());
+        }
+        self.told_at = Some(Instant::now());
         self.state = state;
+    }
+
+    fn tell_again(&mut self, pipeline: &PipelineName) {
+        if self.told_at.is_some_and(|at| at.elapsed() < TELL_AGAIN) {
+            return;
+        }
+        self.told_at = Some(Instant::now());
+        let lasts = self.lasts().unwrap_or_default().as_secs();
+        let lasts = humantime::format_duration(Duration::from_secs(lasts));
+        match &self.state {
+            State::Stalled { reason } => {
+                tracing::warn!(%pipeline, %reason, "still stalled, for {lasts} now: trying again");
+            }
+            State::Halted { reason } => {
+                tracing::error!(%pipeline, %reason, "still halted, for {lasts} now");
+            }
+            _ => {}
+        }
     }
 
     /// Of a pipeline that has not begun.
@@ -118,9 +188,10 @@ impl Status {
             newest_id: 0,
             in_flight_events: 0,
             in_flight_bytes: 0,
-            oldest_unpublished_us: None,
             delivered_events: 0,
             waiting_entities: 0,
+            since: Some(Instant::now()),
+            told_at: None,
         }
     }
 }
@@ -144,5 +215,44 @@ mod tests {
         assert_eq!([5999, 6000, 47_000].map(told), [3, 6, 24]);
         let lines: BTreeSet<u64> = (3..=3600).map(|s| told(s * 1000)).collect();
         assert_eq!(lines.len(), 11);
+    }
+
+    fn stalled(reason: &str) -> State {
+        let reason = reason.to_owned();
+        State::Stalled { reason }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_lasts_from_its_beginning_whatever_its_reasons_and_is_told_again() {
+        let pipeline: PipelineName = "main".parse().unwrap();
+        let mut status = Status::starting();
+        status.set_state(&pipeline, stalled("the broker is away"), 0);
+        tokio::time::advance(Duration::from_mins(4)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"), 0);
+        assert_eq!(status.lasts(), Some(Duration::from_mins(4)));
+        let told_at = status.told_at;
+        tokio::time::advance(Duration::from_mins(4)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"), 0);
+        assert_eq!(status.told_at, told_at, "told four minutes ago");
+        tokio::time::advance(Duration::from_mins(1)).await;
+        status.set_state(&pipeline, stalled("the broker refuses"), 0);
+        assert_eq!(status.told_at, Some(Instant::now()));
+        assert_eq!(status.lasts(), Some(Duration::from_mins(9)));
+        status.set_state(&pipeline, State::Running, 0);
+        assert_eq!(status.lasts(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn without_names_a_halt_says_which_event_and_no_more() {
+        let reason = "event 7: no legal topic: \"order 17\"".to_owned();
+        let State::Halted { reason } = (State::Halted { reason }).without_names() else {
+            unreachable!("it stays halted");
+        };
+        assert!(
+            reason.starts_with("event 7: ") && !reason.contains("order"),
+            "{reason}"
+        );
+        let kept = stalled("connect: refused");
+        assert_eq!(kept.clone().without_names(), kept);
     }
 }

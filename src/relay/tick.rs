@@ -117,19 +117,13 @@ impl<K: Sink> Publisher<'_, K> {
             status.last_id = last_id;
             status.in_flight_events = life.in_flight.rows();
             status.in_flight_bytes = life.in_flight.bytes();
-            status.oldest_unpublished_us = life.in_flight.oldest_us();
             status.delivered_events += delivered;
             status.waiting_entities = self.waiting.len();
         });
         let status = self.status.borrow();
-        let age_us = status
-            .oldest_unpublished_us
-            .map_or(0, |oldest| (self.now_us)().saturating_sub(oldest));
         self.metrics.levels(Levels {
             in_flight_events: status.in_flight_events,
             in_flight_bytes: status.in_flight_bytes,
-            backlog_ids: (status.newest_id - last_id).max(0),
-            oldest_unpublished: Duration::from_micros(u64::try_from(age_us).unwrap_or(0)),
             waiting_entities: status.waiting_entities,
             set_aside_events: self.set_aside_events(),
         });

@@ -85,7 +85,11 @@ impl Upkeep {
     /// # Errors
     /// When the database refuses a part of it; the other parts were done.
     pub async fn look_after(&mut self) -> Result<(), anyhow::Error> {
-        let mut connection = self.connector.connect().await?;
+        let mut connection = self
+            .connector
+            .connect()
+            .await
+            .inspect_err(|_| self.metrics.size(None))?;
         let made = self.make(&mut connection).await;
         let sampled = self.sample(&mut connection).await;
         let retired = match self.settings.keep {
@@ -96,9 +100,7 @@ impl Upkeep {
         // Whether the session ends politely is the server's affair.
         let _ = connection.close().await;
         // What is known is said, whatever of the rest fails.
-        if let Ok(size) = &size {
-            self.metrics.size(size.bytes);
-        }
+        self.metrics.size(size.as_ref().ok().map(|size| size.bytes));
         made.and(sampled).and(retired).and(size.map(drop))
     }
 

@@ -59,11 +59,17 @@ impl Upkeep {
     /// # Errors
     /// When the file can't be read or written.
     pub async fn look_after(&mut self) -> Result<(), anyhow::Error> {
-        let mut connection = SqliteConnection::connect_with(&self.options)
-            .await
-            .context("open the SQLite outbox")?;
+        let opened = async {
+            let mut connection = SqliteConnection::connect_with(&self.options)
+                .await
+                .context("open the SQLite outbox")?;
+            let size = view::sqlite::log_size(&mut connection).await?;
+            Ok::<_, anyhow::Error>((connection, size.bytes))
+        };
+        let opened = opened.await;
         self.metrics
-            .size(view::sqlite::log_size(&mut connection).await?.bytes);
+            .size(opened.as_ref().ok().map(|(_, size)| *size));
+        let (mut connection, _) = opened?;
         self.sample(&mut connection).await?;
         if let (Some(keep), Some(counted)) = (self.settings.keep, self.counted) {
             let aged = aged(&mut connection, counted.seconds, keep.as_secs_f64()).await?;

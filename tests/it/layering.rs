@@ -18,7 +18,7 @@ enum Layer {
 }
 
 /// The modules below the root of the crate. A new one gets its place here.
-const LAYERS: [(&str, Layer); 27] = [
+const LAYERS: [(&str, Layer); 28] = [
     ("crash", Layer::Words),
     ("event", Layer::Words),
     ("position", Layer::Words),
@@ -35,6 +35,7 @@ const LAYERS: [(&str, Layer); 27] = [
     ("supervise", Layer::Shell),
     ("crew", Layer::Shell),
     ("admin", Layer::Shell),
+    ("backlog", Layer::Shell),
     ("doctor", Layer::Shell),
     ("logging", Layer::Shell),
     ("migrate", Layer::Shell),

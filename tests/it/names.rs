@@ -102,6 +102,28 @@ fn what_is_deployed_speaks_of_metrics_that_exist() {
     }
 }
 
+/// Whoever is woken up finds a page.
+#[test]
+fn every_alert_has_its_runbook() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let (alerts, pages) = (read("deploy/alerts.yaml"), read("docs/alerts.md"));
+    let names: Vec<&str> = alerts
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+        .collect();
+    assert!(names.len() > 15, "{names:?}");
+    for name in names {
+        let anchor = format!("runbook: docs/alerts.md#{}\n", name.to_lowercase());
+        assert!(alerts.contains(&anchor), "{name}: {anchor}");
+        assert!(pages.contains(&format!("\n## {name}\n")), "{name}");
+        let fires = format!("alertname=\"{name}\"");
+        assert!(
+            read("deploy/tests/alerts.yaml").contains(&fires),
+            "{name} has no test"
+        );
+    }
+}
+
 #[test]
 fn the_readme_has_the_table_of_all_metrics() {
     // Not there yet in a young repository.

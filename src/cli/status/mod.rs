@@ -136,7 +136,9 @@ async fn look(config: &Config, database: &mut Option<Database>) -> (Seen, Option
     };
     let daemon = async {
         if config.admin.enabled {
-            Some(admin::ask(config.admin.listen).await)
+            // Without it the answer says less.
+            let token = config.admin.token.current().ok().flatten();
+            Some(admin::ask_as(config.admin.listen, token.as_ref()).await)
         } else {
             None
         }

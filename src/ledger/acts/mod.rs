@@ -3,6 +3,7 @@
 //! They only say what they want; the owner of the pipeline does it, for only the owner knows what is on its way. Every wish
 //! is noted in the same transaction: when, who, of which events, why.
 
+mod paging;
 pub mod postgres;
 pub mod sqlite;
 
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use uuid::Uuid;
 
+pub use self::paging::{Paging, Place};
 use crate::event::{EventId, PipelineName};
 use crate::reason::kind;
 
@@ -211,7 +213,7 @@ pub struct ParkedEvent {
     pub aggregate_id: String,
     /// What happened.
     pub event_type: String,
-    /// Why it was rejected; none if it only waits.
+    /// Why it was rejected, the first 1,000 characters; none if it only waits.
     pub error: Option<String>,
     /// How often it was rejected.
     pub attempts: i64,
@@ -221,6 +223,9 @@ pub struct ParkedEvent {
     pub wanted: Option<Action>,
     /// How long it has been parked.
     pub parked_seconds: f64,
+    /// Since when, in microseconds since the Unix epoch: orders the list.
+    #[serde(skip_serializing)]
+    pub parked_at_us: i64,
     /// Events of the entity that wait behind it.
     pub waiting_events: i64,
 }
@@ -280,8 +285,21 @@ pub struct Extent {
 pub struct ParkedEvents {
     /// Those that were asked for, longest parked first.
     pub events: Vec<ParkedEvent>,
-    /// All that match.
+    /// All that match, on every page.
     pub total: i64,
+    /// What the next page begins after; none on the last one.
+    pub next: Option<String>,
+}
+
+impl ParkedEvents {
+    fn page(events: Vec<ParkedEvent>, total: i64, paging: &Paging) -> Self {
+        let next = paging.next(&events).map(|place| place.to_string());
+        Self {
+            events,
+            total,
+            next,
+        }
+    }
 }
 
 /// Everything about one parked event.
@@ -339,6 +357,9 @@ pub struct NotedAct {
     /// Why.
     pub reason: Option<String>,
 }
+
+/// Characters of an error in a list; `show` has all of it.
+const ERROR_CHARACTERS: u32 = 1_000;
 
 /// What differs between the databases.
 #[derive(Clone, Copy)]

@@ -7,8 +7,8 @@ use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
 use super::{
-    Cause, Dialect, Extent, Marked, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish, behind,
-    literal, merge, waiting_behind,
+    Cause, Dialect, ERROR_CHARACTERS, Extent, Marked, NotedAct, Paging, ParkedDetail, ParkedEvents,
+    Selector, Wish, behind, literal, merge, waiting_behind,
 };
 use crate::source::postgres::ask;
 
@@ -29,8 +29,10 @@ struct Total {
 
 fn columns() -> String {
     format!(
-        "p.pipeline, p.id, p.event_id, p.aggregate_type, p.aggregate_id, p.event_type, p.error, p.attempts, p.holds, \
+        "p.pipeline, p.id, p.event_id, p.aggregate_type, p.aggregate_id, p.event_type, \
+         left(p.error, {ERROR_CHARACTERS}) as error, p.attempts, p.holds, \
          p.wanted, extract(epoch from clock_timestamp() - p.parked_at)::float8 as parked_seconds, \
+         (extract(epoch from p.parked_at) * 1000000)::bigint as parked_at_us, \
          {} as waiting_events",
         waiting_behind(DIALECT)
     )
@@ -43,7 +45,7 @@ fn columns() -> String {
 pub async fn list(
     connection: &mut PgConnection,
     selector: &Selector,
-    limit: u32,
+    paging: &Paging,
 ) -> Result<ParkedEvents, anyhow::Error> {
     let condition = selector.condition(DIALECT, "p");
     let Total { total } = ask::one(
@@ -55,13 +57,15 @@ pub async fn list(
     let events = ask::all(
         connection,
         &format!(
-            "select {} from outbox.parked p where {condition} order by p.parked_at, p.pipeline, p.id limit {limit}",
-            columns()
+            "select {} from outbox.parked p where {condition} {} order by p.parked_at, p.pipeline, p.id limit {}",
+            columns(),
+            paging.condition(DIALECT),
+            paging.limit
         ),
     )
     .await
     .context("list the parked events")?;
-    Ok(ParkedEvents { events, total })
+    Ok(ParkedEvents::page(events, total, paging))
 }
 
 /// Everything about the events that are meant, with at most this much of each payload; a handful of them.
@@ -171,13 +175,15 @@ pub async fn mark(
 pub async fn acts(
     connection: &mut PgConnection,
     limit: u32,
+    before: Option<i64>,
 ) -> Result<Vec<NotedAct>, anyhow::Error> {
     ask::all(
         connection,
         &format!(
             "select id, to_char(at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"') as at, database_user, who, \
                     action, pipeline, selector, events, reason \
-               from outbox.acts order by id desc limit {limit}"
+               from outbox.acts where id < {} order by id desc limit {limit}",
+            before.unwrap_or(i64::MAX)
         ),
     )
     .await

@@ -6,8 +6,8 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection};
 
 use super::{
-    Cause, Dialect, Extent, Marked, NOW_US, NotedAct, ParkedDetail, ParkedEvents, Selector, Wish,
-    behind, merge, waiting_behind,
+    Cause, Dialect, ERROR_CHARACTERS, Extent, Marked, NOW_US, NotedAct, Paging, ParkedDetail,
+    ParkedEvents, Selector, Wish, behind, merge, waiting_behind,
 };
 
 const DIALECT: Dialect = Dialect::Sqlite;
@@ -16,9 +16,9 @@ const DIALECT: Dialect = Dialect::Sqlite;
 fn fields() -> String {
     format!(
         "'pipeline', p.pipeline, 'id', p.id, 'event_id', p.event_id, 'aggregate_type', p.aggregate_type, \
-         'aggregate_id', p.aggregate_id, 'event_type', p.event_type, 'error', p.error, 'attempts', p.attempts, \
+         'aggregate_id', p.aggregate_id, 'event_type', p.event_type, 'error', substr(p.error, 1, {ERROR_CHARACTERS}), 'attempts', p.attempts, \
          'holds', json(iif(p.holds, 'true', 'false')), 'wanted', p.wanted, \
-         'parked_seconds', ({NOW_US} - p.parked_at) / 1000000.0, 'waiting_events', {}",
+         'parked_seconds', ({NOW_US} - p.parked_at) / 1000000.0, 'parked_at_us', p.parked_at, 'waiting_events', {}",
         waiting_behind(DIALECT)
     )
 }
@@ -30,7 +30,7 @@ fn fields() -> String {
 pub async fn list(
     connection: &mut SqliteConnection,
     selector: &Selector,
-    limit: u32,
+    paging: &Paging,
 ) -> Result<ParkedEvents, anyhow::Error> {
     let condition = selector.condition(DIALECT, "p");
     let total = sqlx::query_scalar(AssertSqlSafe(format!(
@@ -42,14 +42,16 @@ pub async fn list(
     let events = documents(
         connection,
         format!(
-            "select json_object({}) from outbox_parked p where {condition} \
-              order by p.parked_at, p.pipeline, p.id limit {limit}",
-            fields()
+            "select json_object({}) from outbox_parked p where {condition} {} \
+              order by p.parked_at, p.pipeline, p.id limit {}",
+            fields(),
+            paging.condition(DIALECT),
+            paging.limit
         ),
     )
     .await
     .context("list the parked events")?;
-    Ok(ParkedEvents { events, total })
+    Ok(ParkedEvents::page(events, total, paging))
 }
 
 /// Everything about the events that are meant, with at most this much of each payload; a handful of them.
@@ -178,6 +180,7 @@ pub async fn mark(
 pub async fn acts(
     connection: &mut SqliteConnection,
     limit: u32,
+    before: Option<i64>,
 ) -> Result<Vec<NotedAct>, anyhow::Error> {
     documents(
         connection,
@@ -185,7 +188,8 @@ pub async fn acts(
             "select json_object('id', id, 'at', strftime('%Y-%m-%dT%H:%M:%fZ', at / 1000000.0, 'unixepoch'), \
                     'database_user', database_user, 'who', who, 'action', action, 'pipeline', pipeline, \
                     'selector', selector, 'events', events, 'reason', reason) \
-               from outbox_acts order by id desc limit {limit}"
+               from outbox_acts where id < {} order by id desc limit {limit}",
+            before.unwrap_or(i64::MAX)
         ),
     )
     .await

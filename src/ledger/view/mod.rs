@@ -142,6 +142,27 @@ pub struct PipelineBooks {
     pub moved: Option<Moved>,
 }
 
+/// What waits of one shard of a pipeline: the part of its books that a relay asks for every few seconds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Waiting {
+    /// The pipeline.
+    pub pipeline: String,
+    /// Which of its shards, from 0 on.
+    pub shard: i32,
+    /// How many it has.
+    pub shards: i32,
+    /// The newest id that the log handed out.
+    pub newest_id: i64,
+    /// Ids between the cursor and the newest; none before the first cursor.
+    pub backlog_ids: Option<i64>,
+    /// Age of the oldest event that is committed and that the cursor has not passed.
+    pub oldest_unpublished_seconds: Option<f64>,
+    /// Why that is not known, where it is not.
+    pub oldest_unpublished_unknown: Option<String>,
+    /// Who owns it; none when no lease is in force.
+    pub holder: Option<String>,
+}
+
 impl PipelineBooks {
     /// The pipeline, with its shard where there are several.
     #[must_use]

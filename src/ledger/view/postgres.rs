@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use sqlx::postgres::PgConnection;
 
-use super::{Books, LogSize, Moved, Owner, PipelineBooks, Server, backlog};
+use super::{Books, LogSize, Moved, Owner, PipelineBooks, Server, Waiting, backlog};
 use crate::ledger::Pause;
 use crate::position::Snapshot;
 use crate::reason::reason;
@@ -166,12 +166,7 @@ struct ParkedCount {
 /// # Errors
 /// When the database refuses, in particular when it is not migrated.
 pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error> {
-    let rows: Vec<PipelineRow> = ask::all(connection, PIPELINES)
-        .await
-        .context("read cursors and leases")?;
-    let Newest { newest_id } = ask::one(connection, &format!("select {NEWEST_ID} as newest_id"))
-        .await
-        .context("read the newest id")?;
+    let (rows, newest_id) = rows(connection).await?;
     let mut pipelines = Vec::with_capacity(rows.len());
     for row in rows {
         pipelines.push(pipeline(connection, row, newest_id).await?);
@@ -197,6 +192,58 @@ pub async fn read(connection: &mut PgConnection) -> Result<Books, anyhow::Error>
         log,
         retained,
         server: Some(server),
+    })
+}
+
+/// What waits of each shard.
+///
+/// # Errors
+/// When the database refuses, in particular when it is not migrated.
+pub async fn waiting(connection: &mut PgConnection) -> Result<Vec<Waiting>, anyhow::Error> {
+    let (rows, newest_id) = rows(connection).await?;
+    let mut waiting = Vec::with_capacity(rows.len());
+    for row in rows {
+        let (oldest_unpublished_seconds, oldest_unpublished_unknown) =
+            age_of_oldest(connection, &row).await?;
+        waiting.push(Waiting {
+            newest_id,
+            backlog_ids: row.last_id.map(|last_id| backlog(newest_id, last_id)),
+            oldest_unpublished_seconds,
+            oldest_unpublished_unknown,
+            pipeline: row.pipeline,
+            shard: row.shard,
+            shards: row.shards,
+            holder: row.holder,
+        });
+    }
+    Ok(waiting)
+}
+
+async fn rows(connection: &mut PgConnection) -> Result<(Vec<PipelineRow>, i64), anyhow::Error> {
+    let rows = ask::all(connection, PIPELINES)
+        .await
+        .context("read cursors and leases")?;
+    let Newest { newest_id } = ask::one(connection, &format!("select {NEWEST_ID} as newest_id"))
+        .await
+        .context("read the newest id")?;
+    Ok((rows, newest_id))
+}
+
+/// The age of the oldest event that waits, if there is one, or why that is not known.
+async fn age_of_oldest(
+    connection: &mut PgConnection,
+    row: &PipelineRow,
+) -> Result<(Option<f64>, Option<String>), anyhow::Error> {
+    if row.moved.is_some() {
+        let why = "the cursor belongs to another server or timeline";
+        return Ok((None, Some(why.to_owned())));
+    }
+    let Some(statement) = oldest_unpublished(row)? else {
+        return Ok((None, None));
+    };
+    Ok(match ask::one::<Age>(connection, &statement).await {
+        Ok(Age { seconds }) => (seconds, None),
+        Err(error) => (None, Some(reason(&error))),
     })
 }
 
@@ -226,8 +273,9 @@ async fn pipeline(
     row: PipelineRow,
     newest_id: i64,
 ) -> Result<PipelineBooks, anyhow::Error> {
-    let statement = oldest_unpublished(&row)?;
     let is_ours = row.is_ours();
+    let (oldest_unpublished_seconds, oldest_unpublished_unknown) =
+        age_of_oldest(connection, &row).await?;
     let PipelineRow {
         pipeline,
         shard,
@@ -240,17 +288,6 @@ async fn pipeline(
         moved,
         ..
     } = row;
-    let (oldest_unpublished_seconds, oldest_unpublished_unknown) = match statement {
-        _ if moved.is_some() => (
-            None,
-            Some("the cursor belongs to another server or timeline".to_owned()),
-        ),
-        None => (None, None),
-        Some(statement) => match ask::one::<Age>(connection, &statement).await {
-            Ok(Age { seconds }) => (seconds, None),
-            Err(error) => (None, Some(reason(&error))),
-        },
-    };
     let parked: ParkedCount = ask::one(connection, &parked_count(&pipeline, &is_ours))
         .await
         .context("count parked events")?;

@@ -4,7 +4,7 @@ use anyhow::Context;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
-use super::{Books, Growth, LogSize, Owner, PipelineBooks, Retained, backlog};
+use super::{Books, Growth, LogSize, Owner, PipelineBooks, Retained, Waiting, backlog};
 use crate::event::EventId;
 use crate::ledger::Pause;
 use crate::source::sqlite::newest_id;
@@ -32,6 +32,18 @@ select n.pipeline, n.shard, c.last_id,
   left join outbox_leases l on l.pipeline = n.pipeline and l.shard = n.shard
   left join outbox_pauses z on z.pipeline = n.pipeline
  order by n.pipeline, n.shard";
+
+/// The part of it that is asked for every few seconds: nothing is counted.
+const WAITING: &str = "
+with now (us) as (select cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000)
+select c.pipeline, c.shard, c.last_id,
+       case when l.expires_at > now.us then l.holder end,
+       (select (now.us - e.occurred_at) / 1000000.0 from outbox_events e
+         where e.id > c.last_id order by e.id limit 1)
+  from outbox_cursors c
+ cross join now
+  left join outbox_leases l on l.pipeline = c.pipeline and l.shard = c.shard
+ order by c.pipeline, c.shard";
 
 /// Two rows found by rowid, and about a hundred samples. An empty file has a page for each table and index.
 const LOG_SIZE: &str = "
@@ -98,6 +110,31 @@ pub async fn read(connection: &mut SqliteConnection) -> Result<Books, anyhow::Er
         retained: retained(connection).await?,
         server: None,
     })
+}
+
+/// What waits of each pipeline.
+///
+/// # Errors
+/// When the file can't be read or is not migrated.
+pub async fn waiting(connection: &mut SqliteConnection) -> Result<Vec<Waiting>, anyhow::Error> {
+    let EventId(newest_id) = newest_id(connection).await?;
+    let rows = rows(sqlx::query(WAITING), connection)
+        .await
+        .context("read cursors and leases")?;
+    let waiting = |row: &SqliteRow| {
+        let last_id: i64 = row.try_get_unchecked(2)?;
+        Ok::<_, sqlx::Error>(Waiting {
+            pipeline: row.try_get_unchecked(0)?,
+            shard: row.try_get_unchecked(1)?,
+            shards: 1,
+            newest_id,
+            backlog_ids: Some(backlog(newest_id, last_id)),
+            oldest_unpublished_seconds: row.try_get_unchecked(4)?,
+            oldest_unpublished_unknown: None,
+            holder: row.try_get_unchecked(3)?,
+        })
+    };
+    Ok(rows.iter().map(waiting).collect::<Result<_, _>>()?)
 }
 
 /// What the file takes.

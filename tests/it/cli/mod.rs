@@ -76,6 +76,7 @@ async fn the_help_is_pinned() {
         &["migrate"],
         &["check"],
         &["doctor"],
+        &["ready"],
         &["status"],
         &["tail"],
         &["parked"],

@@ -118,9 +118,9 @@ async fn the_books_of_postgres_and_the_daemon_are_shown() {
                 .await
                 .ends_with(0);
             let parked: Value = serde_json::from_str(&out).unwrap();
-            assert_eq!(parked[0]["id"], 1);
-            assert_eq!(parked[0]["event_type"], "placed");
-            assert_eq!(parked[0]["waiting_events"], 1);
+            assert_eq!(parked["events"][0]["id"], 1);
+            assert_eq!(parked["events"][0]["event_type"], "placed");
+            assert_eq!(parked["events"][0]["waiting_events"], 1);
             let none = ["parked", "list", "--pipeline", "other"];
             let Ran { out, .. } = relay(&none, &env).await.ends_with(0);
             assert_eq!(out, "nothing is parked\n");
@@ -250,18 +250,23 @@ async fn watching_goes_on_without_the_database() {
 
 /// The lines of `/metrics` about readiness.
 fn readiness(address: &str) -> Vec<String> {
+    lines(address, "outbox_ready{")
+}
+
+/// The lines of `/metrics` that begin in this way.
+fn lines(address: &str, start: &str) -> Vec<String> {
     use std::io::{Read, Write};
     let Ok(mut stream) = std::net::TcpStream::connect(address) else {
         return Vec::new();
     };
     write!(
         stream,
-        "GET /metrics HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n"
+        "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     )
     .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    let about = |line: &&str| line.starts_with("outbox_ready{");
+    let about = |line: &&str| line.starts_with(start);
     answer.lines().filter(about).map(str::to_owned).collect()
 }
 
@@ -280,4 +285,14 @@ async fn a_pipeline_without_its_database_is_not_ready_in_the_metrics() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(readiness(&address), ["outbox_ready{pipeline=\"main\"} 0"]);
+    // What is not known is absent, and no 0.
+    for name in [
+        "outbox_backlog_ids{",
+        "outbox_oldest_unpublished_seconds{",
+        "outbox_in_flight_events{",
+        "outbox_set_aside_events{",
+        "outbox_log_bytes ",
+    ] {
+        assert_eq!(lines(&address, name), [""; 0]);
+    }
 }

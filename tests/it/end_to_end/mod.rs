@@ -20,6 +20,7 @@ mod dropped;
 mod exactly_once;
 mod fenced;
 mod figures;
+mod indicators;
 mod kafka;
 mod load;
 mod pipelines;

@@ -77,14 +77,16 @@ impl Books for SqliteLog {
 
     async fn list(&mut self, selector: &Selector) -> ParkedEvents {
         let mut connection = self.file.connect().await;
-        acts::sqlite::list(&mut connection, selector, 100)
+        acts::sqlite::list(&mut connection, selector, &acts::Paging::first(100))
             .await
             .unwrap()
     }
 
     async fn acts(&mut self) -> Vec<NotedAct> {
         let mut connection = self.file.connect().await;
-        acts::sqlite::acts(&mut connection, 100).await.unwrap()
+        acts::sqlite::acts(&mut connection, 100, None)
+            .await
+            .unwrap()
     }
 }
 
@@ -123,13 +125,15 @@ impl Books for PolledPostgres {
 
     async fn list(&mut self, selector: &Selector) -> ParkedEvents {
         let mut connection = self.database.connect().await;
-        acts::postgres::list(&mut connection, selector, 100)
+        acts::postgres::list(&mut connection, selector, &acts::Paging::first(100))
             .await
             .unwrap()
     }
 
     async fn acts(&mut self) -> Vec<NotedAct> {
         let mut connection = self.database.connect().await;
-        acts::postgres::acts(&mut connection, 100).await.unwrap()
+        acts::postgres::acts(&mut connection, 100, None)
+            .await
+            .unwrap()
     }
 }

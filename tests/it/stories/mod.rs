@@ -3,6 +3,7 @@
 mod ends;
 mod rests;
 mod steered;
+mod stops;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
