@@ -41,7 +41,7 @@ impl Halt {
         }
     }
 
-    /// With what to type.
+    /// With what to type. Before the first colon nothing names the entity: see [`super::status::State::without_names`].
     pub(super) fn reason(&self, pipeline: &PipelineName) -> String {
         let Self {
             event: EventKey { id, event_id },
@@ -49,7 +49,7 @@ impl Halt {
             rejection,
         } = self;
         format!(
-            "event {id} of {entity:?} can't be published: {rejection}. The pipeline stops here (on_rejected = \"halt\"): mend the cause \
+            "event {id}: it is of {entity:?} and can't be published: {rejection}. The pipeline stops here (on_rejected = \"halt\"): mend the cause \
              and restart the relay, or leave this event out with `outbox-relay pipelines skip {pipeline} {event_id} --reason …`"
         )
     }
@@ -336,5 +336,32 @@ impl<K: Sink> Publisher<'_, K> {
         for seq in life.parking_seqs.drain(..) {
             life.in_flight.settle(seq);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::status::State;
+    use super::*;
+
+    #[test]
+    fn without_the_token_a_halt_names_no_entity() {
+        let halt = Halt {
+            event: EventKey {
+                id: EventId(7),
+                event_id: uuid::Uuid::nil(),
+            },
+            entity: "customer/secret".to_owned(),
+            rejection: Rejection::new("the topic name has the character ' '"),
+        };
+        let reason = halt.reason(&"main".parse().unwrap());
+        assert!(reason.contains("customer/secret"), "{reason}");
+        let State::Halted { reason } = (State::Halted { reason }).without_names() else {
+            unreachable!("it stays halted");
+        };
+        assert!(
+            reason.starts_with("event 7: ") && !reason.contains("secret"),
+            "{reason}"
+        );
     }
 }

@@ -410,7 +410,7 @@ async fn a_halted_pipeline_is_led_past_one_event() {
         let seen = world.until_state("halted").await;
         let reason = seen["daemon"]["pipelines"][0]["reason"].as_str().unwrap();
         for part in [
-            "event 2 of \"big order/1\" can't be published",
+            "event 2: it is of \"big order/1\" and can't be published",
             "the topic name has the character ' '",
             "outbox-relay pipelines skip main ",
         ] {
