@@ -17,6 +17,9 @@ use super::clock::Clock;
 use super::kafka::Kafka;
 use super::{PATIENCE, eventually};
 
+/// With it a relay says all that it knows.
+const TOKEN: &str = "the-token-of-the-tests";
+
 /// What a relay is started with; several can be started with the same.
 pub(super) struct Setup {
     folder: TempDir,
@@ -33,6 +36,7 @@ impl Setup {
         };
         setup.set("SOURCE__POSTGRES__URL", database_url);
         setup.set("LOG__LEVEL", "info");
+        setup.set("ADMIN__TOKEN", TOKEN);
         setup
     }
 
@@ -180,7 +184,11 @@ impl Process {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        write!(stream, "GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n").ok()?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.0\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+        )
+        .ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
         let (head, body) = answer.split_once("\r\n\r\n")?;
