@@ -88,7 +88,7 @@ pub struct PipelineView {
     pub status: Status,
     /// When it came into this state, as a time in UTC.
     #[serde(default)]
-    pub since: Option<String>,
+    pub state_since: Option<String>,
     /// For how long it has been in this state.
     #[serde(default)]
     pub for_seconds: Option<u64>,
@@ -173,7 +173,7 @@ impl Shown {
         PipelineView {
             pipeline: relay.pipeline.to_string(),
             shard: relay.shard.index,
-            since: lasts.map(|lasts| self.time_before(lasts)),
+            state_since: lasts.map(|lasts| self.time_before(lasts)),
             for_seconds: lasts.map(|lasts| lasts.as_secs()),
             backlog_ids: backlog.and_then(|backlog| backlog.ids),
             oldest_unpublished_seconds: backlog.and_then(|backlog| backlog.oldest_seconds),

@@ -34,7 +34,7 @@ impl Ready {
                 State::Stopped => "has stopped".to_owned(),
                 _ => "is starting".to_owned(),
             };
-            let since = match &view.since {
+            let since = match &view.state_since {
                 Some(since) => format!(" (since {since})"),
                 None => String::new(),
             };

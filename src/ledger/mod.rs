@@ -239,6 +239,16 @@ pub trait Ledger: Send {
     fn release(&mut self, settled: bool) -> impl Future<Output = Result<(), LedgerError>> + Send;
 }
 
+/// The newest migration that this program knows, of either database.
+pub(crate) const NEWEST_MIGRATION: i64 = 1;
+
+fn too_old(newest: i64) -> String {
+    format!(
+        "the database has migration {newest}, and this outbox-relay knows {NEWEST_MIGRATION} at most: it is too old for these \
+         tables; run the version that migrated them"
+    )
+}
+
 /// An error text as both databases take it: at most 8 KiB, because it is a sentence for a person, and without U+0000, which
 /// no text of PostgreSQL holds and at which `json_object` of SQLite ends.
 fn storable(error: &str) -> String {

@@ -498,6 +498,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_relay_knows_the_newest_migration() {
+        for kind in [Kind::Postgres, Kind::Sqlite] {
+            let newest = migrator(kind)
+                .iter()
+                .map(|migration| migration.version)
+                .max();
+            assert_eq!(newest, Some(crate::ledger::NEWEST_MIGRATION), "{kind:?}");
+        }
+    }
+
     fn applied(kind: Kind) -> Vec<Applied> {
         let one = |migration: &Migration| (migration.version, checksum(migration));
         migrator(kind).iter().map(one).collect()

@@ -40,7 +40,7 @@ pub(super) struct Desk {
     /// Until when the lease holds if it is not renewed.
     pub(super) lease_end: watch::Sender<LeaseEnd>,
     /// Cancelled when an operator has paused the pipeline.
-    pub(super) until: CancellationToken,
+    pub(super) paused: CancellationToken,
     /// The wall clock, in microseconds since the Unix epoch.
     pub(super) now_us: fn() -> i64,
 }
@@ -126,7 +126,7 @@ pub(super) async fn keep<L: Ledger>(ledger: &mut L, desk: &mut Desk, pace: &Pace
                     Renewed::Extended | Renewed::Paused => {
                         desk.lease_end.send_replace(renewed_end);
                         if renewed == Renewed::Paused {
-                            desk.until.cancel();
+                            desk.paused.cancel();
                         }
                         Fenced::Written
                     }

@@ -338,6 +338,18 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         over
     }
 
+    fn pace(&self) -> Pace {
+        Pace {
+            lease_ttl: self.settings.lease_ttl,
+            acknowledge_interval: self.settings.acknowledge_interval,
+            behind_max: self.settings.in_flight_rows.min(BEHIND_MAX),
+            page_rows: self.settings.page.rows,
+            due_bytes: self.settings.page.bytes,
+            redrive_rate: self.settings.redrive_rate,
+            changes: self.changes.clone(),
+        }
+    }
+
     /// As long as the lease lasts: books on one side, life after life on the other. Says how it ended.
     async fn publish(
         &mut self,
@@ -356,24 +368,22 @@ impl<S: Source, K: Sink, L: Ledger> Relay<S, K, L> {
         let (durable, durable_seen) = watch::channel(position);
         let (orders, orders_taken) = mpsc::channel(1);
         let (lease_end, lease_seen) = watch::channel(lease_end);
+        let paused = CancellationToken::new();
         let mut desk = Desk {
             settled: settled_seen,
             durable,
             orders: orders_taken,
             lease_end,
-            until: stop.clone(),
+            paused: paused.clone(),
             now_us: self.now_us,
         };
-        let pace = Pace {
-            lease_ttl: self.settings.lease_ttl,
-            acknowledge_interval: self.settings.acknowledge_interval,
-            behind_max: self.settings.in_flight_rows.min(BEHIND_MAX),
-            page_rows: self.settings.page.rows,
-            due_bytes: self.settings.page.bytes,
-            redrive_rate: self.settings.redrive_rate,
-            changes: self.changes.clone(),
-        };
-        let stop = Stop::new(stop.clone(), self.turn.clone(), self.settings.drain_timeout);
+        let pace = self.pace();
+        let stop = Stop::new(
+            stop.clone(),
+            paused,
+            self.turn.clone(),
+            self.settings.drain_timeout,
+        );
         let mut lives = Lives {
             pipeline: &self.pipeline,
             settings: &self.settings,

@@ -19,6 +19,8 @@ use crate::source::Page;
 /// The request, as the parts of a tenure see it.
 pub(super) struct Stop {
     asked: CancellationToken,
+    /// An operator has paused the pipeline, which is a request as well.
+    paused: CancellationToken,
     turn: watch::Receiver<Turn>,
     drain_timeout: Duration,
     /// When everything ends, whatever is left.
@@ -28,11 +30,13 @@ pub(super) struct Stop {
 impl Stop {
     pub(super) fn new(
         asked: CancellationToken,
+        paused: CancellationToken,
         turn: watch::Receiver<Turn>,
         drain_timeout: Duration,
     ) -> Self {
         Self {
             asked,
+            paused,
             turn,
             drain_timeout,
             until: OnceLock::new(),
@@ -40,7 +44,7 @@ impl Stop {
     }
 
     pub(super) fn is_asked(&self) -> bool {
-        self.asked.is_cancelled()
+        self.asked.is_cancelled() || self.paused.is_cancelled()
     }
 
     /// Waits for the request.
@@ -48,12 +52,16 @@ impl Stop {
     /// # Cancel safety
     /// Safe: only looks.
     pub(super) async fn asked(&self) {
-        self.asked.cancelled().await;
+        tokio::select! {
+            () = self.asked.cancelled() => {}
+            () = self.paused.cancelled() => {}
+        }
     }
 
-    /// Whether what was committed when the request came is read and published: not where another relay goes on at once.
+    /// Whether what was committed when the request came is read and published: not where another relay goes on at once, nor
+    /// in a pause, which is to take effect soon.
     pub(super) fn covers(&self) -> bool {
-        *self.turn.borrow() == Turn::Ours
+        !self.paused.is_cancelled() && *self.turn.borrow() == Turn::Ours
     }
 
     /// When the drain is over; counted from the first question after the request.

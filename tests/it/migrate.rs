@@ -3,6 +3,10 @@
 use std::str::FromStr;
 
 use expect_test::expect_file;
+use outbox_relay::event::{Shard, Start};
+use outbox_relay::ledger::postgres::PostgresLedger;
+use outbox_relay::ledger::sqlite::SqliteLedger;
+use outbox_relay::ledger::{self, Ledger};
 use outbox_relay::migrate::{self, Kind};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
@@ -187,6 +191,48 @@ async fn no_lock_of_a_stranger_holds_up_a_migration() {
     let migrated = migrate::postgres(database.options.clone());
     let migrated = tokio::time::timeout(std::time::Duration::from_secs(60), migrated).await;
     migrated.expect("does not wait").unwrap();
+}
+
+fn settings() -> ledger::Settings {
+    ledger::Settings {
+        pipeline: "main".parse().unwrap(),
+        shard: Shard::whole(),
+        holder: "an older one".to_owned(),
+        lease_ttl: std::time::Duration::from_secs(60),
+        start: Start::Earliest,
+    }
+}
+
+/// Whoever finds tables of a newer version takes no lease, and says why.
+async fn takes_no_lease(mut ledger: impl Ledger) {
+    let refused = ledger.acquire().await.unwrap_err().to_string();
+    assert!(
+        refused.contains("migration 2") && refused.contains("too old"),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn an_older_relay_leaves_newer_tables_alone() {
+    let file = TestFile::create_empty();
+    let options = file.options.clone().create_if_missing(true);
+    migrate::sqlite(options.clone()).await.unwrap();
+    let newer = "insert into {} (version, description, checksum) values (2, 'newer', '')";
+    let mut connection = file.connect().await;
+    let statement = newer.replace("{}", "outbox_migrations");
+    connection
+        .execute(sqlx::raw_sql(AssertSqlSafe(statement)))
+        .await
+        .unwrap();
+    takes_no_lease(SqliteLedger::new(options, settings())).await;
+
+    let Some(database) = TestDatabase::create().await else {
+        return;
+    };
+    let mut connection = database.connect().await;
+    execute(&mut connection, newer.replace("{}", "outbox.migrations")).await;
+    let options = database.options.clone().options([("role", "outbox_relay")]);
+    takes_no_lease(PostgresLedger::new(options, settings())).await;
 }
 
 #[tokio::test]

@@ -577,9 +577,8 @@ fn demand(seed: u64, outcome: &Outcome) {
 fn promises_hold_in_weather_that_broke_one() {
     // A pipeline that was full of parked events halted while one of them waited for its topic, so that the cursor never passed it
     // and dropping it made no room.
-    for seed in [8_153_900_862_614_544_591] {
-        demand(seed, &run(seed, Weather::default()));
-    }
+    let seed = 8_153_900_862_614_544_591;
+    demand(seed, &run(seed, Weather::default()));
 }
 
 #[test]

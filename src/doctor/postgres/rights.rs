@@ -356,11 +356,17 @@ impl Rights {
             );
         }
         if !other_databases.is_empty() {
+            const NAMED: usize = 3;
+            let named = &other_databases[..other_databases.len().min(NAMED)];
+            let more = match other_databases.len() - named.len() {
+                0 => String::new(),
+                more => format!(", and {more} more"),
+            };
             findings.push(Finding::note(
                 "roles",
                 format!(
-                    "the roles {WRITER} and {RELAY} also have rights in other databases of this server: {}",
-                    other_databases.join(", ")
+                    "the roles {WRITER} and {RELAY} also have rights in other databases of this server: {}{more}",
+                    named.join(", ")
                 ),
                 "roles belong to the whole server: who may emit here may emit there, where the role may connect",
             ));

@@ -8,6 +8,7 @@ pub mod pipelines;
 pub mod places;
 mod restored;
 pub mod roster;
+mod version;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -230,6 +231,7 @@ async fn acquire(
     if let Some(taken) = not_free(connection, settings).await? {
         return Ok(taken);
     }
+    version::demand_known(connection).await?;
     if restored::is_restored(connection).await? {
         return Ok(Taken::Restored);
     }

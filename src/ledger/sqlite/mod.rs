@@ -9,14 +9,14 @@ pub mod pipelines;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::time::timeout;
 
 use super::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Pause, Renewed, Resolution, Resolved,
-    Settings, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, NEWEST_MIGRATION, Parked, Pause, Renewed,
+    Resolution, Resolved, Settings, Tenure, too_old,
 };
 use crate::event::{EventId, EventKey, Start};
 use crate::position::{Position, Window};
@@ -201,6 +201,24 @@ async fn relax(connection: &mut SqliteConnection) -> Result<(), anyhow::Error> {
     Ok(())
 }
 
+/// An older program must not work with the tables of a newer one.
+async fn demand_known(connection: &mut SqliteConnection) -> Result<(), anyhow::Error> {
+    let there =
+        "select count(*) from sqlite_schema where type = 'table' and name = 'outbox_migrations'";
+    let there: i64 = sqlx::query_scalar(there)
+        .fetch_one(&mut *connection)
+        .await?;
+    if there == 0 {
+        return Ok(());
+    }
+    let newest: i64 = sqlx::query_scalar("select coalesce(max(version), 0) from outbox_migrations")
+        .fetch_one(connection)
+        .await
+        .context("read the list of migrations")?;
+    ensure!(newest <= NEWEST_MIGRATION, too_old(newest));
+    Ok(())
+}
+
 async fn acquire(
     connection: &mut SqliteConnection,
     settings: &Settings,
@@ -209,6 +227,7 @@ async fn acquire(
     if let Some(not_free) = not_free(connection, settings).await? {
         return Ok(Err(not_free));
     }
+    demand_known(connection).await?;
     let mut transaction = connection
         .begin_with("begin immediate")
         .await

@@ -296,7 +296,10 @@ async fn a_halt_is_explained_to_those_who_have_the_token() {
         assert_eq!(code, 503);
         let body: Value = serde_json::from_str(&body).unwrap();
         let shown = &body["pipelines"][0];
-        assert!(shown["since"].as_str().unwrap().ends_with('Z'), "{body}");
+        assert!(
+            shown["state_since"].as_str().unwrap().ends_with('Z'),
+            "{body}"
+        );
         assert!(shown["for_seconds"].is_u64(), "{body}");
         shown["reason"].as_str().unwrap().to_owned()
     };

@@ -13,7 +13,10 @@ async fn wrong(database: &Database, config: &Config) -> Vec<Finding> {
     let of_others = |finding: &Finding| {
         finding.check == "writers_inherit" && !finding.what.contains(&database.name)
     };
-    found.retain(|finding| finding.severity != Severity::Note && !of_others(finding));
+    let is_wrong = |finding: &Finding| {
+        matches!(finding.severity, Severity::Error | Severity::Warning) && !of_others(finding)
+    };
+    found.retain(is_wrong);
     found
 }
 

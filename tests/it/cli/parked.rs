@@ -17,7 +17,7 @@ async fn parked_events_are_grouped_listed_named_and_watched() {
             world
                 .until("four parked events", async || {
                     let listed = world.json(&["parked", "list", "--waiting"]).await;
-                    listed.as_array().unwrap().len() == 4
+                    listed["events"].as_array().unwrap().len() == 4
                 })
                 .await;
             let causes = world.json(&["parked", "list", "--by", "error"]).await;
@@ -37,7 +37,7 @@ async fn parked_events_are_grouped_listed_named_and_watched() {
                 "{out}"
             );
             let listed = world.json(&["parked", "list"]).await;
-            assert_eq!(listed.as_array().unwrap().len(), 2);
+            assert_eq!(listed["events"].as_array().unwrap().len(), 2);
             let Ran { out, .. } = world.ends_with(0, &["parked", "list", "--waiting"]).await;
             assert!(
                 out.contains("entity waits") && out.contains(" waits "),
@@ -55,7 +55,7 @@ async fn parked_events_are_grouped_listed_named_and_watched() {
             assert!(out.contains(told), "{out}");
 
             // By its uuid as well.
-            let uuid = listed[0]["event_id"].as_str().unwrap();
+            let uuid = listed["events"][0]["event_id"].as_str().unwrap();
             let shown = world.json(&["parked", "show", uuid]).await;
             assert_eq!(shown["id"], 1);
             let again = [
@@ -80,7 +80,7 @@ async fn parked_events_are_grouped_listed_named_and_watched() {
             world
                 .until("one parked event", async || {
                     let listed = world.json(&["parked", "list", "--waiting"]).await;
-                    listed.as_array().unwrap().len() == 1
+                    listed["events"].as_array().unwrap().len() == 1
                 })
                 .await;
             let ran = world.ends_with(2, &["parked", "redrive"]).await;

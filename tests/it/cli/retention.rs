@@ -77,7 +77,7 @@ async fn personal_data_that_outlives_its_time_is_told_with_the_cause() {
         .await;
         tells(&["event 1 is in the log for 13h", "no relay has looked after the log for 13h"]).await;
         let Ran { out, .. } = relay(&["doctor"], env).await.ends_with(3);
-        assert!(out.contains("alter table note drop constraint \"note_event\""), "{out}");
+        assert!(out.contains("alter table public.note drop constraint \"note_event\""), "{out}");
         // A sample of now: a relay looks after the log, but for the foreign key.
         run(
             &mut superuser,
