@@ -205,8 +205,9 @@ async fn own_schema(connection: &mut PgConnection) -> anyhow::Result<()> {
 
 /// Whether the error says that somebody else has made an object of the same name meanwhile.
 fn was_overtaken(error: &anyhow::Error) -> bool {
-    // unique_violation, and duplicate schema, table, function and object.
-    const CODES: [&str; 5] = ["23505", "42P06", "42P07", "42723", "42710"];
+    // unique_violation, and duplicate schema, table, function and object. And undefined_object: a role that another database of
+    // the server was making when this one looked is known to the next transaction only.
+    const CODES: [&str; 6] = ["23505", "42P06", "42P07", "42723", "42710", "42704"];
     let code = error.chain().find_map(|cause| {
         cause
             .downcast_ref::<sqlx::Error>()?

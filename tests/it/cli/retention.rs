@@ -85,7 +85,7 @@ async fn personal_data_that_outlives_its_time_is_told_with_the_cause() {
              select counted + 13 * 3600, pg_current_snapshot(), 100, system_identifier from outbox.samples",
         )
         .await;
-        tells(&["foreign keys refer to outbox.events: note_event of note"]).await;
+        tells(&["foreign keys refer to outbox.events: note_event of public.note"]).await;
         run(&mut superuser, "drop table note").await;
         tells(&["the relay could not remove it"]).await;
         run(&mut superuser, "update outbox.samples set counted = 0").await;

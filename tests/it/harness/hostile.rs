@@ -70,7 +70,7 @@ pub async fn set(connection: &mut PgConnection) {
             _ => format!("'{value}'"),
         };
         statement.push_str(&format!(
-            "execute format($$alter database %I set {name} = {value}$$, current_database()); "
+            "execute pg_catalog.format($$alter database %I set {name} = {value}$$, current_database()); "
         ));
     }
     statement.push_str("end $do$");
@@ -125,6 +125,8 @@ declare
     word text;
     arguments text;
 begin
+    -- What is made here must not be called here.
+    perform pg_catalog.set_config('search_path', 'pg_catalog', true);
     for signature in
         select p.proname::text as name, pg_get_function_identity_arguments(p.oid) as arguments,
                case when p.proretset then 'setof ' else '' end || format_type(p.prorettype, null) as returns

@@ -76,7 +76,7 @@ fn a_halted_relay_goes_past_the_event_that_an_operator_skips_and_past_no_other()
         let status = relay.status.subscribe();
         let halted_at = |id: i64| {
             let state = &status.borrow().state;
-            matches!(state, State::Halted { reason } if reason.starts_with(&format!("event {id} of ")))
+            matches!(state, State::Halted { reason } if reason.starts_with(&format!("event {id}: ")))
         };
         let operator = async {
             sleep(LEASE * 3).await;
