@@ -7,9 +7,10 @@ use std::future::pending;
 use std::sync::Arc;
 
 use anyhow::{Error, ensure};
-use outbox_relay::event::{EventId, Record, Seq, Shard};
+use outbox_relay::event::{EventId, EventKey, Record, Seq, Shard};
 use outbox_relay::ledger::{
-    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Resolution, Resolved, Tenure,
+    Acquired, Due, Fenced, Ledger, LedgerError, Parked, Released, Renewed, Resolution, Resolved,
+    Tenure,
 };
 use outbox_relay::position::{Position, Window};
 use outbox_relay::relay::status::Status;

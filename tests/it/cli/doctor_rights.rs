@@ -213,11 +213,11 @@ async fn objects_that_somebody_changed_are_named() {
         let stranger = database.login("stranger", "").await;
         for (change, undo, check, words) in [
             (
-                "create function public.nextval(text) returns bigint language sql as 'select 1::bigint'; \
-                 alter table outbox.events alter column id set default public.nextval('outbox.events_id_seq'::text)",
+                "create schema strange; create function strange.nextval(text) returns bigint language sql as 'select 1::bigint'; \
+                 alter table outbox.events alter column id set default strange.nextval('outbox.events_id_seq'::text)",
                 "alter table outbox.events alter column id set default pg_catalog.nextval('outbox.events_id_seq'::regclass)",
                 "columns",
-                "the default of column id of outbox.events is public.nextval('outbox.events_id_seq'::text)",
+                "the default of column id of outbox.events is strange.nextval('outbox.events_id_seq'::text)",
             ),
             (
                 "alter function outbox.adopt() reset search_path",

@@ -72,7 +72,7 @@ async fn personal_data_that_outlives_its_time_is_told_with_the_cause() {
             "insert into outbox.cursors (pipeline, prev, cur, floor, ceiling, next_floor, last_id, system_identifier, timeline)
              select 'main', pg_current_snapshot(), pg_current_snapshot(), 100, 100, 100, 100, s.system_identifier, c.timeline_id
                from pg_control_system() s, pg_control_checkpoint() c;
-             create table note (event bigint constraint note_event references outbox.events (id))",
+             create table public.note (event bigint constraint note_event references outbox.events (id))",
         )
         .await;
         tells(&["event 1 is in the log for 13h", "no relay has looked after the log for 13h"]).await;
@@ -86,7 +86,7 @@ async fn personal_data_that_outlives_its_time_is_told_with_the_cause() {
         )
         .await;
         tells(&["foreign keys refer to outbox.events: note_event of public.note"]).await;
-        run(&mut superuser, "drop table note").await;
+        run(&mut superuser, "drop table public.note").await;
         tells(&["the relay could not remove it"]).await;
         run(&mut superuser, "update outbox.samples set counted = 0").await;
         tells(&["relays ran for 0s of that time, and only that counts"]).await;
