@@ -49,7 +49,7 @@ async fn the_backlog_is_told_where_the_broker_was_never_there() {
         "{view}"
     );
     assert!(
-        view["since"].is_string() && view["for_seconds"].is_u64(),
+        view["state_since"].is_string() && view["for_seconds"].is_u64(),
         "{view}"
     );
 
