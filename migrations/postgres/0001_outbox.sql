@@ -193,7 +193,7 @@ $$;
 
 -- Makes partitions until `ahead` of them lie wholly beyond the newest id, without a gap from it on; returns how many it
 -- made: none when there are enough, or when another session is at it. Writers go on meanwhile, however long their
--- transactions: a partition is made as a table of its own and then attached, which locks out nobody but the users of the
+-- transactions: a partition is made as a table of its own and then attached, which locks out only the users of the
 -- default partition. When those keep it from its locks it fails soon (SQLSTATE 55P03), and is to be called again later.
 create function outbox.make_partitions(ahead integer default 8, rows_per_partition bigint default 5000000)
 returns integer
@@ -687,7 +687,7 @@ create table outbox.samples (
     id                bigint           generated always as identity primary key,
     -- For people.
     at                timestamptz      not null default clock_timestamp(),
-    -- The seconds that relays have counted until then with clocks that nobody sets; only differences mean something.
+    -- The seconds that relays have counted until then with clocks that no operator sets; only differences mean something.
     counted           double precision not null,
     -- A row whose transaction this snapshot sees was committed by then; of any other that is not known.
     seen              pg_snapshot      not null,
