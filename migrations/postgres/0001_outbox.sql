@@ -805,7 +805,7 @@ as $$
 $$;
 
 -- A condition on an event e: it may be removed. It is seen by the snapshot `aged`, so it was committed before that was
--- taken; whoever commits later is not seen by it, whatever their ids. Every pipeline has published it, or `overdue` sees it,
+-- taken; a transaction that commits later is not seen by it, whatever its ids. Every pipeline has published it, or `overdue` sees it,
 -- too. And nothing else needs it: neither a parked event whose content is only here, nor a replay that has still to read it.
 create function outbox.may_go(aged pg_snapshot, overdue pg_snapshot, behind boolean)
 returns text

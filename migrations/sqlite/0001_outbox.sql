@@ -79,7 +79,7 @@ create table outbox_samples (
     id      integer primary key autoincrement,
     -- For people.
     at      integer not null,
-    -- The seconds that relays have counted until then with clocks that nobody sets; only differences mean something.
+    -- The seconds that relays have counted until then with clocks that no operator sets; only differences mean something.
     counted real    not null,
     -- Every event that was committed by then has an id up to this one, and no later event has.
     newest  integer not null

@@ -25,7 +25,7 @@ const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// With the client half of hyper, whose server half axum brings anyway: no second HTTP library in the program.
 ///
 /// # Errors
-/// When nobody answers there, or somebody else does.
+/// When no program answers there, or one that is no relay.
 pub async fn ask(address: SocketAddr) -> Result<Overview, Error> {
     ask_as(address, None).await
 }

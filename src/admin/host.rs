@@ -1,7 +1,7 @@
 //! Which names of this interface a request may use.
 //!
 //! A page in a browser can have its own name point to this address and then read the answers as its own (DNS rebinding).
-//! The browser still says that name in `Host`. So a name that nobody has configured is refused.
+//! The browser still says that name in `Host`. So the relay refuses a name that the operator has not configured.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
